@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user process imports: `attach()` gives a running machine, `machine.open_evtchn()` an open event-channel file."""
+
+from pvbus.actors.client.evtchn import EvtchnFile
+from pvbus.actors.client.machine import Machine, MachineNotFoundError, attach
+
+__all__ = ["EvtchnFile", "Machine", "MachineNotFoundError", "attach"]

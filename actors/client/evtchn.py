@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An open event-channel file, as its user holds it.
+
+read, write, poll and notify are native methods on shared memory (shm/native/user_file.c): they reach the machine without a
+message. The ioctls are calls to the file's process. What all references of one process share is `_Shared`; a forked child
+makes its own connection and its own submission ring at first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING, Self
+
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime.process import PeerGone, ask_blocking
+from pvbus.actors.runtime.wire import Done, Message, encode, send_frame
+from pvbus.shm.layout import FilePage, PublicPage, SubmissionRing
+from pvbus.shm.memory import Context, Memory, UserFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CALL_TIMEOUT_S = 25.0  # longer than every deadline behind it, so that the machine's own answer comes first
+
+IOCTL_BIND_VIRQ = 0x00044500
+IOCTL_BIND_INTERDOMAIN = 0x00084501
+IOCTL_BIND_UNBOUND_PORT = 0x00044502
+IOCTL_UNBIND = 0x00044503
+IOCTL_NOTIFY = 0x00044504
+IOCTL_RESET = 0x00004505
+IOCTL_RESTRICT_DOMID = 0x00024506
+IOCTL_BIND_STATIC = 0x00044507
+_OF_THE_VFS = frozenset({0x5421, 0x5450, 0x5451, 0x5452})  # FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC: the driver never sees them
+_ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
+
+
+class _Shared:
+    """What the references of this process share: mappings, doorbell, connection."""
+
+    def __init__(self, fds: list[int], ports_max: int) -> None:
+        page_fd, self.door, public_fd, connection = fds
+        self.connection = socket.socket(fileno=connection)
+        self.lock = threading.Lock()
+        self.references = 0
+        self.kick = -1
+        self.page = Memory(page_fd, FilePage.BYTES_2L)
+        self.public = Memory(public_fd, PublicPage.BYTES, False)  # noqa: FBT003 - a native signature
+        os.close(page_fd)
+        os.close(public_fd)
+        try:
+            ring, self.kick = self._new_ring()
+        except BaseException:
+            self.connection.close()
+            os.close(self.door)
+            raise
+        self.context = Context(self.page, ring, self.public, self.door, self.kick, 0, ports_max)
+        self.context.set_hooks(self.finish, self.rejoin)
+
+    def _new_ring(self) -> tuple[Memory, int]:
+        reply, fds = ask_blocking(self.connection, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S)
+        if not isinstance(reply, m.Attached) or len(fds) != 2:
+            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+        ring = Memory(fds[0], SubmissionRing.BYTES)
+        os.close(fds[0])
+        return ring, fds[1]
+
+    def _reconnect(self) -> None:
+        """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        theirs.close()
+        self.connection.close()
+        self.connection = ours
+        self.lock = threading.Lock()
+
+    def rejoin(self) -> None:
+        """Give a forked child its own connection and submission ring."""
+        self._reconnect()
+        ring, kick = self._new_ring()
+        os.close(self.kick)
+        self.kick = kick
+        self.context.rebind(ring, kick, 0)
+
+    def call(self, message: Message) -> int:
+        """Call the file's process. OSError with the driver's errno; EIO when it has died."""
+        if self.context.stale:
+            self.rejoin()
+        try:
+            with self.lock:
+                reply, _ = ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)
+        except PeerGone:
+            raise OSError(errno.EIO, "the file's process has died") from None
+        if not isinstance(reply, Done):
+            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+        return reply.value
+
+    def finish(self) -> None:
+        """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
+        if self.references > 0 or self.context.inflight > 0 or self.door < 0:
+            return
+        if self.context.stale:
+            with contextlib.suppress(OSError):
+                self._reconnect()
+        os.close(self.door)
+        self.door = -1
+        # Synchronous: after the last close the ports are free, as on the device.
+        with contextlib.suppress(OSError):
+            ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
+        self.connection.close()
+        os.close(self.kick)
+
+
+class EvtchnFile(UserFile):
+    """One reference to an open /dev/xen/evtchn. Made by `Machine.open_evtchn` and `dup`.
+
+    `read`, `read_ports`, `write`, `enable`, `notify`, `notify_many` and `poll` are native. Every call raises OSError with the
+    driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
+    """
+
+    _shared: _Shared
+    _fd: int
+
+    @classmethod
+    def _open(cls, fds: list[int], ports_max: int, flags: int) -> Self:
+        shared = _Shared(fds, ports_max)
+        os.set_blocking(shared.door, not flags & os.O_NONBLOCK)
+        mode = flags & os.O_ACCMODE
+        return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+
+    @classmethod
+    def _reference(cls, shared: _Shared, *, readable: bool, writable: bool) -> Self:
+        self = cls(shared.context, readable, writable)
+        self._shared = shared
+        self._mode = (readable, writable)
+        self._fd = os.dup(shared.door)
+        shared.references += 1
+        return self
+
+    # ---- the eight ioctls
+
+    def ioctl(self, request: int, argument: Buffer | None = None) -> int:
+        """Mirror ioctl(2): the real request numbers, a buffer (None is the bad pointer). Gives the driver's value."""
+        self._check_open()
+        request &= 0xFFFFFFFF
+        if request in _OF_THE_VFS:
+            return fcntl.ioctl(self._fd, request, bytes(argument or b"\0\0\0\0"))[0] * 0
+        data = None if argument is None else bytes(argument)[:_ARGUMENT_BYTES_MAX]
+        if request == IOCTL_NOTIFY and data is not None and len(data) >= 4:
+            self.notify(struct.unpack("=I", data[:4])[0])
+            return 0
+        value = self._shared.call(m.Ioctl(request=request, argument=data))
+        if request == IOCTL_RESET:
+            self._shared.context.drain_door()
+        return value
+
+    def bind_virq(self, virq: int) -> int:
+        """Mirror IOCTL_EVTCHN_BIND_VIRQ; give the port."""
+        return self.ioctl(IOCTL_BIND_VIRQ, _u32(virq))
+
+    def bind_interdomain(self, remote_domain: int, remote_port: int) -> int:
+        """Mirror IOCTL_EVTCHN_BIND_INTERDOMAIN; give the local port, which is born pending."""
+        return self.ioctl(IOCTL_BIND_INTERDOMAIN, _u32(remote_domain, remote_port))
+
+    def bind_unbound_port(self, remote_domain: int) -> int:
+        """Mirror IOCTL_EVTCHN_BIND_UNBOUND_PORT; give the port."""
+        return self.ioctl(IOCTL_BIND_UNBOUND_PORT, _u32(remote_domain))
+
+    def bind_static(self, port: int) -> None:
+        """Mirror IOCTL_EVTCHN_BIND_STATIC."""
+        self.ioctl(IOCTL_BIND_STATIC, _u32(port))
+
+    def unbind(self, port: int) -> None:
+        """Mirror IOCTL_EVTCHN_UNBIND: nothing of the port is queued after it."""
+        self.ioctl(IOCTL_UNBIND, _u32(port))
+
+    def reset(self) -> None:
+        """Mirror IOCTL_EVTCHN_RESET: the ring is empty, the overflow gone; ports stay masked until written back."""
+        self.ioctl(IOCTL_RESET)
+
+    def restrict_domid(self, domid: int) -> None:
+        """Mirror IOCTL_EVTCHN_RESTRICT_DOMID: one way."""
+        self.ioctl(IOCTL_RESTRICT_DOMID, struct.pack("=H", domid & 0xFFFF))
+
+    # ---- the file
+
+    def fileno(self) -> int:
+        """Give a descriptor that is readable while a read would not block: for select, poll, epoll, asyncio, O_ASYNC."""
+        self._check_open()
+        return self._fd
+
+    def dup(self) -> EvtchnFile:
+        """Mirror dup(2): a second reference to the same open file."""
+        self._check_open()
+        readable, writable = self._mode
+        return self._reference(self._shared, readable=readable, writable=writable)
+
+    def close(self) -> None:
+        """Drop this reference. With the last one the file is released, and its ports are free when this returns.
+
+        A reader that is blocked in another thread keeps the file open until its read returns.
+        """
+        if self.closed:
+            return
+        self._mark_closed()
+        os.close(self._fd)
+        self._shared.references -= 1
+        self._shared.finish()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_shared"):
+            with contextlib.suppress(Exception):
+                self.close()
+
+
+def _u32(*values: int) -> bytes:
+    return struct.pack(f"={len(values)}I", *(value & 0xFFFFFFFF for value in values))

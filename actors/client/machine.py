@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running machine, as an attached process sees it: open files, raise VIRQs, look at the state.
+
+Everything here is a call on the machine's socket, or a look into its segments (`inspector`). A forked child connects anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pvbus.actors.client.evtchn import EvtchnFile
+from pvbus.actors.client.inspector import Inspector
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime import rundir
+from pvbus.actors.runtime.process import PeerGone, ask_blocking
+from pvbus.shm.layout import FilePage
+from pvbus.shm.memory import Memory
+
+if TYPE_CHECKING:
+    import socket
+
+    from pvbus.actors.runtime.wire import Message
+
+CALL_TIMEOUT_S = 25.0
+
+
+class MachineNotFoundError(ConnectionError):
+    """No machine to attach to; the text says how to start one."""
+
+
+def attach(name: str | None = None) -> Machine:
+    """Attach to a running machine: `name`, else $PVBUS_MACHINE, else the one machine that runs.
+
+    Raises MachineNotFoundError when there is none, or several and no name; ValueError for a name that is none.
+    """
+    wanted = name or os.environ.get("PVBUS_MACHINE")
+    if wanted is None:
+        running = [found.name for found in rundir.list_machines() if found.alive]
+        if not running:
+            raise MachineNotFoundError("no machine is running; start one with: pvbus up")
+        if len(running) > 1:
+            raise MachineNotFoundError(f"several machines run ({', '.join(running)}): say which one (--name, $PVBUS_MACHINE)")
+        wanted = running[0]
+    return Machine(wanted)
+
+
+class Machine:
+    """A connection to a running machine. A context manager: leaving it closes what was opened through it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._files: weakref.WeakSet[EvtchnFile] = weakref.WeakSet()
+        self._inspector: Inspector | None = None
+        self._path = rundir.run_directory(name)
+        self._connect()
+
+    def _connect(self) -> None:
+        try:
+            self._socket: socket.socket | None = rundir.connect_machine(self._path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise MachineNotFoundError(f"no machine {self.name!r} is running; start it with: pvbus up --name {self.name}") from None
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        welcome = self._ask(m.Hello())[0]
+        self.run_id = welcome.run_id if isinstance(welcome, m.Welcome) else ""
+
+    def _ask(self, message: Message, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Message, list[int]]:
+        if self._pid != os.getpid():  # the connection is the parent's
+            if self._socket is not None:
+                self._socket.close()
+            self._connect()
+        if self._socket is None:
+            raise MachineNotFoundError(f"detached from {self.name}")
+        try:
+            with self._lock:
+                return ask_blocking(self._socket, message, timeout_s=timeout_s)
+        except PeerGone:
+            raise MachineNotFoundError(f"machine {self.name!r} has stopped") from None
+
+    # ---- Xen
+
+    def open_evtchn(self, domain: int = 0, *, nonblock: bool = False, flags: int = os.O_RDWR) -> EvtchnFile:
+        """Open /dev/xen/evtchn of a domain. ENODEV for a domain without the xen platform, EMFILE when 1,024 files are open."""
+        comm = Path("/proc/thread-self/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        reply, fds = self._ask(m.OpenEvtchn(domain=domain, comm=comm))
+        if not isinstance(reply, m.Opened) or len(fds) != 4:
+            raise ConnectionError(f"unexpected {type(reply).__name__}")
+        file = EvtchnFile._open(fds, reply.ports_max, flags | (os.O_NONBLOCK if nonblock else 0))  # noqa: SLF001 - its maker
+        self._files.add(file)
+        return file
+
+    def raise_virq(self, virq: int, domain: int = 0, vcpu: int = 0) -> int:
+        """Raise a VIRQ as the hypervisor does; give the port. ENOENT when nobody has bound it, EINVAL, ESRCH."""
+        reply, _ = self._ask(m.RaiseVirq(virq=virq, domain=domain, vcpu=vcpu))
+        return getattr(reply, "value", 0)
+
+    # ---- the machine
+
+    def settle(self) -> None:
+        """Return when every submission ring is drained and every upcall done: then "nothing arrives" is a fact."""
+        self._ask(m.Settle())
+
+    def advance(self, seconds: float) -> None:
+        """Move the machine's clock forward: a time-out costs a test nothing."""
+        self._ask(m.Advance(ns=round(seconds * 1e9)))
+
+    def status(self) -> dict[str, Any]:
+        """Give the state of the machine as plain data: processes, domains, open files, counters."""
+        reply, _ = self._ask(m.Status())
+        data: dict[str, Any] = getattr(reply, "data", {})
+        look = self.inspector()
+        return {**data, "counters": look.counters(), "domains": look.domains(data["domains"]), "files": look.files()}
+
+    def inspector(self) -> Inspector:
+        """Map the machine's segments read-only, to look at them while everything runs."""
+        if self._inspector is None:
+            reply, fds = self._ask(m.Inspect())
+            if not isinstance(reply, m.Report):
+                raise ConnectionError(f"unexpected {type(reply).__name__}")
+            self._inspector = Inspector(dict(zip(reply.segments, fds, strict=True)), reply.data)
+        return self._inspector
+
+    def file_page(self, slot: int) -> Memory:
+        """Map the page of an open file read-only; the caller closes it. LookupError when no file is open in that slot."""
+        try:
+            _, fds = self._ask(m.InspectFile(slot=slot))
+        except FileNotFoundError:
+            raise LookupError(f"no open file in slot {slot}") from None
+        page = Memory(fds[0], FilePage.BYTES_2L, False)  # noqa: FBT003 - a native signature
+        os.close(fds[0])
+        return page
+
+    def ports(self, domain: int | None = None) -> list[dict[str, Any]]:
+        """List the ports that are not free: domain, port, state, remote_domain, remote_port, file, pending, masked."""
+        return self.inspector().ports(domain)
+
+    def shutdown(self) -> None:
+        """Stop the machine in order."""
+        self._ask(m.Shutdown())
+
+    def close(self) -> None:
+        """Close every file opened here, and detach."""
+        for file in list(self._files):
+            file.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._inspector is not None:
+            self._inspector.close()
+            self._inspector = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual CPU's process: takes upcalls, runs the driver's interrupt handler, rings the doors of open files.
+
+Producer of the event rings of its domain's files. It has no state that matters: where each port stands lies in its irq
+word, so an heir goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from typing import TYPE_CHECKING, Any
+
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime.process import ProcessActor, Received
+from pvbus.actors.runtime.wire import Done, Message
+from pvbus.shm.layout import Domain, FilePage, Machine, Vcpu
+from pvbus.shm.memory import EventPath, Memory
+
+if TYPE_CHECKING:
+    from pvbus.actors.runtime.process import Peer
+
+UPCALL_BUDGET = 256  # events a turn: then the messages get a look
+FLUSH_ROUNDS_MAX = 64  # 64 x 256 events: every port of the domain four times over
+BYTE = b"\x01"
+
+
+class CpuProcess(ProcessActor):
+    """One virtual CPU of one domain."""
+
+    def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
+        super().__init__(name, control)
+        self.domid: int = arguments["domain"]
+        self.vcpu: int = arguments["vcpu"]
+        self.memory = Memory(fds["domain"], Domain.BYTES)
+        self.path = EventPath(Memory(fds["machine"], Machine.BYTES), {self.domid: self.memory})
+        self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
+        self.doorbell = fds["doorbell"]
+        self.doors: dict[int, socket.socket] = {}
+        self.pages: dict[int, Memory] = {}
+        self.going = False
+
+    def on_ready(self) -> None:
+        """Count the birth; upcalls begin with the hypervisor's Go, when every file is attached."""
+        at = Domain.vcpu(self.vcpu, Vcpu.GENERATION)
+        self.memory.store32(at, self.memory.load32(at) + 1)
+        self.awake()
+        self.inbox.idle = self
+        # Edge-triggered: every ring wakes us, and nobody has to read the counter back.
+        self.inbox.add_fd(self.doorbell, select.EPOLLIN | select.EPOLLET, lambda _events: None)
+
+    # ---- the event path
+
+    def work(self) -> bool:
+        """Take an upcall, if there is one."""
+        if not self.going:
+            return False
+        served = self.path.upcall(self.domid, self.vcpu, UPCALL_BUDGET)
+        if served is None:
+            return False
+        for slot in served[1]:
+            self._send_byte(slot)
+        return True
+
+    def may_sleep(self) -> bool:
+        """Announce sleep; an upcall that came in between takes it back."""
+        return not self.going or self.path.cpu_may_sleep(self.domid, self.vcpu)
+
+    def awake(self) -> None:
+        """Take the announcement back: nobody needs to ring."""
+        self.memory.store32(Domain.vcpu(self.vcpu, Vcpu.SLEEPING), 0)
+
+    def _send_byte(self, slot: int) -> None:
+        door = self.doors.get(slot)
+        if door is not None:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # full of bytes, or the user has gone: both end well
+                door.send(BYTE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    # ---- messages
+
+    def on_message(self, received: Received) -> Message | None:
+        """Answer the hypervisor."""
+        message = received.message
+        if received.peer is not self.hypervisor:
+            return super().on_message(received)
+        if isinstance(message, m.AttachFile):
+            page_fd, door_fd = received.fds
+            self._detach(message.slot)
+            self.pages[message.slot] = Memory(page_fd, FilePage.BYTES_2L)
+            os.close(page_fd)
+            self.path.attach_file(message.slot, self.pages[message.slot])
+            self.doors[message.slot] = socket.socket(fileno=door_fd)
+        elif isinstance(message, m.DetachFile):
+            self._detach(message.slot)
+        elif isinstance(message, m.Go):
+            self._go()
+        elif isinstance(message, m.FlushUpcalls):
+            self._flush()
+        else:
+            return super().on_message(received)
+        return Done()
+
+    def _detach(self, slot: int) -> None:
+        page = self.pages.pop(slot, None)
+        if page is not None:
+            self.path.attach_file(slot, None)
+            page.close()
+            self.doors.pop(slot).close()
+
+    def _go(self) -> None:
+        """Finish what a dead forerunner held, look at every port, and wake whoever has something unread."""
+        self.path.cpu_recover(self.domid, self.vcpu)
+        self.going = True
+        self._flush()
+        for slot, page in self.pages.items():
+            prod, cons = page.load64(FilePage.PROD), page.load64(FilePage.CONS)
+            if prod != cons or page.load32(FilePage.DOOR):
+                page.store32(FilePage.DOOR, 1)
+                self._send_byte(slot)
+
+    def _flush(self) -> None:
+        for _ in range(FLUSH_ROUNDS_MAX):
+            if not self.work():
+                return
+
+    def on_hangup(self, peer: Peer) -> None:
+        """End when the hypervisor has: the supervisor starts an heir of both, in order."""
+        if peer is self.hypervisor:
+            self.going = False
+            self.stop()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of an open event-channel file, where it is not the event path: the ioctls of /dev/xen/evtchn.
+
+What `open` made lives here until `release`: bound ports, their count, the restriction. Ring and bitmap lie in the file's
+page, reached through what is handed in. Pure and synchronous: an ioctl is a generator that yields hypercalls (messages) and
+is resumed with their value, or has their OSError thrown in; a unit test answers them from a plain `EventChannels`.
+
+One call at a time (the driver's bind lock), so the process must not start one before the last has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import TYPE_CHECKING, Protocol
+
+from pvbus.actors.runtime import messages as m
+from pvbus.shm.layout import PORTS_2L, FilePage
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pvbus.actors.runtime.wire import Message
+    from pvbus.shm.memory import Memory
+
+BIND_VIRQ = 0x00044500
+BIND_INTERDOMAIN = 0x00084501
+BIND_UNBOUND_PORT = 0x00044502
+UNBIND = 0x00044503
+NOTIFY = 0x00044504
+RESET = 0x00004505
+RESTRICT_DOMID = 0x00024506
+BIND_STATIC = 0x00044507
+
+UNRESTRICTED = 0xFFFF
+DOMID_FIRST_RESERVED = 0x7FF0
+
+
+class Ring(Protocol):
+    """What the file needs of its event ring (EventPath has it)."""
+
+    def grow(self, slot: int, /) -> int:
+        """Double the ring, 64 slots first; give its new size. OSError ENOMEM."""
+
+    def reset(self, slot: int, /) -> int:
+        """Empty it, clear the overflow, begin a new epoch."""
+
+
+class BadPointer(OSError):
+    """The user's argument could not be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def _error(number: int, text: str = "") -> OSError:
+    return OSError(number, text or os.strerror(number))
+
+
+def copy_from_user(argument: bytes | None, layout: str) -> tuple[int, ...]:
+    """Read a structure from the user's buffer; EFAULT for a bad pointer (None) and for a buffer that ends too early."""
+    size = struct.calcsize(layout)
+    if argument is None or len(argument) < size:
+        raise BadPointer
+    return struct.unpack(layout, argument[:size])
+
+
+class EvtchnFile:
+    """Per-open data and the ioctls on it. `page` holds the bitmap of bound ports that NOTIFY and write look at."""
+
+    def __init__(self, slot: int, page: Memory, ring: Ring) -> None:
+        self.slot = slot
+        self.page = page
+        self.ring = ring
+        self.ports: set[int] = set()
+        self.nr_evtchns = 0
+        self.ring_size = 0
+        self.restrict_domid = UNRESTRICTED
+
+    def ioctl(self, request: int, argument: bytes | None) -> Generator[Message, int, int]:
+        """Mirror evtchn_ioctl (A9). Gives the driver's value; raises OSError with its errno, checks in its order."""
+        handlers = {
+            BIND_VIRQ: self._bind_virq,
+            BIND_INTERDOMAIN: self._bind_interdomain,
+            BIND_UNBOUND_PORT: self._bind_unbound_port,
+            UNBIND: self._unbind,
+            NOTIFY: self._notify,
+            RESET: self._reset,
+            RESTRICT_DOMID: self._restrict_domid,
+            BIND_STATIC: self._bind_static,
+        }
+        handler = handlers.get(request)
+        if handler is None:
+            raise _error(errno.ENOSYS)
+        return handler(argument)
+
+    # ---- A9
+
+    def _bind_virq(self, argument: bytes | None) -> Generator[Message, int, int]:
+        if self.restrict_domid != UNRESTRICTED:
+            raise _error(errno.EACCES)
+        (virq,) = copy_from_user(argument, "=I")
+        port = yield m.BindVirq(virq=virq, vcpu=0)
+        return (yield from self._bind_to_user(port))
+
+    def _bind_interdomain(self, argument: bytes | None) -> Generator[Message, int, int]:
+        remote_domain, remote_port = copy_from_user(argument, "=II")
+        # Compared as u32, passed on as u16: 65541 is not 5 here, and is domain 5 for the hypervisor.
+        if self.restrict_domid not in (UNRESTRICTED, remote_domain):
+            raise _error(errno.EACCES)
+        port = yield m.BindInterdomain(remote_domain=remote_domain & 0xFFFF, remote_port=remote_port)
+        return (yield from self._bind_to_user(port))
+
+    def _bind_unbound_port(self, argument: bytes | None) -> Generator[Message, int, int]:
+        if self.restrict_domid != UNRESTRICTED:
+            raise _error(errno.EACCES)
+        (remote_domain,) = copy_from_user(argument, "=I")
+        port = yield m.AllocUnbound(remote_domain=remote_domain & 0xFFFF)
+        return (yield from self._bind_to_user(port))
+
+    def _unbind(self, argument: bytes | None) -> Generator[Message, int, int]:
+        (port,) = copy_from_user(argument, "=I")
+        if port >= PORTS_2L:  # xen_evtchn_nr_channels() of the 2-level ABI
+            raise _error(errno.EINVAL)
+        if port not in self.ports:
+            raise _error(errno.ENOTCONN)
+        yield m.UnbindIrq(port=port)
+        self._delete(port)
+        return 0
+
+    def _notify(self, argument: bytes | None) -> Generator[Message, int, int]:
+        (port,) = copy_from_user(argument, "=I")
+        if port not in self.ports:
+            raise _error(errno.ENOTCONN)
+        yield m.SendPort(port=port)
+        return 0
+
+    def _reset(self, argument: bytes | None) -> Generator[Message, int, int]:
+        del argument  # ignored, whatever it is (A9.10)
+        yield m.Barrier()
+        self.ring.reset(self.slot)
+        return 0
+
+    def _restrict_domid(self, argument: bytes | None) -> Generator[Message, int, int]:
+        if self.restrict_domid != UNRESTRICTED:
+            raise _error(errno.EACCES)
+        (domid,) = copy_from_user(argument, "=H")
+        if domid == 0 or domid >= DOMID_FIRST_RESERVED:
+            raise _error(errno.EINVAL)
+        self.restrict_domid = domid
+        yield from ()
+        return 0
+
+    def _bind_static(self, argument: bytes | None) -> Generator[Message, int, int]:
+        (port,) = copy_from_user(argument, "=I")
+        if port in self.ports:
+            raise _error(errno.EISCONN)
+        yield from self._bind_to_user(port, static=True)
+        return 0  # not the port
+
+    # ---- A2, A6, A7
+
+    def _bind_to_user(self, port: int, *, static: bool = False) -> Generator[Message, int, int]:
+        """Mirror evtchn_bind_to_user (A7): record, room in the ring, then the handler: room exists before the first event fires."""
+        self.nr_evtchns += 1
+        try:
+            if port in self.ports:  # H1: nothing was inserted, so nothing may be erased
+                raise _error(errno.EEXIST)
+            self._resize()
+            if port < PORTS_2L:
+                self._mark(port, bound=True)
+            yield m.BindIrq(port=port, static=static)
+        except OSError:
+            self.nr_evtchns -= 1
+            if port not in self.ports and port < PORTS_2L:
+                self._mark(port, bound=False)
+            if not static:  # closed once (H4), and not leaked (H3)
+                yield from self._close_quietly(port)
+            raise
+        self.ports.add(port)
+        return port
+
+    def _close_quietly(self, port: int) -> Generator[Message, int, None]:
+        try:
+            yield m.ClosePort(port=port)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBUSY):  # already closed, or another handler's
+                raise
+
+    def _resize(self) -> None:
+        """Mirror evtchn_resize_ring (A6): one doubling is enough, the count grows by one."""
+        if self.nr_evtchns > self.ring_size:
+            self.ring_size = self.ring.grow(self.slot)
+
+    def _delete(self, port: int) -> None:
+        self.ports.discard(port)
+        self.nr_evtchns -= 1
+        self._mark(port, bound=False)
+
+    def _mark(self, port: int, *, bound: bool) -> None:
+        at = FilePage.BITMAP + port // 64 * 8
+        if bound:
+            self.page.test_and_set_bit(at, port % 64)
+        else:
+            self.page.test_and_clear_bit(at, port % 64)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls that take several steps, as generators: each yields what it has to wait for, the process resumes it.
+
+Pure: a unit test answers every wait at once. One call runs at a time, so a call sees no other half done; and before it
+starts every submission ring is drained, so it sees every notify that had returned.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from pvbus.actors.hypervisor.ports import HypercallError
+from pvbus.shm.layout import Irq
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pvbus.actors.hypervisor.irqs import IrqLayer
+
+HANDLER_ROUNDS_MAX = 1_000_000  # a handler takes a microsecond; a dead CPU's heir finishes it within the restart time
+
+
+class Flush(NamedTuple):
+    """Wait until every CPU of the domain has delivered what is pending."""
+
+    domid: int
+
+
+class Again(NamedTuple):
+    """Wait a turn of the loop: a handler is running."""
+
+
+Wait = Flush | Again
+
+
+def barrier(domid: int) -> Generator[Wait, None, int]:
+    """Deliver everything that was notified before."""
+    yield Flush(domid)
+    return 0
+
+
+def _disable_all(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait, None, int]:
+    running = [port for port in ports if irqs.disable(domid, port)]
+    for _ in range(HANDLER_ROUNDS_MAX):
+        running = [port for port in running if irqs.disable(domid, port)]
+        if not running:
+            return 0
+        yield Again()
+    raise HypercallError(errno.EIO, f"the handler of port {running[0]} does not end")
+
+
+def unbind_irq(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wait, None, int]:
+    """Mirror A8: deliver what came before, disable, wait for a running handler, then unbind and close."""
+    yield Flush(domid)
+    if irqs.word(domid, port) & Irq.SLOT != slot + 1:
+        return 0  # repeated after a rebirth of the hypervisor: it was done
+    yield from _disable_all(irqs, domid, [port])
+    irqs.unbind(domid, port)
+    return 0
+
+
+def close_port(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wait, None, int]:
+    """Close a port that the file could not bind (A7.3); a handler that a dead hypervisor bound and did not report goes, too."""
+    if irqs.word(domid, port) & Irq.SLOT == slot + 1:
+        yield from _disable_all(irqs, domid, [port])
+        irqs.unbind(domid, port)
+    else:
+        irqs.channels.close(domid, port)
+    return 0
+
+
+def release(irqs: IrqLayer, domid: int, slot: int) -> Generator[Wait, None, int]:
+    """Mirror evtchn_release: every port of the file, in any order; give their number."""
+    ports = list(irqs.ports_of(domid, slot))
+    yield from _disable_all(irqs, domid, ports)
+    for port in ports:
+        irqs.unbind(domid, port)
+    return len(ports)
+
+
+def bind_irq(irqs: IrqLayer, domid: int, slot: int, port: int, *, static: bool) -> int:
+    """Mirror bind_evtchn_to_irqhandler_lateeoi."""
+    irqs.bind(domid, port, slot, static=static)
+    return port

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hypervisor's event channels: domains, the port state machine, and the EVTCHNOP operations on it.
+
+All state lies in the domains' segments (port words, VIRQ map, pending and mask bits), so that an heir finds it; only the
+hypervisor writes it. Everything here is synchronous and free of I/O: a unit test calls it without any process, the explorer
+too. Doorbells leave through `kick`.
+
+Errors are raised as `HypercallError` in the order in which Xen tests for them (wire facts X2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from pvbus.shm.layout import NR_VIRQS, PORTS_2L, Domain, Irq, Port, Vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from pvbus.shm.memory import EventPath, Memory
+
+DOMID_FIRST_RESERVED = 0x7FF0
+DOMID_SELF = 0x7FF0
+
+VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})  # TIMER, DEBUG, XENOPROF, XENPMU
+VIRQS_PER_DOMAIN = frozenset({11})  # ARGO; all others are global: delivered to their handler domain
+
+
+class HypercallError(OSError):
+    """Answer of a hypercall that failed, with Xen's errno (the same numbers as Linux's)."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(number, text or os.strerror(number))
+
+
+class PortStatus(NamedTuple):
+    """What EVTCHNOP_status tells: `status` 0 closed, 1 unbound, 2 interdomain, 3 pirq, 4 virq, 5 ipi."""
+
+    status: int
+    vcpu: int
+    remote_domain: int
+    remote_port: int
+
+
+class DomainState(NamedTuple):
+    """A domain as the hypervisor knows it."""
+
+    domid: int
+    vcpus: int
+    memory: Memory
+
+
+_STATUS = {
+    Port.FREE: 0, Port.RESERVED: 0, Port.UNBOUND: 1, Port.INTERDOMAIN: 2, Port.PIRQ: 3, Port.VIRQ: 4, Port.IPI: 5,
+}  # fmt: skip
+
+
+class EventChannels:
+    """The EVTCHNOP operations. `hardware_domain` handles the global VIRQs."""
+
+    def __init__(
+        self,
+        domains: Mapping[int, DomainState],
+        path: EventPath,
+        kick: Callable[[int, int], None],
+        hardware_domain: int = 0,
+    ) -> None:
+        self.domains = dict(domains)
+        self.path = path
+        self.kick = kick
+        self.hardware_domain = hardware_domain
+        self._lowest_free = dict.fromkeys(self.domains, 1)
+
+    # ---- words
+
+    def word(self, domid: int, port: int) -> int:
+        """Read a port word."""
+        return self.domains[domid].memory.load64(Domain.table(Domain.PORT_WORDS, port))
+
+    def _set_word(self, domid: int, port: int, word: int) -> None:
+        self.domains[domid].memory.store64_release(Domain.table(Domain.PORT_WORDS, port), word, "port.set")
+
+    def ports(self, domid: int) -> Iterator[tuple[int, int]]:
+        """Give (port, word) of every port that is not free."""
+        memory = self.domains[domid].memory
+        for port in range(1, PORTS_2L):
+            word = memory.load64(Domain.table(Domain.PORT_WORDS, port))
+            if word & 7 != Port.FREE:
+                yield port, word
+
+    def _domain(self, caller: int, domid: int) -> DomainState:
+        found = self.domains.get(caller if domid == DOMID_SELF else domid)
+        if found is None:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+        return found
+
+    def _lowest(self, domid: int) -> int:
+        """Find the lowest free port (A12.14); ENOSPC without one."""
+        memory = self.domains[domid].memory
+        for port in range(self._lowest_free[domid], PORTS_2L):
+            if memory.load64(Domain.table(Domain.PORT_WORDS, port)) & 7 == Port.FREE:
+                self._lowest_free[domid] = port
+                return port
+        self._lowest_free[domid] = PORTS_2L
+        raise HypercallError(errno.ENOSPC, f"domain {domid} has no free port")
+
+    def _virq_row(self, virq: int, vcpu: int) -> int:
+        return vcpu if virq in VIRQS_PER_VCPU else 0
+
+    # ---- operations
+
+    def alloc_unbound(self, caller: int, dom: int, remote_dom: int) -> int:
+        """Mirror EVTCHNOP_alloc_unbound. ESRCH, EPERM (another domain, unless the hardware domain asks), ENOSPC."""
+        domain = self._domain(caller, dom)
+        if domain.domid != caller and caller != self.hardware_domain:
+            raise HypercallError(errno.EPERM)
+        port = self._lowest(domain.domid)
+        remote = caller if remote_dom == DOMID_SELF else remote_dom
+        self._set_word(domain.domid, port, Port.pack(Port.UNBOUND, remote_domain=remote))
+        return port
+
+    def bind_interdomain(self, caller: int, remote_dom: int, remote_port: int) -> int:
+        """Mirror EVTCHNOP_bind_interdomain: ESRCH, ENOSPC, EINVAL. The new local port is born pending (sends may have been lost)."""
+        remote = self._domain(caller, remote_dom)
+        port = self._lowest(caller)
+        if not 0 < remote_port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"remote port {remote_port} is none")
+        state, reserved_for, _, vcpu = Port.unpack(self.word(remote.domid, remote_port))
+        if state != Port.UNBOUND or reserved_for != caller:
+            raise HypercallError(errno.EINVAL, f"remote port {remote_port} is not unbound, or for domain {reserved_for}")
+        # The local end first: until the remote word names it nobody can send to it, so an heir that finds it alone frees it.
+        self._set_word(caller, port, Port.pack(Port.INTERDOMAIN, remote_domain=remote.domid, remote_port=remote_port))
+        peer = Port.pack(Port.INTERDOMAIN, remote_domain=caller, remote_port=port, vcpu=vcpu)
+        self._set_word(remote.domid, remote_port, peer)
+        self.raise_port(caller, port)
+        return port
+
+    def bind_virq(self, caller: int, virq: int, vcpu: int) -> int:
+        """Mirror EVTCHNOP_bind_virq: EINVAL range, EINVAL global or per-domain off vCPU 0, ENOENT, EBUSY, EEXIST, ENOSPC."""
+        domain = self.domains[caller]
+        if not 0 <= virq < NR_VIRQS:
+            raise HypercallError(errno.EINVAL, f"VIRQ {virq}: there are {NR_VIRQS}")
+        if virq not in VIRQS_PER_VCPU and vcpu != 0:
+            raise HypercallError(errno.EINVAL, f"VIRQ {virq} is not per vCPU: bind it on vCPU 0")
+        if not 0 <= vcpu < domain.vcpus:
+            raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
+        if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN and caller != self.hardware_domain:
+            raise HypercallError(errno.EBUSY, f"global VIRQ {virq} is handled by domain {self.hardware_domain}")
+        at = Domain.virq(self._virq_row(virq, vcpu), virq)
+        if domain.memory.load32(at) != 0:
+            raise HypercallError(errno.EEXIST, f"VIRQ {virq} is bound")
+        port = self._lowest(caller)
+        self._set_word(caller, port, Port.pack(Port.VIRQ, remote_port=virq, vcpu=vcpu))
+        domain.memory.store32(at, port)
+        return port
+
+    def bind_ipi(self, caller: int, vcpu: int) -> int:
+        """Mirror EVTCHNOP_bind_ipi: ENOENT, ENOSPC."""
+        if not 0 <= vcpu < self.domains[caller].vcpus:
+            raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
+        port = self._lowest(caller)
+        self._set_word(caller, port, Port.pack(Port.IPI, vcpu=vcpu))
+        return port
+
+    def bind_vcpu(self, caller: int, port: int, vcpu: int) -> None:
+        """Mirror EVTCHNOP_bind_vcpu: ENOENT, EINVAL (range, free, per-vCPU VIRQ, IPI). A pending port is not raised again."""
+        if not 0 <= vcpu < self.domains[caller].vcpus:
+            raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
+        if not 0 < port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        state, remote_domain, remote_port, _ = Port.unpack(self.word(caller, port))
+        if state in (Port.FREE, Port.RESERVED, Port.IPI) or (state == Port.VIRQ and remote_port in VIRQS_PER_VCPU):
+            raise HypercallError(errno.EINVAL, f"port {port} cannot move")
+        self._set_word(caller, port, Port.pack(state, remote_domain=remote_domain, remote_port=remote_port, vcpu=vcpu))
+
+    def close(self, caller: int, port: int) -> None:
+        """Mirror EVTCHNOP_close: EINVAL for a port out of range, free or reserved. The peer becomes unbound, without an event."""
+        if not 0 < port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        state, remote_domain, remote_port, vcpu = Port.unpack(self.word(caller, port))
+        if state in (Port.FREE, Port.RESERVED):
+            raise HypercallError(errno.EINVAL, f"port {port} is not bound")
+        memory = self.domains[caller].memory
+        if state == Port.VIRQ:
+            memory.store32(Domain.virq(self._virq_row(remote_port, vcpu), remote_port), 0)
+        elif state == Port.INTERDOMAIN:
+            self._unbind_peer(caller, port, remote_domain, remote_port)
+        # Pending goes after the peer cannot send any more, and before the number can be handed out again.
+        memory.test_and_clear_bit(Domain.EVTCHN_PENDING + port // 64 * 8, port % 64)
+        self._set_word(caller, port, 0)
+        self._lowest_free[caller] = min(self._lowest_free[caller], port)
+
+    def _unbind_peer(self, caller: int, port: int, remote_domain: int, remote_port: int) -> None:
+        if remote_domain not in self.domains:
+            return
+        state, back_domain, back_port, vcpu = Port.unpack(self.word(remote_domain, remote_port))
+        if state == Port.INTERDOMAIN and (back_domain, back_port) == (caller, port):
+            self._set_word(remote_domain, remote_port, Port.pack(Port.UNBOUND, remote_domain=caller, vcpu=vcpu))
+
+    def send(self, caller: int, port: int) -> None:
+        """Mirror EVTCHNOP_send: EINVAL bad, VIRQ, PIRQ, free; to an unbound peer it is dropped, with success."""
+        if not 0 < port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        state, remote_domain, remote_port, _ = Port.unpack(self.word(caller, port))
+        if state == Port.INTERDOMAIN:
+            self.raise_port(remote_domain, remote_port)
+        elif state == Port.IPI:
+            self.raise_port(caller, port)
+        elif state != Port.UNBOUND:
+            raise HypercallError(errno.EINVAL, f"port {port} cannot be sent to")
+
+    def unmask(self, caller: int, port: int) -> None:
+        """Mirror EVTCHNOP_unmask: EINVAL only when out of range. A pending port is raised again."""
+        if not 0 <= port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        self._ring(caller, self.path.unmask(caller, port))
+
+    def status(self, caller: int, dom: int, port: int) -> PortStatus:
+        """Mirror EVTCHNOP_status: ESRCH, EINVAL, EPERM. For a VIRQ `remote_port` is its number."""
+        domain = self._domain(caller, dom)
+        if not 0 <= port < PORTS_2L:
+            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        if domain.domid != caller and caller != self.hardware_domain:
+            raise HypercallError(errno.EPERM)
+        state, remote_domain, remote_port, vcpu = Port.unpack(self.word(domain.domid, port))
+        return PortStatus(_STATUS[state], vcpu, remote_domain, remote_port)
+
+    def reset(self, caller: int, dom: int) -> None:
+        """Mirror EVTCHNOP_reset: ESRCH, EPERM; closes every port of the domain."""
+        domain = self._domain(caller, dom)
+        if domain.domid != caller and caller != self.hardware_domain:
+            raise HypercallError(errno.EPERM)
+        if domain.domid != caller:
+            raise HypercallError(errno.EINVAL, f"domain {domain.domid} is not paused")
+        for port, word in list(self.ports(domain.domid)):
+            if word & 7 != Port.RESERVED:
+                self.close(domain.domid, port)
+
+    # ---- events
+
+    def raise_port(self, domid: int, port: int) -> None:
+        """Set a port pending and ring its vCPU's doorbell if that sleeps."""
+        self._ring(domid, self.path.set_pending(domid, port))
+
+    def raise_virq(self, domid: int, virq: int, vcpu: int) -> int:
+        """Raise a VIRQ as Xen does itself; give the port. ESRCH, EINVAL, ENOENT (vCPU, or nobody has bound it)."""
+        if not 0 <= virq < NR_VIRQS:
+            raise HypercallError(errno.EINVAL, f"VIRQ {virq}: there are {NR_VIRQS}")
+        if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN:
+            domid = self.hardware_domain
+        domain = self.domains.get(domid)
+        if domain is None:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+        if not 0 <= vcpu < domain.vcpus:
+            raise HypercallError(errno.ENOENT, f"domain {domid} has no vCPU {vcpu}")
+        port = domain.memory.load32(Domain.virq(self._virq_row(virq, vcpu), virq))
+        if port == 0:
+            raise HypercallError(errno.ENOENT, f"VIRQ {virq} is not bound in domain {domid}")
+        self.raise_port(domid, port)
+        return port
+
+    def _ring(self, domid: int, vcpu: int) -> None:
+        if vcpu >= 0:
+            self.kick(domid, vcpu)
+
+    def give_to_kernel(self, domid: int, kernel_ports: int, kernel_virqs: list[int]) -> None:
+        """Bind what the domain's own kernel holds: its VIRQs on the lowest ports, then IPIs up to `kernel_ports`."""
+        memory = self.domains[domid].memory
+        for virq in kernel_virqs:
+            self._kernel_irq(memory, self.bind_virq(domid, virq, 0))
+        while self._lowest(domid) <= kernel_ports:
+            self._kernel_irq(memory, self.bind_ipi(domid, 0))
+
+    def _kernel_irq(self, memory: Memory, port: int) -> None:
+        memory.store64(Domain.table(Domain.IRQ_WORDS, port), Irq.KERNEL)
+        memory.test_and_set_bit(Domain.vcpu(0, Vcpu.EVTCHN_MASK) + port // 64 * 8, port % 64)
+        memory.test_and_clear_bit(Domain.EVTCHN_MASK + port // 64 * 8, port % 64)

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hypervisor process: drains submission rings, executes calls one at a time, rings the doorbells.
+
+Consumer of every submission ring, writer of all port state. Its own state besides the pages is what it was handed
+(descriptors, connections); the supervisor hands them again to an heir.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import os
+import select
+import socket
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pvbus.actors.hypervisor import calls, recovery
+from pvbus.actors.hypervisor.irqs import IrqLayer
+from pvbus.actors.hypervisor.ports import DomainState, EventChannels, HypercallError
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
+from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.shm.layout import (
+    FILES_MAX,
+    SUBMISSIONS_MAX,
+    Domain,
+    File,
+    FilePage,
+    Machine,
+    PublicPage,
+    Submission,
+    SubmissionRing,
+    Vcpu,
+)
+from pvbus.shm.memory import EventPath, Memory, now_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+DRAIN_BUDGET = 256  # entries of one ring a turn: what one file may take before the others, and before the CPUs are rung
+FLUSH_DEADLINE_S = 10.0  # a CPU that is restarted meanwhile included
+SETTLE_ROUNDS_MAX = 10_000
+BYTE = b"\x01"
+
+
+class OpenFile(NamedTuple):
+    """What the hypervisor keeps of an open file."""
+
+    domain: int
+    page: Memory
+    door: socket.socket
+    page_fd: int
+    peer: Peer
+
+
+class Running(NamedTuple):
+    """A call that is being executed, and who gets its result."""
+
+    steps: Generator[calls.Wait, None, int]
+    then: Callable[[Message], None]
+
+
+class HypervisorProcess(ProcessActor):
+    """The hypervisor as an actor in a process of its own."""
+
+    def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
+        super().__init__(name, control)
+        self.machine = Memory(fds["machine"], Machine.BYTES)
+        self.public = Memory(fds["public"], PublicPage.BYTES)
+        domains = {
+            spec["id"]: DomainState(spec["id"], spec["cpus"], Memory(fds[f"domain{spec['id']}"], Domain.BYTES))
+            for spec in arguments["domains"]
+        }
+        self.path = EventPath(self.machine, {domid: domain.memory for domid, domain in domains.items()})
+        self.channels = EventChannels(domains, self.path, self._kick, arguments.get("hardware_domain", 0))
+        spread = {spec["id"]: spec["affinity"] == "spread" for spec in arguments["domains"]}
+        self.irqs = IrqLayer(self.channels, spread=spread)
+        self.files: dict[int, OpenFile] = {}
+        self.slots: dict[Peer, int] = {}
+        self.rings: dict[int, int] = {}  # submission index -> slot
+        self.ring_kicks: dict[int, int] = {}
+        self.cpus: dict[tuple[int, int], Peer] = {}
+        self.doorbells: dict[int, int] = {}
+        self.queue: collections.deque[Running] = collections.deque()
+        self.active: Running | None = None
+        self.flushing: set[tuple[int, int]] = set()
+        self.flush_deadline_ns = 0
+        self.doors = select.epoll()
+        self.releasing: set[int] = set()
+
+    def on_ready(self) -> None:
+        """Count the birth; the next sleep is announced only behind a look at every ring."""
+        born = self.machine.load32(Machine.HYPERVISOR_GENERATION)
+        self.machine.store32(Machine.HYPERVISOR_GENERATION, born + 1)
+        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0)
+        if born > 0:
+            recovery.repair(self.channels, self.irqs)
+        self.inbox.idle = self
+        self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, lambda _events: self._look_for_hangups())
+
+    # ---- the event path
+
+    def work(self) -> bool:
+        """Drain every submission ring a bit; ring whom that concerns."""
+        drained = self.path.drain(DRAIN_BUDGET)
+        if drained is None:
+            return False
+        self._effects(drained)
+        return True
+
+    def _effects(self, drained: tuple[int, list[int], list[int], list[int]]) -> None:
+        _, kicks, rearm, poisoned = drained
+        for code in kicks:
+            self._kick(code >> 8, code & 0xFF)
+        for slot in rearm:
+            self._send_byte(slot)
+        for slot in poisoned:
+            if slot in self.files and self.path.poison(slot):
+                self._send_byte(slot)
+
+    def may_sleep(self) -> bool:
+        """Announce sleep in the page that every user reads."""
+        return self.active is None and self.path.hypervisor_may_sleep(self.public)
+
+    def awake(self) -> None:
+        """Take the announcement back: until the next one nobody needs to ring."""
+        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0)
+
+    def _kick(self, domid: int, vcpu: int) -> None:
+        doorbell = self.doorbells.get(domid << 8 | vcpu)
+        if doorbell is not None:
+            os.eventfd_write(doorbell, 1)
+
+    def _send_byte(self, slot: int) -> None:
+        file = self.files.get(slot)
+        if file is not None:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # full of bytes, or the user has gone: both end well
+                file.door.send(BYTE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    # ---- messages
+
+    def on_message(self, received: Received) -> Message | None:
+        """Answer supervisor, files and CPUs."""
+        message = received.message
+        if received.peer is self.supervisor:
+            return self._from_supervisor(received)
+        slot = self.slots.get(received.peer)
+        if slot is None:
+            raise OSError(errno.EPERM, f"{received.peer.name} may not call the hypervisor")
+        if isinstance(message, m.AttachSubmission):
+            return self._attach_submission(slot, message, received.fds)
+        self._start(self._call_of(slot, message), lambda reply: _reply(received, reply))
+        return None
+
+    def _from_supervisor(self, received: Received) -> Message | None:
+        message = received.message
+        if isinstance(message, m.CpuUp):
+            self._cpu_up(message, received)
+        elif isinstance(message, m.FileUp):
+            self._file_up(message, received)
+        elif isinstance(message, m.FilesKnown):
+            self._release_unknown()
+            return Done()
+        elif isinstance(message, m.Settle):
+            self._start(self._settle(), lambda reply: _reply(received, reply))
+        elif isinstance(message, m.RaiseVirq):
+            return Done(value=self.channels.raise_virq(message.domain, message.virq, message.vcpu))
+        else:
+            return super().on_message(received)
+        return None
+
+    def _call_of(self, slot: int, message: Message) -> Generator[calls.Wait, None, int]:
+        domid = self.files[slot].domain
+        channels, irqs = self.channels, self.irqs
+        if isinstance(message, m.UnbindIrq):
+            return calls.unbind_irq(irqs, domid, slot, message.port)
+        if isinstance(message, m.ClosePort):
+            return calls.close_port(irqs, domid, slot, message.port)
+        if isinstance(message, m.Barrier):
+            return calls.barrier(domid)
+        if isinstance(message, m.ReleaseFile):
+            return self._release(slot)
+
+        def run() -> Generator[calls.Wait, None, int]:
+            if isinstance(message, m.AllocUnbound):
+                value = channels.alloc_unbound(domid, 0x7FF0, message.remote_domain)
+            elif isinstance(message, m.BindInterdomain):
+                value = channels.bind_interdomain(domid, message.remote_domain, message.remote_port)
+            elif isinstance(message, m.BindVirq):
+                value = channels.bind_virq(domid, message.virq, message.vcpu)
+            elif isinstance(message, m.BindIrq):
+                value = calls.bind_irq(irqs, domid, slot, message.port, static=message.static)
+            elif isinstance(message, m.SendPort):
+                with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
+                    channels.send(domid, message.port)
+                value = 0
+            elif isinstance(message, m.DetachSubmission):
+                value = self._detach_submission(slot, message.index)
+            else:
+                raise HypercallError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
+            yield from ()
+            return value
+
+        return run()
+
+    # ---- calls, one at a time
+
+    def _start(self, steps: Generator[calls.Wait, None, int], then: Callable[[Message], None]) -> None:
+        self.queue.append(Running(steps, then))
+        self._next_call()
+
+    def _next_call(self) -> None:
+        while self.active is None and self.queue:
+            self._drain_everything()
+            if self._look_for_hangups():
+                continue
+            self.active = self.queue.popleft()
+            self._resume()
+
+    def _drain_everything(self) -> None:
+        """A call sees every notify that had returned when it was made."""
+        drained = self.path.drain(2**31)
+        if drained is not None:
+            self._effects(drained)
+
+    def _resume(self, error: Exception | None = None) -> None:
+        running = self.active
+        if running is None:
+            return
+        try:
+            wait = running.steps.throw(error) if error is not None else next(running.steps)
+        except StopIteration as stop:
+            self.active = None
+            running.then(Done(value=stop.value))
+        except OSError as failed:
+            self.active = None
+            running.then(Failure(errno=failed.errno or errno.EIO, text=failed.strerror or ""))
+        else:
+            if isinstance(wait, calls.Flush):
+                self._flush(wait.domid)
+            else:
+                self.inbox.call_soon(self._resume)
+        if self.active is None:
+            self._next_call()
+
+    def _flush(self, domid: int) -> None:
+        self.flush_deadline_ns = now_ns() + int(FLUSH_DEADLINE_S * 1e9)
+        domain = self.channels.domains[domid]
+        self.flushing = {(domid, vcpu) for vcpu in range(domain.vcpus) if not self._is_idle(domain, vcpu)}
+        for key in tuple(self.flushing):
+            self._ask_flush(key)
+        if not self.flushing:
+            self.inbox.call_soon(self._resume)
+
+    @staticmethod
+    def _is_idle(domain: DomainState, vcpu: int) -> bool:
+        """Nothing to deliver: it sleeps, and has no upcall pending (it looks at that after announcing sleep)."""
+        return (
+            domain.memory.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING)) == 1
+            and domain.memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)) == 0
+        )
+
+    def _ask_flush(self, key: tuple[int, int]) -> None:
+        peer = self.cpus.get(key)
+        if peer is not None:  # otherwise its heir is asked when it comes up
+            with contextlib.suppress(PeerGone):
+                peer.ask(m.FlushUpcalls(), lambda reply, _fds: self._flushed(key, reply), FLUSH_DEADLINE_S)
+
+    def _flushed(self, key: tuple[int, int], reply: Message) -> None:
+        if isinstance(reply, Failure):
+            if now_ns() > self.flush_deadline_ns and key in self.flushing:
+                self.flushing.clear()
+                self._resume(HypercallError(errno.EIO, f"cpu/{key[0]}.{key[1]} does not answer"))
+            return
+        if key in self.flushing:
+            self.flushing.discard(key)
+            if not self.flushing:
+                self._resume()
+
+    def _settle(self) -> Generator[calls.Wait, None, int]:
+        """Wait until a whole round finds nothing to do: rings drained, every CPU asleep without an upcall."""
+        for rounds in range(SETTLE_ROUNDS_MAX):
+            drained = self.path.drain(2**31)
+            if drained is not None:
+                self._effects(drained)
+            idle = True
+            for domid, domain in self.channels.domains.items():
+                if not all(self._is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):
+                    idle = False
+                    yield calls.Flush(domid)
+            if drained is None and idle:
+                return rounds
+        raise HypercallError(errno.ETIMEDOUT, "events keep coming")
+
+    # ---- CPUs
+
+    def _cpu_up(self, message: m.CpuUp, received: Received) -> None:
+        key = (message.domain, message.vcpu)
+        sock, doorbell = received.fds
+        old = self.doorbells.pop(message.domain << 8 | message.vcpu, None)
+        if old is not None:
+            os.close(old)
+        self.doorbells[message.domain << 8 | message.vcpu] = doorbell
+        peer = self.inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
+        for slot, file in self.files.items():
+            if file.domain == message.domain:
+                self._attach_to(peer, slot, file, lambda _reply, _fds: None)
+
+        def up(reply: Message, _fds: list[int]) -> None:
+            received.peer.reply(received.request, reply)
+            if isinstance(reply, Done):
+                self.cpus[key] = peer
+                if key in self.flushing:
+                    self._ask_flush(key)
+
+        peer.ask(m.Go(), up)
+
+    def _attach_to(self, peer: Peer, slot: int, file: OpenFile, then: Callable[[Message, list[int]], None]) -> None:
+        peer.ask(m.AttachFile(slot=slot), then, fds=(file.page_fd, file.door.fileno()))
+
+    # ---- open files
+
+    def _file_up(self, message: m.FileUp, received: Received) -> None:
+        sock, page_fd, door_fd = received.fds
+        slot = message.slot
+        page = Memory(page_fd, FilePage.BYTES_2L)
+        peer = self.inbox.add_peer(socket.socket(fileno=sock), f"file/{message.domain}.{slot}")
+        file = OpenFile(message.domain, page, socket.socket(fileno=door_fd), page_fd, peer)
+        if not message.reborn:
+            self._format_record(slot, message.domain)
+        self.files[slot] = file
+        self.slots[peer] = slot
+        self.path.attach_file(slot, page)
+        self.doors.register(door_fd, 0)
+        waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
+
+        def attached(vcpu: int) -> None:
+            # A CPU that died meanwhile learns of the file when its heir comes up.
+            waiting.discard(vcpu)
+            if not waiting:
+                received.peer.reply(received.request, Done())
+
+        for vcpu in tuple(waiting):
+            self._attach_to(self.cpus[message.domain, vcpu], slot, file, lambda _r, _f, vcpu=vcpu: attached(vcpu))
+        if not waiting:
+            received.peer.reply(received.request, Done())
+
+    def _format_record(self, slot: int, domid: int) -> None:
+        for at in range(0, Machine.FILE_BYTES, 8):
+            if at not in (File.PROCESS_PID & ~7, File.OPENED_NS) and not File.NAME <= at < File.NAME + File.NAME_BYTES:
+                self.machine.store64(Machine.file(slot, at), 0)
+        self.machine.store32(Machine.file(slot, File.DOMAIN), domid)
+        self.machine.store32(Machine.file(slot, File.RESTRICTED), 0xFFFF)
+        self.machine.store64(Machine.file(slot, File.OPENED_NS), now_ns())
+        self.machine.store32_release(Machine.file(slot, File.STATE), File.OPEN)
+
+    def _attach_submission(self, slot: int, message: m.AttachSubmission, fds: list[int]) -> Message:
+        ring_fd, kick = fds
+        index = message.index
+        if index < 0:
+            index = next((i for i in range(SUBMISSIONS_MAX) if self._ring_is_free(i)), -1)
+            if index < 0:
+                raise OSError(errno.EMFILE, f"all {SUBMISSIONS_MAX} submission rings are taken")
+            self.machine.store32(Machine.submission(index, Submission.HEAD), 0)
+            self.machine.store64(Machine.submission(index, Submission.CLAIM), 0)
+            self.machine.store64(Machine.submission(index, Submission.TAKEN), 0)
+            self.machine.store32(Machine.submission(index, Submission.SLOT), slot)
+            self.machine.store32(Machine.submission(index, Submission.PID), message.pid)
+            self.machine.store32_release(Machine.submission(index, Submission.STATE), Submission.ATTACHED)
+        self.path.attach_submission(index, Memory(ring_fd, SubmissionRing.BYTES), slot)
+        os.close(ring_fd)
+        self.rings[index] = slot
+        self.ring_kicks[index] = kick
+        # Edge-triggered: every write of the user wakes us, and nobody has to read the counter back.
+        self.inbox.add_fd(kick, select.EPOLLIN | select.EPOLLET, lambda _events: None)
+        return Done(value=index)
+
+    def _ring_is_free(self, index: int) -> bool:
+        # The record, too: after a rebirth its file may not have come back with it yet.
+        return index not in self.rings and self.machine.load32(Machine.submission(index, Submission.STATE)) == Submission.FREE
+
+    def _detach_submission(self, slot: int, index: int) -> int:
+        if self.rings.get(index) != slot:
+            raise HypercallError(errno.EINVAL, f"submission ring {index} is not this file's")
+        self.path.attach_submission(index, None)
+        self.machine.store32(Machine.submission(index, Submission.STATE), Submission.FREE)
+        del self.rings[index]
+        kick = self.ring_kicks.pop(index)
+        self.inbox.remove_fd(kick)
+        os.close(kick)
+        return 0
+
+    # ---- the end of a file
+
+    def _look_for_hangups(self) -> bool:
+        """Find files whose last reference has gone; their release comes before any other call that waits."""
+        found = False
+        for fd, _events in self.doors.poll(0):
+            self.doors.unregister(fd)
+            slot = next((slot for slot, file in self.files.items() if file.door.fileno() == fd), None)
+            if slot is not None and slot not in self.releasing:
+                self.releasing.add(slot)
+                self.queue.appendleft(Running(self._release(slot), lambda _reply: None))
+                found = True
+        if found and self.active is None:
+            self._next_call()
+        return found
+
+    def on_hangup(self, peer: Peer) -> None:
+        """A dead CPU is waited for; a dead file process is released on its behalf."""
+        for key, cpu in tuple(self.cpus.items()):
+            if cpu is peer:
+                del self.cpus[key]
+        slot = self.slots.get(peer)
+        if slot is not None and slot not in self.releasing:
+            self.releasing.add(slot)
+            self._start(self._release(slot), lambda _reply: None)
+
+    def _release_unknown(self) -> None:
+        """An heir: files that died together with the forerunner left their ports behind."""
+        for slot in range(FILES_MAX):
+            if slot not in self.files and self.machine.load32(Machine.file(slot, File.STATE)) == File.OPEN:
+                domid = self.machine.load32(Machine.file(slot, File.DOMAIN))
+                self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
+                self._start(calls.release(self.irqs, domid, slot), lambda _reply: None)
+        for index in range(SUBMISSIONS_MAX):
+            at = Machine.submission(index, Submission.STATE)
+            owner = self.machine.load32(Machine.submission(index, Submission.SLOT))
+            if index not in self.rings and self.machine.load32(at) != Submission.FREE and owner not in self.files:
+                self.machine.store32(at, Submission.FREE)
+
+    def _release(self, slot: int) -> Generator[calls.Wait, None, int]:
+        file = self.files.get(slot)
+        if file is None:
+            return 0
+        self.releasing.add(slot)
+        closed = yield from calls.release(self.irqs, file.domain, slot)
+        self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
+        for index in [index for index, owner in self.rings.items() if owner == slot]:
+            self._detach_submission(slot, index)
+        self.path.attach_file(slot, None)
+        for (domid, _), cpu in self.cpus.items():
+            if domid == file.domain:
+                with contextlib.suppress(PeerGone):
+                    cpu.tell(m.DetachFile(slot=slot))
+        with contextlib.suppress(FileNotFoundError):
+            self.doors.unregister(file.door.fileno())
+        del self.files[slot]
+        file.door.close()
+        os.close(file.page_fd)
+        file.page.close()
+        self.slots.pop(file.peer, None)
+        self.releasing.discard(slot)
+        with contextlib.suppress(PeerGone):
+            file.peer.tell(m.Released())
+        return closed
+
+
+def _reply(received: Received, reply: Message) -> None:
+    with contextlib.suppress(PeerGone):  # the caller died meanwhile: its release is on the way
+        received.peer.reply(received.request, reply)

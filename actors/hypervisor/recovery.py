@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the heir of a dead hypervisor makes of the pages that it finds. Pure: a test leaves any half-done state and calls it.
+
+Submission rings are not here: an entry that the forerunner had claimed is resolved when its ring is attached
+(shm/native/event_path.c). Calls in flight are undone here and made again by the file's process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pvbus.shm.layout import PORTS_2L, Domain, Irq, Port
+
+if TYPE_CHECKING:
+    from pvbus.actors.hypervisor.irqs import IrqLayer
+    from pvbus.actors.hypervisor.ports import EventChannels
+
+
+def repair(channels: EventChannels, irqs: IrqLayer) -> int:
+    """Close ports that were handed out and never bound, finish unmasks; give the number of ports closed."""
+    closed = 0
+    for domid in channels.domains:
+        for port, word in list(channels.ports(domid)):
+            state = word & 7
+            irq = irqs.word(domid, port)
+            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not irq & (Irq.SLOT | Irq.KERNEL):
+                channels.close(domid, port)
+                closed += 1
+        _finish_unmasks(channels, irqs, domid)
+    return closed
+
+
+def _finish_unmasks(channels: EventChannels, irqs: IrqLayer, domid: int) -> None:
+    """A port with a handler and no reason to be masked is unmasked, and raised again if it is pending."""
+    memory = channels.domains[domid].memory
+    for port in range(1, PORTS_2L):
+        irq = memory.load64(Domain.table(Domain.IRQ_WORDS, port))
+        if irq & Irq.SLOT and not irq & (Irq.REASONS | Irq.IN_SERVICE):
+            irqs.assign(domid, port, Port.unpack(channels.word(domid, port))[3])
+            channels.path.unmask(domid, port, 1)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a machine: a TOML file, its keys checked. Read by the supervisor; the defaults are the documented ones."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from pvbus.actors.runtime import rundir
+from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, VCPUS_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PLATFORMS = ("xen", "hyperv")
+VARIANTS = ("driver-wakeup-order",)
+DOMID_FIRST_RESERVED = 0x7FF0
+
+
+class ConfigError(ValueError):
+    """A configuration that makes no sense; the text names the key and says why."""
+
+
+class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One [[domain]]."""
+
+    id: int
+    cpus: int = 1
+    platforms: tuple[str, ...] = ("xen",)
+    abi: str = "2-level"
+    kernel_virqs: tuple[int, ...] = ()
+    kernel_ports: int = 0
+    affinity: Literal["vcpu0", "spread"] = "vcpu0"
+
+
+class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    name: str = "default"
+    domain: tuple[DomainConfig, ...] = (
+        DomainConfig(id=0, cpus=2, platforms=("xen", "hyperv")),
+        DomainConfig(id=1, cpus=1, platforms=("xen",)),
+    )
+    variants: tuple[str, ...] = ()
+
+
+def load(path: Path | None, name: str | None = None) -> MachineConfig:
+    """Read and check a configuration file, or take the default machine; `name` wins over the file's. Raises ConfigError."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from None
+    if name is not None:
+        data["name"] = name
+    try:
+        config = msgspec.convert(data, MachineConfig, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path or 'configuration'}: {error}") from None
+    check(config)
+    return config
+
+
+def check(config: MachineConfig) -> None:
+    """Refuse what has the right types and makes no sense. Raises ConfigError."""
+    try:
+        rundir.run_directory(config.name)
+    except ValueError as error:
+        raise ConfigError(f"name: {error}") from None
+    if not config.domain:
+        raise ConfigError("domain: a machine needs at least one [[domain]]")
+    if len(config.domain) > DOMAINS_MAX:
+        raise ConfigError(f"domain: {len(config.domain)} domains, at most {DOMAINS_MAX}")
+    seen: set[int] = set()
+    for domain in config.domain:
+        if domain.id in seen:
+            raise ConfigError(f"domain.id: {domain.id} is given twice")
+        seen.add(domain.id)
+        _check_domain(domain)
+    for variant in config.variants:
+        if variant not in VARIANTS:
+            raise ConfigError(f"variants: {variant!r} is not one of {', '.join(VARIANTS)}")
+
+
+def _check_domain(domain: DomainConfig) -> None:
+    where = f"domain {domain.id}: "
+
+    def need(held: bool, key: str, why: Callable[[], str]) -> None:  # noqa: FBT001 - a condition
+        if not held:
+            raise ConfigError(f"{where}{key}: {why()}")
+
+    need(0 <= domain.id < DOMID_FIRST_RESERVED, "id", lambda: f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}")
+    need(1 <= domain.cpus <= VCPUS_MAX, "cpus", lambda: f"{domain.cpus} is not in 1..{VCPUS_MAX}")
+    for platform in domain.platforms:
+        need(platform in PLATFORMS, "platforms", lambda: f"{platform!r} is not one of {', '.join(PLATFORMS)}")
+    need(domain.abi == "2-level", "abi", lambda: f"{domain.abi!r} is not known here: '2-level'")
+    for virq in domain.kernel_virqs:
+        need(0 <= virq < NR_VIRQS, "kernel_virqs", lambda: f"{virq} is not in 0..{NR_VIRQS - 1}")
+    need(len(set(domain.kernel_virqs)) == len(domain.kernel_virqs), "kernel_virqs", lambda: "a VIRQ is given twice")
+    need(0 <= domain.kernel_ports < PORTS_2L, "kernel_ports", lambda: f"{domain.kernel_ports} is not in 0..{PORTS_2L - 1}")
+    if domain.id != 0:
+        per_vcpu_or_domain = {0, 1, 7, 11, 13}
+        foreign = [virq for virq in domain.kernel_virqs if virq not in per_vcpu_or_domain]
+        need(not foreign, "kernel_virqs", lambda: f"global VIRQ {foreign[0]} is handled by domain 0")

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An actor that is a process: pykka's actor in the main thread, its inbox an epoll set, its crash an exit
+status.
+
+The supervisor writes `Start` and `Stop` on the control socket, the child answers there. pykka runs an actor
+in a thread and swallows its crashes (an exception in a tell ends it silently, one in an ask lets it live on),
+so we replace four of its private hooks: `_create_actor_inbox`, `_create_future`, `_start_actor_loop`,
+`_stop`. That is why pykka is pinned below 4.6. What the actors do must not be added here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import importlib
+import itertools
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import msgspec
+import pykka
+from pykka import ActorDeadError, ActorRegistry, ThreadingFuture
+
+from pvbus.actors.runtime import wire
+from pvbus.actors.runtime.clock import Clock, MonotonicClock
+from pvbus.actors.runtime.inbox import Inbox, InvariantError, Peer, PeerGone, Received
+from pvbus.actors.runtime.wire import FDS_MAX, Done, Failure, Message, WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykka import Future
+
+__all__ = [
+    "InvariantError",
+    "Peer",
+    "PeerGone",
+    "ProcessActor",
+    "Received",
+    "Start",
+    "Started",
+    "Stop",
+    "ask_blocking",
+]
+
+EXIT_BROKEN = 70
+"""A broken invariant, or anything else untyped; the traceback is on stderr."""
+EXIT_ORPHANED = 71
+"""The supervisor's end of the control socket closed: the machine is gone, and nobody is left to stop us in
+order.
+"""
+EXIT_START_FAILED = 72
+"""The entry could not be imported or built, or `on_ready` raised; the supervisor has the reason as a Failure.
+"""
+
+START_WAIT_S = 30.0
+"""How long a forked child waits for its Start, which the supervisor sends at once."""
+TEXT_MAX = 512
+"""Letters of an exception in a Failure; the whole traceback is on stderr."""
+
+
+class Start(Message, frozen=True, kw_only=True):
+    """Tell a forked child what it is; `fds` names the descriptors that come along, in their order."""
+
+    fds_max: ClassVar[int | None] = FDS_MAX
+    name: str
+    entry: str
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+    fds: list[str] = msgspec.field(default_factory=list)
+
+
+class Started(Message, frozen=True, kw_only=True):
+    """Answer Start, when `on_ready` has returned."""
+
+    fds_max: ClassVar[int | None] = 0
+    pid: int
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Ask a child to end in order; answered with Done after `on_stop`."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
+class ProcessActor(pykka.Actor):
+    """Run an actor in the main thread of its own process; a room subclasses it in its `process.py`.
+
+    `run` returns the exit code. `start`, pykka's class method, would block until the end likewise; use `run`.
+    """
+
+    actor_inbox: Inbox
+
+    def __init__(self, name: str, control: socket.socket, clock: Clock | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.exit_code = 0
+        self.start_request = 0
+        self.inbox = self.actor_inbox
+        self.inbox.name = name
+        self.inbox.clock = clock or self.inbox.clock
+        self.inbox.on_hangup = self._on_peer_hangup
+        self.supervisor = self.inbox.add_peer(control, "supervisor")
+
+    # What a room overrides; pykka's `on_stop` is the third.
+
+    def on_ready(self) -> None:
+        """Do what is left before the supervisor hears that we are up; an exception fails the start."""
+
+    def on_message(self, received: Received) -> Message | None:
+        """Handle one message; return its reply, or None to reply later (`received.peer.reply`).
+
+        An OSError becomes a Failure with its errno. Any other exception says that we are broken and ends the
+        process.
+        """
+        raise OSError(errno.ENOSYS, f"{self.name} does not know {type(received.message).__name__}")
+
+    def on_hangup(self, peer: Peer) -> None:
+        """Learn that a peer other than the supervisor has hung up; its asks have failed already."""
+
+    # pykka's hooks.
+
+    @staticmethod
+    def _create_actor_inbox() -> Inbox:
+        return Inbox(MonotonicClock())
+
+    @staticmethod
+    def _create_future() -> Future[Any]:
+        return ThreadingFuture()
+
+    def _start_actor_loop(self) -> None:
+        try:
+            self.on_ready()
+        except BaseException as error:
+            self._die(error, EXIT_START_FAILED)
+            self.supervisor.reply(self.start_request, failure_of(error))
+        else:
+            self.supervisor.reply(self.start_request, Started(pid=os.getpid()))
+            try:
+                # Not `_actor_loop`: its teardown takes what is left out of the inbox and tells nobody.
+                self._actor_loop_running()
+            except BaseException as error:
+                self._die(error, EXIT_BROKEN)
+        try:
+            self.inbox.close(answer=self.exit_code == 0)
+        except BaseException as error:
+            self._die(error, EXIT_BROKEN)
+        ActorRegistry.unregister(self.actor_ref)
+
+    def _stop(self) -> None:
+        if self.actor_stopped.is_set():
+            return
+        self.actor_stopped.set()
+        ActorRegistry.unregister(self.actor_ref)
+        if self.exit_code == 0:
+            try:
+                self.on_stop()
+            except BaseException as error:
+                self._die(error, EXIT_BROKEN)
+
+    def on_receive(self, message: Any) -> None:
+        """Serve pykka's loop; rooms override `on_message`."""
+        try:
+            if not isinstance(message, Received):
+                text = f"{self.name} got a {type(message).__name__} through a pykka reference"
+                raise InvariantError(text)
+            if isinstance(message.message, Stop):
+                self._on_stop_message(message)
+            else:
+                self._answer(message)
+        except BaseException as error:
+            self._die(error, EXIT_BROKEN)
+
+    def _answer(self, received: Received) -> None:
+        try:
+            reply = self.on_message(received)
+        except OSError as error:
+            reply = failure_of(error)
+            if received.request == 0:
+                print(f"{self.name}: {type(received.message).__name__}: {error}", file=sys.stderr, flush=True)
+        if reply is not None:
+            received.peer.reply(received.request, reply)
+
+    def _on_stop_message(self, received: Received) -> None:
+        if received.peer is not self.supervisor:
+            received.peer.reply(
+                received.request, Failure(errno=errno.EPERM, text="only the supervisor stops an actor")
+            )
+            return
+        self._stop()
+        if self.exit_code == 0:
+            received.peer.reply(received.request, Done())
+
+    def _on_peer_hangup(self, peer: Peer) -> None:
+        if peer is self.supervisor:
+            self.exit_code = self.exit_code or EXIT_ORPHANED
+            self._end_soon()
+        else:
+            self.on_hangup(peer)
+
+    def _end_soon(self) -> None:
+        with contextlib.suppress(ActorDeadError):
+            self.stop()
+
+    def _die(self, error: BaseException, code: int) -> None:
+        self.exit_code = code
+        self.actor_stopped.set()
+        print(f"{self.name}: exit {code}", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+
+    def run(self) -> int:
+        """Run until stopped, broken or orphaned; return the exit code.
+
+        In a main thread SIGINT is ignored (a terminal's Ctrl-C goes to the supervisor, which stops us in
+        order) and SIGTERM stops us in order.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: self.inbox.call_soon(self._end_soon))
+            self.inbox.wake_on_signals()
+        ActorRegistry.register(self.actor_ref)
+        self._start_actor_loop()
+        return self.exit_code
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Return what a caller is told of an exception: an OSError's errno, EIO for anything else."""
+    if isinstance(error, OSError):
+        return Failure(errno=error.errno or errno.EIO, text=(error.strerror or str(error))[:TEXT_MAX])
+    return Failure(errno=errno.EIO, text=f"{type(error).__name__}: {error}"[:TEXT_MAX])
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Have the kernel send us `number` when the thread that forked us dies (prctl PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(1, number, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def child_main(control: socket.socket, parent_pid: int | None = None) -> NoReturn:
+    """Be a forked child until the process ends: receive Start, build the actor, run it."""
+    code = EXIT_BROKEN
+    try:
+        code = _run_child(control, parent_pid)
+    except BaseException as error:
+        traceback.print_exception(error)
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _run_child(control: socket.socket, parent_pid: int | None) -> int:
+    set_parent_death_signal(signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        return EXIT_ORPHANED
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control.settimeout(START_WAIT_S)
+    data, fds = wire.recv_frame(control)
+    if not data:
+        return EXIT_ORPHANED
+    frame = wire.decode(data)
+    try:
+        actor = _build(frame.message, control, fds)
+    except BaseException as error:
+        traceback.print_exception(error)
+        control.settimeout(START_WAIT_S)
+        wire.send_frame(control, wire.encode(failure_of(error), frame.request, reply=True))
+        return EXIT_START_FAILED
+    actor.start_request = frame.request
+    return actor.run()
+
+
+def _build(start: Message, control: socket.socket, fds: list[int]) -> ProcessActor:
+    if not isinstance(start, Start) or len(start.fds) != len(fds):
+        text = f"a child's first message is Start with its descriptors, not {start!r} with {len(fds)}"
+        raise WireError(text)
+    from setproctitle import setproctitle
+
+    setproctitle(f"pvbus: {start.name}")
+    module_name, _, class_name = start.entry.partition(":")
+    entry = getattr(importlib.import_module(module_name), class_name)
+    actor = entry(start.name, control, start.arguments, dict(zip(start.fds, fds, strict=True)))
+    if not isinstance(actor, ProcessActor):
+        text = f"{start.entry} made a {type(actor).__name__}, not a ProcessActor"
+        raise TypeError(text)
+    return actor
+
+
+_requests = itertools.count(1)
+
+
+def ask_blocking(
+    sock: socket.socket, message: Message, fds: Sequence[int] = (), timeout_s: float = 5.0
+) -> tuple[Message, list[int]]:
+    """Send a request on a SEQPACKET socket and wait for its reply: for clients, which have no loop.
+
+    One caller at a time a socket. TimeoutError; PeerGone; a Failure is raised as OSError(errno, text).
+    Replies to earlier calls that timed out are dropped.
+    """
+    request = next(_requests)
+    wire.check_fds(message, len(fds))
+    data = wire.encode(message, request)
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        while not _try_send(sock, data, fds):
+            _wait(sock, select.POLLOUT, deadline_s, message)
+        while True:
+            _wait(sock, select.POLLIN, deadline_s, message)
+            answer = _try_receive(sock, request)
+            if answer is not None:
+                return answer
+    except (BrokenPipeError, ConnectionResetError):
+        raise PeerGone(type(message).__name__) from None
+
+
+def _wait(sock: socket.socket, events: int, deadline_s: float, message: Message) -> None:
+    poller = select.poll()
+    poller.register(sock, events)
+    left_ms = max(0.0, deadline_s - time.monotonic()) * 1000
+    if not poller.poll(left_ms):
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer to {type(message).__name__}")
+
+
+def _try_send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> bool:
+    try:
+        wire.send_frame(sock, data, fds, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _try_receive(sock: socket.socket, request: int) -> tuple[Message, list[int]] | None:
+    try:
+        data, fds = wire.recv_frame(sock, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    if not data:
+        raise BrokenPipeError
+    try:
+        frame = wire.decode(data)
+    except WireError:
+        wire.close_fds(fds)
+        raise
+    ours = frame.reply and frame.request == request
+    complaint = not frame.reply and frame.request == 0 and isinstance(frame.message, Failure)
+    if not ours and not complaint:
+        wire.close_fds(fds)
+        return None
+    if isinstance(frame.message, Failure):
+        raise frame.message.as_oserror()
+    return frame.message, fds

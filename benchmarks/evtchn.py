@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine's own side: a sender in domain 1, a receiver in domain 0, bound port by port.
+
+An event counts when the receiver has read it and written it back. A notify that merges into one still
+pending is therefore worth nothing, and the sender holds back: it never has more under way than it has ports
+(two with one port: the second stays pending while the first is masked). When merging has let its count run
+ahead of the truth, the receiver stands still, and the sender starts counting anew from what was received.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import time
+from itertools import repeat
+from time import perf_counter_ns
+
+from pvbus.benchmarks.page import DONE, RECEIVED, STOP, STRIDE, Feed, Page
+from pvbus.verify.launch import Machine, OpenFile
+
+SENDER_DOMAIN, RECEIVER_DOMAIN = 1, 0
+PORTS_MAX = 4095  # of a domain with the two-level ABI: port 0 is never given out
+STANDSTILL_NS = 200_000  # some wake-ups long: no event in that time means that none is under way
+FEED_PAUSE_S = 0.0002
+BIRTH_S_MAX = 20.0
+
+
+def offer(file: OpenFile, ports_max: int) -> list[int]:
+    """Offer as many ports as fit."""
+    ports: list[int] = []
+    try:
+        while len(ports) < ports_max:
+            ports.append(file.bind_unbound_port(SENDER_DOMAIN))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    return ports
+
+
+def accept(file: OpenFile, offered: list[int]) -> list[int]:
+    """Bind to as many of them as fit, and take the event that each is born with."""
+    ports: list[int] = []
+    try:
+        for remote in offered:
+            ports.append(file.bind_interdomain(RECEIVER_DOMAIN, remote))  # noqa: PERF401 -- ENOSPC ends it half-way
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    born = 0
+    deadline = time.monotonic() + BIRTH_S_MAX
+    while born < len(ports) and time.monotonic() < deadline:
+        if file.poll(select.POLLIN, timeout_ms=100) & select.POLLIN:
+            data = file.read(4096)
+            file.write(data)
+            born += len(data) // 4
+    return ports
+
+
+def drain(machine: Machine, file: OpenFile) -> None:
+    """Take what is left over from a row, so that the next begins with nothing under way."""
+    machine.settle()
+    while file.poll(select.POLLIN, timeout_ms=0) & select.POLLIN:
+        file.write(file.read(4096))
+        machine.settle()
+
+
+class Pacer:
+    """Holds a sender back to what its ports can carry."""
+
+    def __init__(self, page: Page, ports: int) -> None:
+        self._words = page.words
+        self._under_way_max = max(2, ports)
+        self._sent = 0
+
+    def step(self, events: int) -> None:
+        """Wait until so many more fit; give up waiting when the receiver stands still."""
+        words = self._words
+        limit = self._under_way_max - events
+        seen = words[RECEIVED]
+        if self._sent - seen > limit:
+            since = perf_counter_ns()
+            while self._sent - (now := words[RECEIVED]) > limit and not words[STOP]:
+                if now != seen:
+                    seen, since = now, perf_counter_ns()
+                elif perf_counter_ns() - since > STANDSTILL_NS:
+                    self._sent = now
+        self._sent += events
+
+
+def send_single(page: Page, file: OpenFile, ports: list[int]) -> None:
+    """Notify port after port, one call each."""
+    words = page.words
+    notify = file.notify
+    step = min(STRIDE, len(ports))
+    groups = [ports[at : at + step] for at in range(0, len(ports), step)]
+    pacer = Pacer(page, len(ports))
+    while not words[STOP]:
+        for group in groups:
+            pacer.step(len(group))
+            for port in group:
+                notify(port)
+    for _ in Feed(page, FEED_PAUSE_S):
+        for port in groups[0]:
+            notify(port)
+
+
+def receive_single(page: Page, file: OpenFile, ports: list[int]) -> None:
+    """Read one port, write it back; every read blocks while there is nothing."""
+    words = page.words
+    read, write = file.read, file.write
+    stride = max(1, min(STRIDE, len(ports) // 8))
+    count = 0
+    while not words[STOP]:
+        for _ in repeat(None, stride):
+            write(read(4))
+        count += stride
+        words[RECEIVED] = count
+    words[DONE] = 1
+
+
+def send_batch(page: Page, file: OpenFile, ports: list[int], batch: int) -> None:
+    """Notify lists of ports."""
+    words = page.words
+    notify_many = file.notify_many
+    step = min(batch, max(1, len(ports) // 4))  # so that four lists can be under way
+    groups = [ports[at : at + step] for at in range(0, len(ports), step)]
+    pacer = Pacer(page, len(ports))
+    while not words[STOP]:
+        for group in groups:
+            pacer.step(len(group))
+            notify_many(group)
+    for _ in Feed(page, FEED_PAUSE_S):
+        notify_many(groups[0])
+
+
+def receive_batch(page: Page, file: OpenFile, batch: int) -> None:
+    """Read lists of ports, and enable them."""
+    words = page.words
+    read_ports, enable = file.read_ports, file.enable
+    count = 0
+    while not words[STOP]:
+        ports = read_ports(batch)
+        enable(ports)
+        count += len(ports)
+        words[RECEIVED] = count
+    words[DONE] = 1
+
+
+def trip(page: Page, file: OpenFile, port: int) -> list[int]:
+    """Notify, wait for the answer on the same port, write it back; return the times in nanoseconds."""
+    words = page.words
+    notify, read, write = file.notify, file.read, file.write
+    times = []
+    while not words[STOP]:
+        begin = perf_counter_ns()
+        notify(port)
+        write(read(4))
+        times.append(perf_counter_ns() - begin)
+    words[DONE] = 1
+    notify(port)  # wakes the other side, which sees DONE and does not answer
+    return times
+
+
+def echo(page: Page, file: OpenFile, port: int) -> None:
+    """Answer every event on its own port."""
+    words = page.words
+    notify, read, write = file.notify, file.read, file.write
+    while True:
+        write(read(4))
+        if words[DONE]:
+            return
+        notify(port)

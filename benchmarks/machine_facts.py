@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine costs before the first event: boot, open, memory.
+
+Reads /proc through psutil for the processes that `machine.status()` names and the supervisor; changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from pvbus.actors.client import attach
+from pvbus.verify.launch import launched
+
+OPENS = 21
+
+
+@dataclass(frozen=True)
+class MachineFigures:
+    """Medians, and each process's proportional share of memory."""
+
+    boot_ms: float
+    open_p50_us: float
+    pss_kib: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain figures."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Say it."""
+        total = sum(self.pss_kib.values())
+        each = ", ".join(f"{name} {kib / 1024:.1f}" for name, kib in self.pss_kib.items())
+        return [
+            f"boot to ready {self.boot_ms:.0f} ms, open_evtchn p50 {self.open_p50_us / 1000:.1f} ms",
+            f"PSS {total / 1024:.1f} MiB in {len(self.pss_kib)} processes (MiB): {each}",
+        ]
+
+
+def measure_boot(name: str, boots: int) -> float:
+    """Boot and stop machines; return the median time to ready in ms, the interpreter's start included."""
+    times = []
+    for _ in range(boots):
+        with launched(name) as machine:
+            times.append(machine.boot_s * 1000)
+    return statistics.median(times)
+
+
+def measure_running(name: str, boot_ms: float, supervisor_pid: int) -> MachineFigures:
+    """Open and close files on a running machine, and weigh its processes."""
+    with attach(name=name) as machine:
+        times = []
+        for _ in range(OPENS):
+            begin = time.perf_counter()
+            file = machine.open_evtchn(domain=0, nonblock=True)
+            times.append((time.perf_counter() - begin) * 1e6)
+            file.close()
+        machine.settle()
+        pids = {row["name"]: row["pid"] for row in machine.status()["processes"] if row["pid"]}
+        if supervisor_pid not in pids.values():
+            pids["supervisor"] = supervisor_pid
+        weights: dict[str, int] = {}
+        for process, pid in pids.items():
+            try:
+                weights[process] = psutil.Process(pid).memory_full_info().pss // 1024
+            except psutil.NoSuchProcess:  # a file that was being closed
+                continue
+    return MachineFigures(boot_ms, statistics.median(times), weights)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the whole path beside multiprocessing.Pipe and pyzmq: `make bench`.
+
+    benchmarks/run.py [--quick] [--json] [--seconds S] [--rounds N]
+
+One machine, one pair of processes, no pinning. All rows are run in each round, so that whatever the
+computer does meanwhile falls on all of them; a row's figure is the median of its rounds, a ratio the median
+of the ratios within each round. Nothing but figures of this run is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ in {"__main__", "__mp_main__"}:  # started as a script: the checkout is the package pvbus
+    sys.path.append(str(Path(__file__).resolve().parent.parent / ".dev"))
+
+from pvbus.benchmarks.evtchn import PORTS_MAX
+from pvbus.benchmarks.machine_facts import MachineFigures, measure_boot, measure_running
+from pvbus.benchmarks.page import percentiles
+from pvbus.benchmarks.pair import Pair
+from pvbus.verify.launch import launched
+
+SCHEMA = 1
+EVENTS_RATIO_MIN = {"pipe": 5.0, "zmq": 2.0}  # what the shape of the data path lets one expect
+TRIP_RATIO_MAX = 2.0  # to Pipe: two hops more, each a wake-up at worst
+
+
+@dataclass
+class Row:
+    """One line of the table: what is measured, and a figure a round."""
+
+    kind: str  # "single", "batch" or "trip"
+    transport: str
+    ports: int = 1
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What the row is called."""
+        names = {"pipe": "multiprocessing.Pipe", "zmq": "pyzmq PUSH/PULL ipc"}
+        if self.transport != "pvbus":
+            return names[self.transport]
+        return f"pvbus, {self.ports} port{'s' * (self.ports != 1)}" if self.kind != "trip" else "pvbus"
+
+    def median(self, figure: int = 0) -> float:
+        """Return the median over the rounds of one figure."""
+        return statistics.median(values[figure] for values in self.rounds)
+
+    def ratio(self, other: Row, figure: int = 0) -> float:
+        """Return the median over the rounds of the ratio to another row."""
+        both = zip(self.rounds, other.rounds, strict=True)
+        return statistics.median(mine[figure] / (theirs[figure] or 1.0) for mine, theirs in both)
+
+
+def make_rows(ports: int, with_zmq: bool) -> list[Row]:
+    """List what is measured, in the order of the table."""
+    peers = ["pipe", "zmq"] if with_zmq else ["pipe"]
+    counts = sorted({min(count, ports) for count in (1, 256, PORTS_MAX)})
+    return [
+        *(Row("single", "pvbus", count) for count in counts),
+        *(Row("single", peer) for peer in peers),
+        *(Row("batch", "pvbus", count) for count in counts if count > 1),
+        *(Row("batch", peer) for peer in peers),
+        Row("trip", "pvbus"),
+        *(Row("trip", peer) for peer in peers),
+    ]
+
+
+def measure(pair: Pair, rows: Sequence[Row], seconds: float, rounds: int) -> None:
+    """Run all rows, round by round."""
+    for _ in range(rounds):
+        for row in rows:
+            name = f"{row.transport} {row.kind}"
+            if row.kind == "trip":
+                row.rounds.append(percentiles(pair.trips(name, seconds / rounds)))
+            else:
+                row.rounds.append((pair.rate(name, row.ports, seconds / rounds),))
+
+
+def facts() -> dict[str, Any]:
+    """Say what this was measured on."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    cores = len(os.sched_getaffinity(0))
+    return {"cores": cores, "cpu": cpu, "kernel": platform.release(), "python": python}
+
+
+def _ratios(row: Row, rows: Sequence[Row], figure: int = 0) -> dict[str, float]:
+    others = [other for other in rows if other.kind == row.kind and other.transport != "pvbus"]
+    return {other.transport: row.ratio(other, figure) for other in others} if row.transport == "pvbus" else {}
+
+
+def as_json(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -> dict[str, Any]:
+    """Return all figures."""
+    listed = []
+    for row in rows:
+        figures = ("p50_us", "p99_us") if row.kind == "trip" else ("events_per_s",)
+        entry: dict[str, Any] = {"kind": row.kind, "transport": row.transport, "ports": row.ports}
+        entry |= {name: row.median(index) for index, name in enumerate(figures)}
+        entry["ratios"] = _ratios(row, rows)
+        entry["rounds"] = row.rounds
+        listed.append(entry)
+    return {"schema": SCHEMA, **about, "rows": listed, "machine": machine.as_json()}
+
+
+def _cell(ratios: dict[str, float], peer: str) -> str:
+    return f"{ratios[peer]:8.2f} ×" if peer in ratios else " " * 10
+
+
+def table(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -> str:
+    """Draw the table."""
+    each_s = about["seconds"] / about["rounds"]
+    lines = [
+        f"{about['cores']} cores, {about['cpu']}, Linux {about['kernel']}, {about['python']}",
+        f"{about['rounds']} interleaved rounds of {each_s:.2g} s a row, medians: {about['command']}",
+    ]
+    heads = {
+        "single": ("events a second, one call an event (read and written back)", "events/s", ""),
+        "batch": ("events a second, batch forms (at most 256 ids a call)", "events/s", ""),
+        "trip": ("round trip, blocking on both sides", "p50 µs", "p99 µs"),
+    }
+    for kind, (head, first, second) in heads.items():
+        lines += ["", f"{head:<60}{first:>12}{second:>10}   to Pipe   to zmq"]
+        for row in rows:
+            if row.kind != kind:
+                continue
+            ratios = _ratios(row, rows)
+            middle = f"{row.median():12,.0f}{'':10}"
+            if kind == "trip":
+                middle = f"{row.median():12.1f}{row.median(1):10.1f}"
+            lines.append(f"  {row.title:<58}{middle}{_cell(ratios, 'pipe')}{_cell(ratios, 'zmq')}")
+    return "\n".join([*lines, "", *machine.lines()])
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """Compare with what the shape of the data path lets one expect."""
+    said = []
+    for row in rows:
+        ratios = _ratios(row, rows) if row.kind == "single" else {}
+        for peer, least in EVENTS_RATIO_MIN.items():
+            if peer in ratios:
+                said.append(f"{row.title}: {ratios[peer]:.2f} × {peer} in events/s, expected ≥ {least:g}")
+    trips = next(row for row in rows if row.kind == "trip" and row.transport == "pvbus")
+    trip_ratio = _ratios(trips, rows)["pipe"]
+    said.append(f"round trip p50: {trip_ratio:.2f} × pipe, expected ≤ {TRIP_RATIO_MAX:g}")
+    return said
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Measure pvbus beside Pipe and pyzmq.")
+    parser.add_argument("--quick", action="store_true", help="half a second a row, two rounds")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, help="a row, all rounds together (default 2)")
+    parser.add_argument("--rounds", type=int, help="(default 5)")
+    options = parser.parse_args()
+    seconds = options.seconds or (0.5 if options.quick else 2.0)
+    rounds = options.rounds or (2 if options.quick else 5)
+    if not 0 < seconds <= 600 or not 0 < rounds <= 100:
+        parser.error("--seconds must be within 0 … 600 and --rounds within 1 … 100")
+    with_zmq = importlib.util.find_spec("zmq") is not None
+    if not with_zmq:
+        print("pyzmq is not installed, its rows are left out: pip install pyzmq", file=sys.stderr)
+    command = shlex.join(["python", *sys.argv])
+    about = {**facts(), "seconds": seconds, "rounds": rounds, "command": command}
+    begin = time.monotonic()
+    name = f"bench-{os.getpid()}"
+    boots = measure_boot(name, 2 if options.quick else 5)
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pvbus-bench-"))
+        machine = stack.enter_context(launched(name))
+        pair = stack.enter_context(closing(Pair(name, PORTS_MAX, directory, with_zmq)))
+        figures = measure_running(name, boots, machine.process.pid)
+        rows = make_rows(pair.ports, with_zmq)
+        measure(pair, rows, seconds, rounds)
+    about["took_s"] = round(time.monotonic() - begin, 1)
+    if options.json:
+        print(json.dumps(as_json(rows, figures, about), indent=2))
+    else:
+        print(table(rows, figures, about))
+        print("\n".join(["", *verdicts(rows)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the C files of the core know of each other.  All int64_t functions return PV_DEAD when an explored context died. */
+#ifndef PVBUS_CORE_H
+#define PVBUS_CORE_H
+
+#include "atomics.h"
+#include "layout.h"
+
+extern PyTypeObject *pv_memory_type;
+int pv_memory_check(PyObject *object, size_t size_min, const char *what);
+int pv_memory_init(PyObject *module);
+int pv_event_path_init(PyObject *module);
+int pv_user_file_init(PyObject *module);
+
+#define PV_PORTS_2L 4096u
+
+/* shared_info.c: the 2-level ABI.  Return 0, or 1 + vCPU when its doorbell may have to be rung. */
+int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
+int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi);
+int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu, uint32_t word);
+/* 1 when the sleeping CPU must be woken; clears its announcement. */
+int64_t pv_vcpu_kick(MemoryObject *domain, uint32_t vcpu);
+
+/* event_ring.c */
+#define PV_PUSH_WAKE 1
+#define PV_PUSH_OVERFLOW 2
+#define PV_PUSH_POISONED 4
+#define PV_PUSH_GONE 8
+int64_t pv_ring_lock(MemoryObject *machine, uint32_t slot, uint32_t owner);
+int64_t pv_ring_unlock(MemoryObject *machine, uint32_t slot);
+int64_t pv_ring_push(MemoryObject *machine, uint32_t slot, MemoryObject *page, uint32_t port, uint32_t owner,
+                     MemoryObject *domain);
+int64_t pv_ring_take(MemoryObject *page, uint32_t *out, uint32_t max, int *emptied);
+int64_t pv_ring_grow(MemoryObject *machine, uint32_t slot, MemoryObject *page);
+int64_t pv_ring_reset(MemoryObject *machine, uint32_t slot, MemoryObject *page);
+int64_t pv_ring_poison(MemoryObject *machine, uint32_t slot, MemoryObject *page);
+int64_t pv_ring_recover(MemoryObject *machine, uint32_t slot, MemoryObject *page, uint32_t owner, MemoryObject *domain);
+int64_t pv_ring_state(MemoryObject *page); /* entries, or PV_RING_* */
+#define PV_RING_OVERFLOW (1ll << 40)
+#define PV_RING_POISONED (1ll << 41)
+int64_t pv_door_lower(MemoryObject *page); /* 1 = not empty: go on, or re-arm */
+int64_t pv_door_raise(MemoryObject *page); /* 1 = the byte has to be sent */
+
+/* interrupt.c: the late-EOI chip and the interrupt handler */
+int64_t pv_eoi(MemoryObject *domain, uint32_t port, uint32_t slot);
+typedef struct { uint32_t slots[64]; uint32_t count; } pv_wakes;
+int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, uint32_t budget,
+                  pv_wakes *wakes);
+int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, pv_wakes *wakes);
+
+/* submission.c */
+int64_t pv_submission_push(MemoryObject *ring, uint32_t *tail, uint32_t entry); /* 0, or 1 = full */
+int64_t pv_submission_must_kick(MemoryObject *public_page);
+
+static inline size_t pv_domain_table(uint32_t ports_max, unsigned table, uint32_t port)
+{
+    return PV_DOMAIN_TABLES + ((size_t)table * ports_max + port) * 8u;
+}
+#define PV_PORT_WORD(port) pv_domain_table(PV_PORTS_2L, 0, port)
+#define PV_IRQ_WORD(port) pv_domain_table(PV_PORTS_2L, 1, port)
+#define PV_PENDING_SINCE(port) pv_domain_table(PV_PORTS_2L, 2, port)
+#define PV_SERVED_AT(port) pv_domain_table(PV_PORTS_2L, 3, port)
+#define PV_SHARED(field) (PV_DOMAIN_SHARED_INFO + offsetof(struct pv_shared_info, field))
+#define PV_VCPU_INFO(v, field) \
+    (PV_DOMAIN_SHARED_INFO + (size_t)(v) * sizeof(struct pv_vcpu_info) + offsetof(struct pv_vcpu_info, field))
+#define PV_VCPU(v, field) (PV_DOMAIN_VCPUS + (size_t)(v) * 1024u + offsetof(struct pv_vcpu, field))
+#define PV_ARRIVAL(v, i) (PV_DOMAIN_ARRIVALS + ((size_t)(v) * PV_ARRIVALS + ((i) & (PV_ARRIVALS - 1))) * 4u)
+#define PV_FILE(slot, field) (PV_MACHINE_FILES + (size_t)(slot) * 256u + offsetof(struct pv_file, field))
+#define PV_SUBMISSION(i, field) (PV_MACHINE_SUBMISSIONS + (size_t)(i) * 64u + offsetof(struct pv_submission, field))
+#define PV_PAGE(field) offsetof(struct pv_file_page, field)
+
+uint64_t pv_now_ns(void);
+
+#endif /* PVBUS_CORE_H */

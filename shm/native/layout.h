@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The shared pages, byte for byte.  pvbus/shm/layout.py draws them for readers; a test holds the two against each other
+ * through the LAYOUT table that the module exports.
+ */
+#ifndef PVBUS_LAYOUT_H
+#define PVBUS_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PV_LAYOUT_VERSION 1u
+#define PV_VCPUS_MAX 32u
+#define PV_NR_VIRQS 24u
+#define PV_FILES_MAX 1024u          /* the owner field of an irq word has 12 bits; 1,024 open files is what doctor promises */
+#define PV_SUBMISSIONS_MAX 2048u    /* one a process that uses a file: forks included */
+#define PV_SUBMISSION_ENTRIES 8192u /* holds notify_many() of every 2-level port, twice */
+#define PV_DOMAINS_MAX 16u
+
+/* ---- xen.h, 64-bit guest: the 2-level shared info page (wire facts X5) ---- */
+struct pv_vcpu_info {
+    uint8_t evtchn_upcall_pending;
+    uint8_t evtchn_upcall_mask;
+    uint8_t pad[6];
+    uint64_t evtchn_pending_sel;
+    uint8_t arch[16];
+    uint8_t time[32];
+};
+struct pv_shared_info {
+    struct pv_vcpu_info vcpu_info[PV_VCPUS_MAX];
+    uint64_t evtchn_pending[64];
+    uint64_t evtchn_mask[64];
+    uint8_t wall_clock[16];
+};
+
+/* ---- a domain's segment: header, shared info, virtual CPUs, then four tables of ports_max words ---- */
+struct pv_domain_header {
+    uint32_t version, magic, ports_max, vcpus, domid, abi;
+    uint8_t pad[488];
+    uint32_t virq[PV_VCPUS_MAX][PV_NR_VIRQS]; /* the port a VIRQ is bound to, 0 = none; per-domain and global ones in row 0 */
+};
+struct pv_vcpu {                     /* 1024 bytes */
+    uint64_t evtchn_mask[64];        /* ports this virtual CPU serves (the guest's cpu_evtchn mask) */
+    uint32_t sleeping;               /* 1 = its process may sleep: ring its doorbell */
+    uint32_t generation;             /* how often its process was born */
+    uint32_t last_word, last_bit;    /* where the round-robin scan goes on */
+    uint64_t upcalls, events, unhandled, spurious, warnings, migrations;
+    uint64_t heartbeat_ns;
+    uint32_t arrivals_head, arrivals_tail; /* the CPU consumes, the hypervisor appends */
+    uint8_t pad[432];
+};
+#define PV_DOMAIN_SHARED_INFO 4096u
+#define PV_DOMAIN_VCPUS 8192u
+#define PV_DOMAIN_TABLES (PV_DOMAIN_VCPUS + PV_VCPUS_MAX * 1024u)
+/* table i (0 port words, 1 irq words, 2 pending since, 3 served at) starts at PV_DOMAIN_TABLES + i * 8 * ports_max */
+#define PV_DOMAIN_ARRIVALS (PV_DOMAIN_TABLES + 4u * 8u * 4096u)
+#define PV_ARRIVALS 4096u            /* a vCPU's log of ports in the order in which they were raised; full = order is lost, no event */
+#define PV_DOMAIN_BYTES (PV_DOMAIN_ARRIVALS + PV_VCPUS_MAX * PV_ARRIVALS * 4u)
+
+/* Port word: the hypervisor's view of a port; one store changes a port's state. */
+#define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
+#define PV_PORT_REMOTE_DOMAIN(w) ((uint32_t)(((w) >> 8) & 0xffffu))
+#define PV_PORT_REMOTE_PORT(w) ((uint32_t)(((w) >> 24) & 0x1ffffu)) /* for a VIRQ its number */
+#define PV_PORT_VCPU(w) ((uint32_t)(((w) >> 48) & 0x3fu))   /* notify vCPU */
+enum { PV_FREE, PV_RESERVED, PV_UNBOUND, PV_INTERDOMAIN, PV_PIRQ, PV_VIRQ, PV_IPI };
+
+/* Irq word: the guest kernel's view, where a port stands between pending and written back; each step is one compare-exchange. */
+#define PV_IRQ_SLOT(w) ((uint32_t)((w) & 0xfffu))           /* open file + 1; 0 = no handler */
+#define PV_IRQ_ENABLED (1ull << 16)       /* evtchn record: the user may get it */
+#define PV_IRQ_ACTIVE (1ull << 17)        /* from delivery to late EOI */
+#define PV_IRQ_EXPLICIT (1ull << 18)      /* mask reasons: disable_irq, ... */
+#define PV_IRQ_TEMPORARY (1ull << 19)
+#define PV_IRQ_EOI_PENDING (1ull << 20)
+#define PV_IRQ_REASONS (PV_IRQ_EXPLICIT | PV_IRQ_TEMPORARY | PV_IRQ_EOI_PENDING)
+#define PV_IRQ_IN_SERVICE (1ull << 21)    /* a CPU has claimed it and not finished */
+#define PV_IRQ_STATIC (1ull << 22)
+#define PV_IRQ_KERNEL (1ull << 23)        /* held by the domain's own kernel: handled in place */
+#define PV_IRQ_CPU(w) ((uint32_t)(((w) >> 24) & 0x3fu)) /* who serves it while IN_SERVICE */
+#define PV_IRQ_CPU_BITS(v) ((uint64_t)(v) << 24)
+#define PV_IRQ_SERVED_ONE (1ull << 32)    /* bits 63:32 count its services: what an heir compares */
+#define PV_IRQ_SERVED(w) ((uint32_t)((w) >> 32))
+
+/* ---- the machine's segment: header, open files, submission rings ---- */
+struct pv_machine_header {
+    uint32_t version, magic;
+    uint64_t clock_offset_ns;        /* added to CLOCK_MONOTONIC: tests advance it */
+    uint32_t variants;               /* PV_VARIANT_* */
+    uint32_t hypervisor_generation;
+    uint64_t notifies, enables, refused, poisoned, kicks, drains;
+};
+struct pv_file {                     /* 256 bytes: what of an open file its user must not be able to write */
+    uint32_t state;                  /* PV_FILE_* */
+    uint32_t domain;
+    uint32_t lock;                   /* producer lock: 0, 1 + vCPU, or PV_LOCK_FILE */
+    uint32_t size;                   /* event ring: 0 or a power of two >= 64 */
+    uint64_t prod;                   /* the authoritative P word, see below */
+    uint64_t claim;                  /* what the lock's owner is about to publish */
+    uint64_t delivered, dropped, wakes, impossible;
+    uint32_t ports, restricted;      /* nr_evtchns; restrict domid or 0xffff */
+    uint32_t opener_pid, process_pid;
+    char name[32];                   /* evtchn:<comm> */
+    uint64_t opened_ns;
+    uint8_t pad[120];
+};
+struct pv_submission {               /* 64 bytes: one a process that uses a file */
+    uint32_t state;                  /* 0 free, 1 attached, 2 poisoned */
+    uint32_t slot;                   /* the open file */
+    uint32_t head;                   /* authoritative: entries before it are done */
+    uint32_t pid;
+    uint64_t claim;                  /* VALID | position << 32 | services of the target when claimed */
+    uint64_t taken;
+    uint8_t pad[32];
+};
+#define PV_MACHINE_FILES 4096u
+#define PV_MACHINE_SUBMISSIONS (PV_MACHINE_FILES + PV_FILES_MAX * 256u)
+#define PV_MACHINE_BYTES (PV_MACHINE_SUBMISSIONS + PV_SUBMISSIONS_MAX * 64u)
+enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD };
+#define PV_LOCK_FILE 0x8000u
+#define PV_CLAIM_VALID (1ull << 63)
+#define PV_VARIANT_DRIVER_WAKEUP 1u  /* H/zoo 1: the driver samples cons before it publishes */
+
+/* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
+struct pv_file_page {
+    uint32_t version, magic, capacity, ports_max, bitmap, ring, domain, pad0;
+    uint8_t pad1[32];
+    uint64_t prod;                   /* @64 P: epoch << 34 | poisoned << 33 | overflow << 32 | producer index.  Machine writes. */
+    uint32_t size;                   /* event ring size.  Machine writes. */
+    uint32_t producer_cpu;           /* where the producer last ran: is spinning worth while? */
+    uint8_t pad2[48];
+    uint64_t cons;                   /* @128 C: epoch << 34 | consumer index.  Users compare-exchange; the machine validates. */
+    uint32_t door;                   /* 1 = a byte lies in the doorbell, or is on its way */
+};
+#define PV_OVERFLOW (1ull << 32)
+#define PV_POISONED (1ull << 33)
+#define PV_EPOCH_SHIFT 34
+#define PV_EPOCH(w) ((w) >> PV_EPOCH_SHIFT)
+#define PV_PAGE_BITMAP 4096u
+#define PV_PAGE_RING 20480u          /* behind a bitmap of 131,072 bits */
+#define PV_RING_SIZE_FIRST 64u
+
+/* ---- a submission ring (sealed memfd, mapped by one user process) ---- */
+struct pv_submission_ring {
+    uint32_t version, magic, entries, pad0;
+    uint8_t pad1[48];
+    uint32_t tail;                   /* @64 user writes; the machine reads once and checks */
+    uint8_t pad2[60];
+    uint32_t head;                   /* @128 machine publishes */
+    uint8_t pad3[60];
+};
+#define PV_SUBMISSION_DATA 4096u
+#define PV_SUBMISSION_BYTES (PV_SUBMISSION_DATA + PV_SUBMISSION_ENTRIES * 4u)
+enum { PV_SUB_NOTIFY, PV_SUB_ENABLE, PV_SUB_REARM };
+#define PV_SUB_OP(e) ((e) >> 30)
+#define PV_SUB_PORT(e) ((e) & 0x3fffffffu)
+
+/* ---- the public page (memfd, users map it read-only) ---- */
+struct pv_public_page {
+    uint32_t version, magic;
+    uint8_t pad1[56];
+    uint32_t hypervisor_sleeping;    /* @64 1 = a submitter must ring its own doorbell */
+    uint32_t hypervisor_cpu;
+    uint32_t machine_state;          /* 0 booting, 1 ready, 2 stopping */
+};
+
+#define PV_MAGIC_DOMAIN 0x444f4d31u
+#define PV_MAGIC_MACHINE 0x4d414331u
+#define PV_MAGIC_FILE 0x46494c31u
+#define PV_MAGIC_SUBMISSION 0x53554231u
+#define PV_MAGIC_PUBLIC 0x50554231u
+
+#endif /* PVBUS_LAYOUT_H */
