@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -272,6 +273,14 @@ def describe(booted: BootedMachine) -> str:
     return "\n".join(parts)
 
 
+def _describe_safely(booted: BootedMachine) -> str:
+    """Never let a report hide the failure that it is about: what goes wrong in describing is part of the text."""
+    try:
+        return describe(booted)
+    except Exception:
+        return f"machine {booted.name} could not be described\n{traceback.format_exc()}"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the plugin's options."""
     parser.getgroup("pvbus").addoption(
@@ -287,7 +296,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Attach the state of every running machine to the report of a test that failed."""
     report = yield
     if report.failed and _alive:
-        text = "\n\n".join(describe(booted) for booted in _alive)
+        text = "\n\n".join(_describe_safely(booted) for booted in _alive)
         report.sections.append(("pvbus", text))
         artifacts = item.config.getoption("--pvbus-artifacts")
         if artifacts is not None:

@@ -223,7 +223,9 @@ class FileProcess(ProcessActor):
         self.hypervisor.ask(m.AttachSubmission(pid=message.pid), attached, CALL_DEADLINE_S, fds=(ring_fd, kick))
 
     def _drop_user(self, peer: Peer, then: Any) -> None:
-        user = self.users.pop(peer, None)
+        """Forget the submission ring of a process. Its connection stays: forked children share it, and adopt through it."""
+        user = self.users.get(peer)
+        self.users[peer] = None
         if user is None:
             then()
         else:
@@ -262,6 +264,7 @@ class FileProcess(ProcessActor):
         if peer is self.hypervisor:
             return  # the supervisor starts an heir and sends Rewire, or ends us
         self._drop_user(peer, lambda: None)
+        del self.users[peer]
 
 
 def _answer(received: Received, reply: Message, fds: tuple[int, ...] = ()) -> None:

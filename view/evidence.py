@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of one port at one moment: every word that its interrupt passes, read while everything runs.
+
+Collects and does not judge (explain.py does). Reads the machine's segments through the inspector, the page of the open
+file, /proc, and `Machine.status()`; writes nothing. The words of a port are read again until its irq word stood still
+meanwhile: they belong together then, or the port is busy, and any of its states was true a moment ago.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pvbus.shm.layout import SUBMISSIONS_MAX, VCPUS_MAX, Domain, File, FilePage, Irq, Machine, Port, Submission, Vcpu
+from pvbus.shm.memory import Memory, now_ns
+from pvbus.shm.segment import read_text
+from pvbus.view import processes, submissions
+from pvbus.view.processes import Process, User
+
+LOOKS_MAX = 16  # a port that moves between any two looks is not stuck: the last look is as good as any
+USERS_SHOWN_MAX = 8
+
+
+class Look(Protocol):
+    """What is used of the client's inspector."""
+
+    machine: Memory
+    domain_pages: dict[int, Memory]
+
+    def port_word(self, domid: int, port: int, /) -> int: ...
+    def irq_word(self, domid: int, port: int, /) -> int: ...
+    def is_pending(self, domid: int, port: int, /) -> bool: ...
+    def is_masked(self, domid: int, port: int, /) -> bool: ...
+
+
+class Attached(Protocol):
+    """What is used of the client's machine."""
+
+    def inspector(self) -> Any: ...
+    def status(self) -> dict[str, Any]: ...
+    def file_page(self, slot: int, /) -> Memory: ...
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The event ring of the port's file: `positions` are those of the port, from 1, among `unread` entries."""
+
+    unread: int
+    size: int
+    positions: tuple[int, ...]
+    door: bool
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """The open file that the port is bound to."""
+
+    slot: int
+    name: str
+    label: str
+    is_open: bool
+    overflowed: bool
+    poisoned: bool
+    dropped: int
+    opened_ns: int
+    process: Process
+    users: tuple[User, ...]
+    ring: Ring | None
+    waiting: submissions.Waiting | None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.label})" if self.label else self.name
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything about one port."""
+
+    domain: int
+    port: int
+    state: int
+    remote_domain: int
+    remote_port: int  # the VIRQ's number for a VIRQ
+    irq: int
+    pending: bool
+    masked: bool
+    pending_since_ns: int
+    served_at_ns: int
+    now_ns: int
+    file: OpenFile | None
+    hypervisor: Process
+    cpus: tuple[Process, ...]  # those that serve the port
+    cpu_asleep: bool
+    upcall_pending: bool
+    server: Process | None  # who has it in service
+    sender: submissions.Waiting | None
+    sender_name: str
+    driver_order: bool
+
+    @property
+    def name(self) -> str:
+        """Name the port as people type it."""
+        return f"{self.domain}:{self.port}"
+
+    @property
+    def active(self) -> bool:
+        """Whether it was delivered and not written back."""
+        return bool(self.irq & Irq.ACTIVE)
+
+    @property
+    def raised_for_file(self) -> bool:
+        """Whether it was raised since its file was opened."""
+        opened = self.file.opened_ns if self.file is not None else 0
+        return self.pending_since_ns > opened
+
+
+def collect(machine: Attached, domid: int, port: int) -> Evidence:
+    """Read everything about a port; the domain and the port must exist."""
+    look = machine.inspector()
+    status = machine.status()
+    known = processes.of_machine(status)
+    slot = (look.irq_word(domid, port) & Irq.SLOT) - 1
+    page = _page(machine, slot)
+    try:
+        for _ in range(LOOKS_MAX):
+            before = look.irq_word(domid, port)
+            file = _file(look, known, page, slot, port)
+            evidence = _words(look, known, file, domid, port)
+            if (before & Irq.SLOT) - 1 != slot:  # bound anew meanwhile
+                if page is not None:
+                    page.close()
+                slot = (before & Irq.SLOT) - 1
+                page = _page(machine, slot)
+            elif look.irq_word(domid, port) == before:
+                break
+        return evidence
+    finally:
+        if page is not None:
+            page.close()
+
+
+def _page(machine: Attached, slot: int) -> Memory | None:
+    if slot < 0:
+        return None
+    try:
+        return machine.file_page(slot)
+    except LookupError:  # its process is gone, its release under way
+        return None
+
+
+def _words(look: Look, known: dict[str, Process], file: OpenFile | None, domid: int, port: int) -> Evidence:
+    pages = look.domain_pages[domid]
+    state, remote_domain, remote_port, vcpu = Port.unpack(look.port_word(domid, port))
+    irq = look.irq_word(domid, port)
+    sender, sender_name = _sender(look, state, (remote_domain, remote_port), (domid, port))
+    serving = [
+        number
+        for number in range(min(pages.load32(Domain.VCPUS) or VCPUS_MAX, VCPUS_MAX))
+        if pages.load64(Domain.vcpu(number, Vcpu.EVTCHN_MASK) + port // 64 * 8) >> port % 64 & 1
+    ]
+    first = serving[0] if serving else vcpu
+    in_service = processes.named(known, f"cpu/{domid}.{irq >> 24 & 0x3F}") if irq & Irq.IN_SERVICE else None
+    return Evidence(
+        domain=domid,
+        port=port,
+        state=state,
+        remote_domain=remote_domain,
+        remote_port=remote_port,
+        irq=irq,
+        pending=look.is_pending(domid, port),
+        masked=look.is_masked(domid, port),
+        pending_since_ns=pages.load64(Domain.table(Domain.PENDING_SINCE, port)),
+        served_at_ns=pages.load64(Domain.table(Domain.SERVED_AT, port)),
+        now_ns=now_ns(),
+        file=file,
+        hypervisor=processes.named(known, "hypervisor"),
+        cpus=tuple(processes.named(known, f"cpu/{domid}.{number}") for number in serving),
+        cpu_asleep=bool(pages.load32(Domain.vcpu(first, Vcpu.SLEEPING))),
+        upcall_pending=bool(pages.load8(Domain.vcpu_info(first, Domain.UPCALL_PENDING))),
+        server=in_service,
+        sender=sender,
+        sender_name=sender_name,
+        driver_order=bool(look.machine.load32(Machine.VARIANTS) & Machine.VARIANT_DRIVER_WAKEUP),
+    )
+
+
+def _sender(
+    look: Look, state: int, peer: tuple[int, int], own: tuple[int, int]
+) -> tuple[submissions.Waiting | None, str]:
+    """Find what waits in the submission rings of the file that notifies this port."""
+    if state == Port.IPI:
+        peer = own
+    elif state != Port.INTERDOMAIN or peer[0] not in look.domain_pages:
+        return None, ""
+    slot = (look.irq_word(*peer) & Irq.SLOT) - 1
+    if slot < 0:
+        return None, ""
+    pid = look.machine.load32(Machine.file(slot, File.PROCESS_PID))
+    return submissions.waiting(pid), f"file/{peer[0]}.{slot}"
+
+
+def _file(look: Look, known: dict[str, Process], page: Memory | None, slot: int, port: int) -> OpenFile | None:
+    if slot < 0:
+        return None
+
+    def field(at: int) -> int:
+        return look.machine.load32(Machine.file(slot, at))
+
+    name = f"file/{field(File.DOMAIN)}.{slot}"
+    prod = look.machine.load64_acquire(Machine.file(slot, File.PROD))
+    return OpenFile(
+        slot=slot,
+        name=name,
+        label=read_text(look.machine, Machine.file(slot, File.NAME), File.NAME_BYTES),
+        is_open=field(File.STATE) == File.OPEN,
+        overflowed=bool(prod & FilePage.OVERFLOW),
+        poisoned=bool(prod & FilePage.POISONED),
+        dropped=look.machine.load64(Machine.file(slot, File.DROPPED)),
+        opened_ns=look.machine.load64(Machine.file(slot, File.OPENED_NS)),
+        process=processes.named(known, name),
+        users=_users(look, slot, field(File.OPENER_PID)),
+        ring=_ring(page, prod, field(File.SIZE), port) if page is not None else None,
+        waiting=submissions.waiting(field(File.PROCESS_PID)),
+    )
+
+
+def _users(look: Look, slot: int, opener: int) -> tuple[User, ...]:
+    """Look at the processes with a submission ring of this file; without one, at who opened it."""
+    pids = {
+        look.machine.load32(Machine.submission(index, Submission.PID))
+        for index in range(SUBMISSIONS_MAX)
+        if look.machine.load32(Machine.submission(index, Submission.STATE)) != Submission.FREE
+        and look.machine.load32(Machine.submission(index, Submission.SLOT)) == slot
+    }
+    return tuple(processes.user_of(pid) for pid in sorted(pids or {opener})[:USERS_SHOWN_MAX])
+
+
+def _ring(page: Memory, prod: int, size: int, port: int) -> Ring | None:
+    """Find the port among the unread entries. None when P and C do not fit: a RESET is half way, or C is nonsense."""
+    cons = page.load64_acquire(FilePage.CONS)
+    unread = prod - cons & 0xFFFFFFFF
+    if prod >> FilePage.EPOCH_SHIFT != cons >> FilePage.EPOCH_SHIFT or unread > size or FilePage.RING + 4 * size > page.size:
+        return None
+    at = [FilePage.RING + 4 * ((cons + index & 0xFFFFFFFF) % size) for index in range(unread)]
+    positions = tuple(index for index, offset in enumerate(at, start=1) if page.load32(offset) == port)
+    return Ring(unread, size, positions, bool(page.load32(FilePage.DOOR)))
