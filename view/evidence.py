@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of one port at one moment: every word that its interrupt passes, read while everything runs.
 
-Collects and does not judge (explain.py does). Reads the machine's segments through the inspector, the page of the open
-file, /proc, and `Machine.status()`; writes nothing. The words of a port are read again until its irq word stood still
-meanwhile: they belong together then, or the port is busy, and any of its states was true a moment ago.
+Collects and does not judge (explain.py does). Reads the machine's segments through the inspector, the page of
+the open file, /proc, and `Machine.status()`; writes nothing. The words of a port are read again until its irq
+word stood still meanwhile: they belong together then, or the port is busy, and any of its states was true a
+moment ago.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from pvbus.shm.layout import SUBMISSIONS_MAX, VCPUS_MAX, Domain, File, FilePage, Irq, Machine, Port, Submission, Vcpu
+from pvbus.actors.client import Machine as RunningMachine
+from pvbus.actors.client.inspector import Inspector
+from pvbus.shm.layout import (
+    SUBMISSIONS_MAX,
+    VCPUS_MAX,
+    Domain,
+    File,
+    FilePage,
+    Irq,
+    Machine,
+    Port,
+    Submission,
+    Vcpu,
+)
 from pvbus.shm.memory import Memory, now_ns
 from pvbus.shm.segment import read_text
 from pvbus.view import processes, submissions
@@ -21,29 +34,9 @@ LOOKS_MAX = 16  # a port that moves between any two looks is not stuck: the last
 USERS_SHOWN_MAX = 8
 
 
-class Look(Protocol):
-    """What is used of the client's inspector."""
-
-    machine: Memory
-    domain_pages: dict[int, Memory]
-
-    def port_word(self, domid: int, port: int, /) -> int: ...
-    def irq_word(self, domid: int, port: int, /) -> int: ...
-    def is_pending(self, domid: int, port: int, /) -> bool: ...
-    def is_masked(self, domid: int, port: int, /) -> bool: ...
-
-
-class Attached(Protocol):
-    """What is used of the client's machine."""
-
-    def inspector(self) -> Any: ...
-    def status(self) -> dict[str, Any]: ...
-    def file_page(self, slot: int, /) -> Memory: ...
-
-
 @dataclass(frozen=True)
 class Ring:
-    """The event ring of the port's file: `positions` are those of the port, from 1, among `unread` entries."""
+    """The event ring of the port's file: `positions` are the port's, from 1, among `unread` entries."""
 
     unread: int
     size: int
@@ -80,7 +73,7 @@ class Evidence:
     port: int
     state: int
     remote_domain: int
-    remote_port: int  # the VIRQ's number for a VIRQ
+    remote_port: int  # of a VIRQ its number
     irq: int
     pending: bool
     masked: bool
@@ -114,7 +107,7 @@ class Evidence:
         return self.pending_since_ns > opened
 
 
-def collect(machine: Attached, domid: int, port: int) -> Evidence:
+def collect(machine: RunningMachine, domid: int, port: int) -> Evidence:
     """Read everything about a port; the domain and the port must exist."""
     look = machine.inspector()
     status = machine.status()
@@ -139,7 +132,7 @@ def collect(machine: Attached, domid: int, port: int) -> Evidence:
             page.close()
 
 
-def _page(machine: Attached, slot: int) -> Memory | None:
+def _page(machine: RunningMachine, slot: int) -> Memory | None:
     if slot < 0:
         return None
     try:
@@ -148,7 +141,9 @@ def _page(machine: Attached, slot: int) -> Memory | None:
         return None
 
 
-def _words(look: Look, known: dict[str, Process], file: OpenFile | None, domid: int, port: int) -> Evidence:
+def _words(
+    look: Inspector, known: dict[str, Process], file: OpenFile | None, domid: int, port: int
+) -> Evidence:
     pages = look.domain_pages[domid]
     state, remote_domain, remote_port, vcpu = Port.unpack(look.port_word(domid, port))
     irq = look.irq_word(domid, port)
@@ -185,7 +180,7 @@ def _words(look: Look, known: dict[str, Process], file: OpenFile | None, domid: 
 
 
 def _sender(
-    look: Look, state: int, peer: tuple[int, int], own: tuple[int, int]
+    look: Inspector, state: int, peer: tuple[int, int], own: tuple[int, int]
 ) -> tuple[submissions.Waiting | None, str]:
     """Find what waits in the submission rings of the file that notifies this port."""
     if state == Port.IPI:
@@ -199,7 +194,9 @@ def _sender(
     return submissions.waiting(pid), f"file/{peer[0]}.{slot}"
 
 
-def _file(look: Look, known: dict[str, Process], page: Memory | None, slot: int, port: int) -> OpenFile | None:
+def _file(
+    look: Inspector, known: dict[str, Process], page: Memory | None, slot: int, port: int
+) -> OpenFile | None:
     if slot < 0:
         return None
 
@@ -224,7 +221,7 @@ def _file(look: Look, known: dict[str, Process], page: Memory | None, slot: int,
     )
 
 
-def _users(look: Look, slot: int, opener: int) -> tuple[User, ...]:
+def _users(look: Inspector, slot: int, opener: int) -> tuple[User, ...]:
     """Look at the processes with a submission ring of this file; without one, at who opened it."""
     pids = {
         look.machine.load32(Machine.submission(index, Submission.PID))
@@ -236,10 +233,14 @@ def _users(look: Look, slot: int, opener: int) -> tuple[User, ...]:
 
 
 def _ring(page: Memory, prod: int, size: int, port: int) -> Ring | None:
-    """Find the port among the unread entries. None when P and C do not fit: a RESET is half way, or C is nonsense."""
+    """Find the port among what is unread. None when P and C do not fit: a RESET half way, or nonsense."""
     cons = page.load64_acquire(FilePage.CONS)
     unread = prod - cons & 0xFFFFFFFF
-    if prod >> FilePage.EPOCH_SHIFT != cons >> FilePage.EPOCH_SHIFT or unread > size or FilePage.RING + 4 * size > page.size:
+    if (
+        prod >> FilePage.EPOCH_SHIFT != cons >> FilePage.EPOCH_SHIFT
+        or unread > size
+        or FilePage.RING + 4 * size > page.size
+    ):
         return None
     at = [FilePage.RING + 4 * ((cons + index & 0xFFFFFFFF) % size) for index in range(unread)]
     positions = tuple(index for index, offset in enumerate(at, start=1) if page.load32(offset) == port)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Say where one interrupt stands, and what would move it on: "why did my interrupt not arrive?"
 
-`explain` walks a port's way in shared memory (evidence.py) while everything runs, and judges here: the questions of
-`_QUESTIONS` are asked in order, from what stops everything down to "nothing has happened", and the first that has an
-answer gives it. A new state is a new question, in its place. It changes nothing in the machine, and asks only the supervisor,
-so it answers while any other process is stopped.
+`explain` walks a port's way in shared memory (evidence.py) while everything runs, and judges here: the
+questions of `_QUESTIONS` are asked in order, from what stops everything down to "nothing has happened", and
+the first that has an answer gives it. A new state is a new question, in its place. It changes nothing in the
+machine, and asks only the supervisor, so it answers while any other process is stopped.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from pvbus.actors.client import Machine
 from pvbus.shm.layout import PORTS_2L, Irq, Port
 from pvbus.view import processes
-from pvbus.view.evidence import Attached, Evidence, collect
-from pvbus.view.route import duration, hops, since
+from pvbus.view.evidence import Evidence, collect
+from pvbus.view.route import duration, hops
 
 _KINDS = {Port.INTERDOMAIN: "interdomain", Port.PIRQ: "a PIRQ", Port.VIRQ: "a VIRQ", Port.IPI: "an IPI"}
 
@@ -31,7 +32,7 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a port stands. `state` is a slug, `text` a sentence or two, `steps` its way hop by hop, `next` what moves it on.
+    """Where a port stands: a slug, a sentence or two, what would move it on, and its way hop by hop.
 
     `found` is False when there is no such domain or port.
     """
@@ -49,7 +50,7 @@ class Explanation:
         return asdict(self)
 
 
-def explain(machine: Attached, domain: int, port: int) -> Explanation:
+def explain(machine: Machine, domain: int, port: int) -> Explanation:
     """Say where port `port` of domain `domain` stands. OSError when the machine does not answer."""
     known = sorted(machine.inspector().domain_pages)
     if domain not in known:
@@ -78,13 +79,20 @@ def judge(evidence: Evidence) -> _Answer:
 
 def _not_bound(e: Evidence) -> _Answer | None:
     if e.state == Port.RESERVED:
-        return _Answer("reserved", f"Port {e.name} is reserved and never carries an event.", "use another port")
+        return _Answer(
+            "reserved", f"Port {e.name} is reserved and never carries an event.", "use another port"
+        )
     if e.state != Port.FREE:
         return None
     if e.file is None:
         return _Answer("free", f"Port {e.name} is free: it is not bound.", "somebody binds it")
-    text = f"Port {e.name} has a handler in {e.file}, bound as static, but the hypervisor has no channel behind it."
-    return _Answer("no-channel", text, "the channel is made (bind_static wants one that exists), or the port is unbound")
+    text = (
+        f"Port {e.name} has a handler in {e.file}, bound as static, but the hypervisor has no "
+        "channel behind it."
+    )
+    return _Answer(
+        "no-channel", text, "the channel is made (bind_static wants one that exists), or the port is unbound"
+    )
 
 
 def _no_handler(e: Evidence) -> _Answer | None:
@@ -105,7 +113,10 @@ def _file_has_gone(e: Evidence) -> _Answer | None:
 def _poisoned(e: Evidence) -> _Answer | None:
     if e.file is None or not e.file.poisoned:
         return None
-    text = f"The file of port {e.name}, {e.file}, is poisoned: its user wrote an impossible index, and every read answers EIO."
+    text = (
+        f"The file of port {e.name}, {e.file}, is poisoned: its user wrote an impossible index, "
+        "and every read answers EIO."
+    )
     return _Answer("poisoned", text, "its user closes the file and opens a new one; no other file is touched")
 
 
@@ -127,12 +138,17 @@ def _overflowed(e: Evidence) -> _Answer | None:
     if file is None or not file.overflowed:
         return None
     size = f" of {file.ring.size} entries" if file.ring is not None else ""
-    text = f"The event ring{size} of {file} has overflowed: every read answers EFBIG until RESET, {file.dropped} events were dropped"
+    text = (
+        f"The event ring{size} of {file} has overflowed: every read answers EFBIG until RESET, "
+        f"{file.dropped} events were dropped"
+    )
     if file.ring is not None and file.ring.positions:
         text += f", and port {e.name} lies in it, unreachable"
     elif e.active:
-        text += f", and port {e.name} is masked since {_when(e, e.served_at_ns)}"
-    return _Answer("overflowed", text + ".", "its user calls RESET, then writes its ports back, this one included")
+        text += f", and port {e.name} is masked for {_for(e, e.served_at_ns)}"
+    return _Answer(
+        "overflowed", text + ".", "its user calls RESET, then writes its ports back, this one included"
+    )
 
 
 def _unread(e: Evidence) -> _Answer | None:
@@ -140,13 +156,23 @@ def _unread(e: Evidence) -> _Answer | None:
     if file is None or file.ring is None or not file.ring.positions:
         return None
     ring = file.ring
-    place = f"port {e.name} lies unread in the event ring of {file}, at position {ring.positions[0]} of {ring.unread}"
-    text = f"Delivered {duration(e.now_ns - e.served_at_ns)} ago, {place}"
+    text = (
+        f"Delivered {_for(e, e.served_at_ns)} ago, port {e.name} lies unread in the event ring of {file}, "
+        f"at position {ring.positions[0]} of {ring.unread}"
+    )
     behind = f" Another event is pending behind it, {_pending(e)}." if e.pending and e.masked else ""
     if not ring.door:
-        why = "the driver's lost wake-up" if e.driver_order else "a reader is looking at it just now, or has lost it"
+        why = (
+            "the driver's lost wake-up"
+            if e.driver_order
+            else "a reader is looking at it just now, or has lost it"
+        )
         text += f", but its doorbell is not raised: a reader that sleeps is not woken ({why}).{behind}"
-        return _Answer("not-woken", text, "the next event that finds the ring empty, or a read that does not wait for poll")
+        return _Answer(
+            "not-woken",
+            text,
+            "the next event that finds the ring empty, or a read that does not wait for poll",
+        )
     users = ", ".join(str(user) for user in file.users)
     stopped = [user for user in file.users if user.condition == processes.STOPPED]
     if stopped and len(stopped) == len(file.users):
@@ -164,21 +190,26 @@ def _not_written_back(e: Evidence) -> _Answer | None:
         return None
     waiting = e.file.waiting.write_backs(e.port) if e.file.waiting is not None else 0
     if waiting and not e.hypervisor.runs:
-        text = f"Port {e.name} has been written back, but the hypervisor, which would unmask it, {e.hypervisor.said}."
+        text = (
+            f"Port {e.name} has been written back, but the hypervisor, which would unmask it, "
+            f"{e.hypervisor.said}."
+        )
         return _Answer("hypervisor-not-running", text, e.hypervisor.remedy)
     users = ", ".join(str(user) for user in e.file.users)
     taken = "read" if e.file.ring is not None else "delivered (whether it was read is not known)"
     if not e.pending:
         text = (
-            f"The last event of port {e.name} was {taken} by {e.file} and not written back: the port is masked since "
-            f"{_when(e, e.served_at_ns)}, and no other event is pending."
+            f"The last event of port {e.name} was {taken} by {e.file} and not written back: the port "
+            f"has been masked for {_for(e, e.served_at_ns)}, and no other event is pending."
         )
         return _Answer("not-written-back", text, f"{users} writes the port back")
     text = (
-        f"Port {e.name} is {_pending(e)}: {e.file} was given the event before it {duration(e.now_ns - e.served_at_ns)} ago, "
-        f"and {users} has not written the port back since."
+        f"Port {e.name} is {_pending(e)}: {e.file} was given the event before it "
+        f"{_for(e, e.served_at_ns)} ago, and {users} has not written the port back since."
     )
-    return _Answer("pending-masked", text, f"{users} writes the port back; then the pending event is delivered")
+    return _Answer(
+        "pending-masked", text, f"{users} writes the port back; then the pending event is delivered"
+    )
 
 
 def _masked(e: Evidence) -> _Answer | None:
@@ -186,7 +217,11 @@ def _masked(e: Evidence) -> _Answer | None:
         return None
     reasons = [
         said
-        for bit, said in ((Irq.EXPLICIT, "disabled"), (Irq.TEMPORARY, "masked for a moment"), (Irq.EOI_PENDING, "awaiting EOI"))
+        for bit, said in (
+            (Irq.EXPLICIT, "disabled"),
+            (Irq.TEMPORARY, "masked for a moment"),
+            (Irq.EOI_PENDING, "awaiting EOI"),
+        )
         if e.irq & bit
     ]
     if e.irq & Irq.EXPLICIT:
@@ -203,7 +238,9 @@ def _on_its_way(e: Evidence) -> _Answer | None:
     if not e.pending:
         return None
     if not e.cpus:
-        return _Answer("no-cpu", f"Port {e.name} is {_pending(e)}, and no CPU serves it.", "its file binds it anew")
+        return _Answer(
+            "no-cpu", f"Port {e.name} is {_pending(e)}, and no CPU serves it.", "its file binds it anew"
+        )
     cpu = e.cpus[0]
     if not cpu.runs:
         text = f"Port {e.name} is {_pending(e)}, but {cpu.name}, which would take it, {cpu.said}."
@@ -221,14 +258,20 @@ def _submitted(e: Evidence) -> _Answer | None:
     if e.hypervisor.runs and not count:
         return None
     if count:
-        waits = f"{count} notif{'y waits' if count == 1 else 'ies wait'} in the submission ring of {e.sender_name}"
+        wait = "notify waits" if count == 1 else "notifies wait"
+        waits = f"{count} {wait} in the submission ring of {e.sender_name}"
         if e.hypervisor.runs:
-            return _Answer("submitted", f"For port {e.name}, {waits}, just submitted.", "nothing is needed: look again")
+            return _Answer(
+                "submitted", f"For port {e.name}, {waits}, just submitted.", "nothing is needed: look again"
+            )
         text = f"For port {e.name}, {waits}, but the hypervisor, which would take them, {e.hypervisor.said}."
     elif e.irq & Irq.KERNEL:
         return None
     else:
-        text = f"Nothing is on its way to port {e.name}, and nothing can be raised: the hypervisor {e.hypervisor.said}."
+        text = (
+            f"Nothing is on its way to port {e.name}, and nothing can be raised: the hypervisor "
+            f"{e.hypervisor.said}."
+        )
     return _Answer("hypervisor-not-running", text, e.hypervisor.remedy)
 
 
@@ -239,7 +282,10 @@ def _kernel(e: Evidence) -> _Answer | None:
     if not e.irq & Irq.KERNEL:
         return None
     kind = f"VIRQ {e.remote_port}" if e.state == Port.VIRQ else _KINDS.get(e.state, "a port")
-    text = f"Port {e.name} is bound by the kernel of domain {e.domain} itself ({kind}), which handles its events in place."
+    text = (
+        f"Port {e.name} is bound by the kernel of domain {e.domain} itself ({kind}), which handles "
+        "its events in place."
+    )
     return _Answer("kernel", text, "no user can have it: configuration keys kernel_virqs and kernel_ports")
 
 
@@ -248,8 +294,11 @@ def _without_peer(e: Evidence) -> _Answer | None:
         return None
     bind = f"domain {e.remote_domain} binds it: bind_interdomain({e.domain}, {e.port})"
     if e.raised_for_file:
-        ago = duration(e.now_ns - e.pending_since_ns)
-        text = f"Port {e.name} is unbound: the peer in domain {e.remote_domain} that last raised it, {ago} ago, has closed its end."
+        ago = _for(e, e.pending_since_ns)
+        text = (
+            f"Port {e.name} is unbound: the peer in domain {e.remote_domain} that last raised it, "
+            f"{ago} ago, has closed its end."
+        )
         return _Answer("peer-closed", text, bind)
     text = f"Port {e.name} is unbound: domain {e.remote_domain} may bind it, and has no end of it now."
     return _Answer("unbound", text, bind)
@@ -259,15 +308,28 @@ def _never_raised(e: Evidence) -> _Answer | None:
     if e.raised_for_file:
         return None
     if e.state == Port.VIRQ:
-        text = f"Port {e.name} is bound to VIRQ {e.remote_port}, which has not been raised since its file was opened."
+        text = (
+            f"Port {e.name} is bound to VIRQ {e.remote_port}, which has not been raised since its "
+            "file was opened."
+        )
         return _Answer("virq-not-raised", text, f"raise it: pvbus virq {e.remote_port} --domain {e.domain}")
     peer = f" by its peer {e.remote_domain}:{e.remote_port}" if e.state == Port.INTERDOMAIN else ""
-    text = f"Port {e.name} is bound to {e.file} and ready, but has not been raised{peer} since its file was opened."
-    return _Answer("never-raised", text, f"notify({e.remote_port}) in domain {e.remote_domain}" if peer else "it is notified")
+    text = (
+        f"Port {e.name} is bound to {e.file} and ready, but has not been raised{peer} since its "
+        "file was opened."
+    )
+    return _Answer(
+        "never-raised",
+        text,
+        f"notify({e.remote_port}) in domain {e.remote_domain}" if peer else "it is notified",
+    )
 
 
 def _idle(e: Evidence) -> _Answer:
-    text = f"Nothing waits on port {e.name}: its last event was delivered {_when(e, e.served_at_ns)}, read and written back."
+    text = (
+        f"Nothing waits on port {e.name}: its last event was delivered {_for(e, e.served_at_ns)} "
+        "ago, read and written back."
+    )
     return _Answer("idle", text, "the next event")
 
 
@@ -293,8 +355,8 @@ _QUESTIONS: tuple[Callable[[Evidence], _Answer | None], ...] = (
 
 
 def _pending(e: Evidence) -> str:
-    return f"pending since {_when(e, e.pending_since_ns)} and {'masked' if e.masked else 'not masked'}"
+    return f"pending for {_for(e, e.pending_since_ns)} and {'masked' if e.masked else 'not masked'}"
 
 
-def _when(e: Evidence, at_ns: int) -> str:
-    return since(e.now_ns, at_ns)
+def _for(e: Evidence, at_ns: int) -> str:
+    return duration(e.now_ns - at_ns) if at_ns else "an unknown time"

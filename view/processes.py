@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who runs, who is stopped, who is dead: the machine's processes and its users, as the kernel tells it.
 
-Reads /proc and what `Machine.status()` says; owns nothing. A process may die between two lines of a report, so
-everything here answers for a pid that is gone.
+Reads /proc and what `Machine.status()` says; owns nothing. A process may die between two lines of a report,
+so everything here answers for a pid that is gone.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Process(NamedTuple):
     def said(self) -> str:
         """What to tell a reader, as the end of "cpu/0.0 …"."""
         if self.condition == STOPPED:
-            return f"(pid {self.pid}) is stopped, by a signal or a debugger"
+            return f"is stopped by a signal or a debugger (pid {self.pid})"
         if self.condition == DEAD:
-            return f"is dead and has been restarted {self.restarts} times"
-        return f"(pid {self.pid}) runs"
+            return f"is dead (restarted {self.restarts} times so far)"
+        return f"runs (pid {self.pid})"
 
     @property
     def remedy(self) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of an interrupt, hop by hop, as `explain` lists it: what each holds, from the sender to the write-back.
+"""The way of an interrupt, hop by hop, as `explain` lists it: what each holds, from the sender to the write-
+back.
 
 Only puts evidence into words; whether something is wrong is explain.py's to say.
 """
@@ -28,14 +29,16 @@ def duration(span_ns: int) -> str:
 
 def since(now_ns: int, at_ns: int) -> str:
     """Say when something was, seen from now; 0 is never."""
-    return f"{duration(now_ns - at_ns)} ago" if at_ns else "an unknown time"
+    return f"{duration(now_ns - at_ns)} ago" if at_ns else "never"
 
 
 def hops(evidence: Evidence) -> list[dict[str, Any]]:
     """List the hops: `where`, whether an event of this port is there now (`holds`), and `detail`."""
     steps = [_hop("binding", False, _binding(evidence))]
     if evidence.sender is not None:
-        count = evidence.sender.notifies(evidence.port if evidence.state == Port.IPI else evidence.remote_port)
+        count = evidence.sender.notifies(
+            evidence.port if evidence.state == Port.IPI else evidence.remote_port
+        )
         waits = f"{count} of this port's, {evidence.sender.entries.total()} in all"
         steps.append(_hop(f"submission ring of {evidence.sender_name}", bool(count), waits))
     steps.append(_hop("hypervisor", False, evidence.hypervisor.said))
@@ -45,7 +48,11 @@ def hops(evidence: Evidence) -> list[dict[str, Any]]:
     steps.append(_hop("pending bit", evidence.pending, pending + _reasons(evidence)))
     served = f"served {evidence.irq >> 32} times, last {since(evidence.now_ns, evidence.served_at_ns)}"
     steps += [
-        _hop(cpu.name, evidence.server == cpu, f"{cpu.said}; {'asleep' if evidence.cpu_asleep else 'awake'}; {served}")
+        _hop(
+            cpu.name,
+            evidence.server == cpu,
+            f"{cpu.said}; {'asleep' if evidence.cpu_asleep else 'awake'}; {served}",
+        )
         for cpu in evidence.cpus
     ]
     if evidence.file is not None:
@@ -55,7 +62,9 @@ def hops(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _hops_in_file(evidence: Evidence, file: OpenFile) -> list[dict[str, Any]]:
     ring, steps = file.ring, []
-    marks = "".join(f", {said}" for flag, said in ((file.overflowed, "overflowed"), (file.poisoned, "poisoned")) if flag)
+    marks = "".join(
+        f", {said}" for flag, said in ((file.overflowed, "overflowed"), (file.poisoned, "poisoned")) if flag
+    )
     if ring is None:
         steps.append(_hop("event ring", False, f"cannot be read just now{marks}"))
     else:
@@ -66,7 +75,13 @@ def _hops_in_file(evidence: Evidence, file: OpenFile) -> list[dict[str, Any]]:
     held = evidence.active and evidence.server is None and ring is not None and not ring.positions
     users = "; ".join(f"{user} is {user.condition}" for user in file.users)
     back = file.waiting.write_backs(evidence.port) if file.waiting is not None else 0
-    steps.append(_hop(f"user of {file.name}", held, f"{users}; {'has not' if evidence.active else 'has'} written it back"))
+    steps.append(
+        _hop(
+            f"user of {file.name}",
+            held,
+            f"{users}; {'has not' if evidence.active else 'has'} written it back",
+        )
+    )
     if file.waiting is not None:
         steps.append(_hop(f"submission ring of {file.name}", False, f"{back} write-backs of this port wait"))
     return steps

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What waits in the submission rings of an open file: notifies and write-backs that the hypervisor has not taken.
+"""What waits in the submission rings of an open file: notifies and write-backs that the hypervisor has not
+taken.
 
-The rings are memfds between a user and the hypervisor; the file's process keeps them for heirs, and /proc lets the same
-user look at them there. They are written by users, so what they hold is shown, and never acted upon. Read-only.
+The rings are memfds between a user and the hypervisor; the file's process keeps them for heirs, and /proc
+lets the same user look at them there. They are written by users, so what they hold is shown, and never acted
+upon. Read-only.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def _ring_paths(pid: int) -> Iterator[Path]:
 def _entries(path: Path) -> Iterator[tuple[int, int]]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        ring = Memory(fd, SubmissionRing.BYTES, False)  # noqa: FBT003 - a native signature
+        ring = Memory(fd, SubmissionRing.BYTES, False)
     finally:
         os.close(fd)
     try:

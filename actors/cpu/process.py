@@ -40,37 +40,28 @@ class CpuProcess(ProcessActor):
         self.doorbell = fds["doorbell"]
         self.doors: dict[int, socket.socket] = {}
         self.pages: dict[int, Memory] = {}
-        self.going = False
+        self.doorbell_bitmap = bytearray(self.doorbell // 64 * 8 + 8)
+        self.doorbell_bitmap[self.doorbell // 8] = 1 << self.doorbell % 8
 
     def on_ready(self) -> None:
         """Count the birth; upcalls begin with the hypervisor's Go, when every file is attached."""
         at = Domain.vcpu(self.vcpu, Vcpu.GENERATION)
         self.memory.store32(at, self.memory.load32(at) + 1)
-        self.awake()
-        self.inbox.idle = self
+        self.memory.store32(Domain.vcpu(self.vcpu, Vcpu.SLEEPING), 0)
         # Edge-triggered: every ring wakes us, and nobody has to read the counter back.
         self.inbox.add_fd(self.doorbell, select.EPOLLIN | select.EPOLLET, lambda _events: None)
 
     # ---- the event path
 
-    def work(self) -> bool:
-        """Take an upcall, if there is one."""
-        if not self.going:
-            return False
+    def _serve(self, epoll: int, timeout_ms: int) -> None:
+        """Take upcalls, ring the doors, spin, announce, sleep: natively, until a message comes."""
+        self.path.serve_cpu(self.domid, self.vcpu, epoll, timeout_ms, self.doorbell_bitmap)
+
+    def _take_upcall(self) -> bool:
         served = self.path.upcall(self.domid, self.vcpu, UPCALL_BUDGET)
-        if served is None:
-            return False
-        for slot in served[1]:
+        for slot in served[1] if served is not None else ():
             self._send_byte(slot)
-        return True
-
-    def may_sleep(self) -> bool:
-        """Announce sleep; an upcall that came in between takes it back."""
-        return not self.going or self.path.cpu_may_sleep(self.domid, self.vcpu)
-
-    def awake(self) -> None:
-        """Take the announcement back: nobody needs to ring."""
-        self.memory.store32(Domain.vcpu(self.vcpu, Vcpu.SLEEPING), 0)
+        return served is not None
 
     def _send_byte(self, slot: int) -> None:
         door = self.doors.get(slot)
@@ -92,6 +83,7 @@ class CpuProcess(ProcessActor):
             os.close(page_fd)
             self.path.attach_file(message.slot, self.pages[message.slot])
             self.doors[message.slot] = socket.socket(fileno=door_fd)
+            self.path.set_door(message.slot, door_fd)
         elif isinstance(message, m.DetachFile):
             self._detach(message.slot)
         elif isinstance(message, m.Go):
@@ -106,13 +98,14 @@ class CpuProcess(ProcessActor):
         page = self.pages.pop(slot, None)
         if page is not None:
             self.path.attach_file(slot, None)
+            self.path.set_door(slot, -1)
             page.close()
             self.doors.pop(slot).close()
 
     def _go(self) -> None:
         """Finish what a dead forerunner held, look at every port, and wake whoever has something unread."""
         self.path.cpu_recover(self.domid, self.vcpu)
-        self.going = True
+        self.inbox.sleep_in(self._serve)
         self._flush()
         for slot, page in self.pages.items():
             prod, cons = page.load64(FilePage.PROD), page.load64(FilePage.CONS)
@@ -122,11 +115,10 @@ class CpuProcess(ProcessActor):
 
     def _flush(self) -> None:
         for _ in range(FLUSH_ROUNDS_MAX):
-            if not self.work():
+            if not self._take_upcall():
                 return
 
     def on_hangup(self, peer: Peer) -> None:
         """End when the hypervisor has: the supervisor starts an heir of both, in order."""
         if peer is self.hypervisor:
-            self.going = False
             self.stop()

@@ -38,7 +38,6 @@ from pvbus.shm.memory import EventPath, Memory, now_ns
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-DRAIN_BUDGET = 256  # entries of one ring a turn: what one file may take before the others, and before the CPUs are rung
 FLUSH_DEADLINE_S = 10.0  # a CPU that is restarted meanwhile included
 SETTLE_ROUNDS_MAX = 10_000
 BYTE = b"\x01"
@@ -88,6 +87,7 @@ class HypervisorProcess(ProcessActor):
         self.flush_deadline_ns = 0
         self.doors = select.epoll()
         self.releasing: set[int] = set()
+        self.kick_bitmap = bytearray(8)  # which descriptors of the epoll set are doorbells
 
     def on_ready(self) -> None:
         """Count the birth; the next sleep is announced only behind a look at every ring."""
@@ -96,18 +96,14 @@ class HypervisorProcess(ProcessActor):
         self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0)
         if born > 0:
             recovery.repair(self.channels, self.irqs)
-        self.inbox.idle = self
+        self.inbox.sleep_in(self._serve)
         self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, lambda _events: self._look_for_hangups())
 
     # ---- the event path
 
-    def work(self) -> bool:
-        """Drain every submission ring a bit; ring whom that concerns."""
-        drained = self.path.drain(DRAIN_BUDGET)
-        if drained is None:
-            return False
-        self._effects(drained)
-        return True
+    def _serve(self, epoll: int, timeout_ms: int) -> None:
+        """Drain, ring, spin, announce, sleep: natively, until a message comes."""
+        self.path.serve_hypervisor(self.public, epoll, timeout_ms, self.kick_bitmap)
 
     def _effects(self, drained: tuple[int, list[int], list[int], list[int]]) -> None:
         _, kicks, rearm, poisoned = drained
@@ -118,14 +114,6 @@ class HypervisorProcess(ProcessActor):
         for slot in poisoned:
             if slot in self.files and self.path.poison(slot):
                 self._send_byte(slot)
-
-    def may_sleep(self) -> bool:
-        """Announce sleep in the page that every user reads."""
-        return self.active is None and self.path.hypervisor_may_sleep(self.public)
-
-    def awake(self) -> None:
-        """Take the announcement back: until the next one nobody needs to ring."""
-        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0)
 
     def _kick(self, domid: int, vcpu: int) -> None:
         doorbell = self.doorbells.get(domid << 8 | vcpu)
@@ -302,6 +290,7 @@ class HypervisorProcess(ProcessActor):
         if old is not None:
             os.close(old)
         self.doorbells[message.domain << 8 | message.vcpu] = doorbell
+        self.path.set_doorbell(message.domain, message.vcpu, doorbell)
         peer = self.inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
         for slot, file in self.files.items():
             if file.domain == message.domain:
@@ -332,6 +321,7 @@ class HypervisorProcess(ProcessActor):
         self.files[slot] = file
         self.slots[peer] = slot
         self.path.attach_file(slot, page)
+        self.path.set_door(slot, door_fd)
         self.doors.register(door_fd, 0)
         waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
 
@@ -374,7 +364,14 @@ class HypervisorProcess(ProcessActor):
         self.ring_kicks[index] = kick
         # Edge-triggered: every write of the user wakes us, and nobody has to read the counter back.
         self.inbox.add_fd(kick, select.EPOLLIN | select.EPOLLET, lambda _events: None)
+        self._mark_doorbell(kick, present=True)
         return Done(value=index)
+
+    def _mark_doorbell(self, fd: int, *, present: bool) -> None:
+        while fd // 8 >= len(self.kick_bitmap):
+            self.kick_bitmap.extend(bytes(8))
+        bit = 1 << fd % 8
+        self.kick_bitmap[fd // 8] = self.kick_bitmap[fd // 8] & ~bit | (bit if present else 0)
 
     def _ring_is_free(self, index: int) -> bool:
         # The record, too: after a rebirth its file may not have come back with it yet.
@@ -388,6 +385,7 @@ class HypervisorProcess(ProcessActor):
         del self.rings[index]
         kick = self.ring_kicks.pop(index)
         self.inbox.remove_fd(kick)
+        self._mark_doorbell(kick, present=False)
         os.close(kick)
         return 0
 
@@ -440,6 +438,7 @@ class HypervisorProcess(ProcessActor):
         for index in [index for index, owner in self.rings.items() if owner == slot]:
             self._detach_submission(slot, index)
         self.path.attach_file(slot, None)
+        self.path.set_door(slot, -1)
         for (domid, _), cpu in self.cpus.items():
             if domid == file.domain:
                 with contextlib.suppress(PeerGone):

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import errno
 import logging
+import math
 import os
 import queue
 import select
@@ -63,6 +64,7 @@ class Inbox:
         self.clock = clock
         self.name = name
         self.idle: Idle = NoIdle()
+        self._serve: Callable[[int, int], None] | None = None
         self.on_hangup: Callable[[Peer], None] = lambda _peer: None
         self.closed = False
         self.undelivered = 0
@@ -109,6 +111,12 @@ class Inbox:
         """Stop watching; call it before closing: a copy elsewhere would keep the registration."""
         if self._sources.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+
+    def sleep_in(self, serve: Callable[[int, int], None]) -> None:
+        """Sleep in `serve(epoll fd, timeout in ms or -1)`: it works between doorbells and returns when another descriptor of
+        the set is ready, or the time is over. For a room whose idle loop is native.
+        """
+        self._serve = serve
 
     def call_at(self, time_ns: int, callback: Callable[[], None]) -> Timer:
         """Call `callback()` from the loop once the clock has reached `time_ns`; the handle has `cancel()`."""
@@ -242,7 +250,11 @@ class Inbox:
             self._asleep = True
             while True:
                 timeout_s = self._timeout_s()
-                events = self._epoll.poll(timeout_s)
+                if self._serve is None:
+                    events = self._epoll.poll(timeout_s)
+                else:
+                    self._serve(self._epoll.fileno(), -1 if timeout_s is None else math.ceil(timeout_s * 1000))
+                    events = self._epoll.poll(0)
                 next_ns = self._timers.next_ns()
                 # A clock that may jump is asked again and again; that is no waking, and must not hide a lost
                 # one.

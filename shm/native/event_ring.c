@@ -174,8 +174,8 @@ int64_t pv_ring_take(MemoryObject *page, uint32_t *out, uint32_t max, int *empti
 {
     *emptied = 0;
     for (uint32_t turn = 0; turn < TAKE_RETRIES_MAX; turn++) {
-        uint64_t cons, prod;
-        uint32_t size;
+        uint64_t cons, prod, now;
+        uint32_t size, grown;
         int claimed;
         PV_LOAD64(cons, page, PV_PAGE(cons), PV_ACQUIRE, "evr.take.cons");
         PV_LOAD64(prod, page, PV_PAGE(prod), PV_RELAXED, "evr.take.prod");
@@ -194,11 +194,24 @@ int64_t pv_ring_take(MemoryObject *page, uint32_t *out, uint32_t max, int *empti
             return 0;
         /* SYNC(evr_grow): a doubled size comes with both halves filled. */
         PV_LOAD32(size, page, PV_PAGE(size), PV_ACQUIRE, "evr_grow");
-        if (size == 0 || (size & (size - 1)) != 0 || n > size || PV_PAGE_RING + 4ull * size > page->size)
+        if (size == 0 || (size & (size - 1)) != 0 || n > size || PV_PAGE_RING + 4ull * size > page->size) {
+            /* A rival that read, and entries that came in its room, between our two loads look impossible, too. */
+            PV_LOAD64(now, page, PV_PAGE(cons), PV_ACQUIRE, "evr.take.cons");
+            if (now != cons)
+                continue;
             return -EIO;
+        }
         uint32_t take = n < max ? n : max;
         for (uint32_t i = 0; i < take; i++)
             PV_LOAD32(out[i], page, PV_PAGE_RING + 4u * (size_t)((uint32_t)(cons + i) & (size - 1)), PV_RELAXED, "evr.take.entry");
+        /*
+         * SYNC(evr_grow): the copies before a second look at the size.  In a grown ring the producer may already have
+         * used, for a new entry, a slot where the old size places an unread one; C does not tell.
+         */
+        PV_SMP_RMB(page, "evr_grow");
+        PV_LOAD32(grown, page, PV_PAGE(size), PV_RELAXED, "evr.take.size");
+        if (grown != size)
+            continue;
         uint64_t next = (cons & ~0xffffffffull) | (uint32_t)(cons + take);
         /* SYNC(evr_room): the copies are done before C moves (the exchange is a full barrier). */
         PV_CAS64(claimed, page, PV_PAGE(cons), cons, next, "evr_room");
@@ -280,8 +293,9 @@ int64_t pv_ring_reset(MemoryObject *machine, uint32_t slot, MemoryObject *page)
         return -EIO;
     PV_LOAD64(prod, machine, PV_FILE(slot, prod), PV_RELAXED, "evr.prod");
     uint64_t next = ((PV_EPOCH(prod) + 1) & 0x3fffffffull) << PV_EPOCH_SHIFT;
+    uint64_t poisoned = prod & PV_POISONED; /* stays: it would come back at the user's next word */
     PV_XCHG64(prod, page, PV_PAGE(cons), next, "evr.reset.cons");
-    PV_TRY(r, publish(machine, slot, page, next));
+    PV_TRY(r, publish(machine, slot, page, next | poisoned));
     PV_TRY(r, pv_ring_unlock(machine, slot));
     return 0;
 }

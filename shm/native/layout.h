@@ -100,7 +100,7 @@ struct pv_file {                     /* 256 bytes: what of an open file its user
     uint32_t opener_pid, process_pid;
     char name[32];                   /* evtchn:<comm> */
     uint64_t opened_ns;
-    uint8_t pad[120];
+    uint8_t pad[136];
 };
 struct pv_submission {               /* 64 bytes: one a process that uses a file */
     uint32_t state;                  /* 0 free, 1 attached, 2 poisoned */

@@ -171,13 +171,17 @@ static int64_t rearm(ContextObject *c)
     return r < 0 ? r : flush(c);
 }
 
-/* The ring looked empty: take the byte, lower the door, look again.  1 = there is something, and no byte for it. */
-static int64_t lower(ContextObject *c)
+/*
+ * The ring looked empty: take the byte, lower the door, look again.  1 = there is something, and no byte for it.  `woken`: a
+ * byte was seen, so take it even if the door is down; an heir sends one that its forerunner may have sent already, and if it
+ * stayed, nobody could fall asleep any more.
+ */
+static int64_t lower(ContextObject *c, int woken)
 {
     uint32_t door;
     int64_t taken;
     PV_LOAD32(door, c->page, PV_PAGE(door), PV_RELAXED, "evr.door.look");
-    if (!door)
+    if (!door && !woken)
         return 0;
     PV_TRY(taken, door_take(c));
     return taken ? pv_door_lower(c->page) : 0;
@@ -187,12 +191,13 @@ static int64_t lower(ContextObject *c)
 static int64_t file_read(ContextObject *c, uint32_t *out, uint32_t max)
 {
     int64_t taken, again, r, lowered = 0;
-    int emptied = 0;
+    int emptied = 0, woken = 0;
     for (;;) {
         PV_TRY(taken, pv_ring_take(c->page, out, max, &emptied));
         if (taken != 0)
             break;
-        PV_TRY(again, lower(c));
+        PV_TRY(again, lower(c, woken));
+        woken = 0;
         lowered |= again;
         if (again)
             continue;
@@ -203,11 +208,12 @@ static int64_t file_read(ContextObject *c, uint32_t *out, uint32_t max)
         PV_TRY(r, door_wait(c));
         if (r < 0)
             return r;
+        woken = 1;
     }
     if (taken < 0)
         return taken;
     if (emptied)
-        PV_TRY(lowered, lower(c));
+        PV_TRY(lowered, lower(c, 0));
     if (lowered)
         PV_TRY(r, rearm(c));
     return taken;
@@ -230,6 +236,7 @@ static int64_t file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
     return mask_of(state) & (events | POLLERR);
 #else
     uint64_t deadline = pv_now_ns() + (timeout_ms > 0 ? (uint64_t)timeout_ms * 1000000u : 0);
+    int woken = 0;
     for (;;) {
         int64_t state, again;
         PV_TRY(state, pv_ring_state(c->page));
@@ -237,7 +244,7 @@ static int64_t file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
         if (mask != 0 || timeout_ms == 0)
             return mask;
         if (state == 0) {
-            PV_TRY(again, lower(c));
+            PV_TRY(again, lower(c, woken));
             if (again) {
                 PV_TRY(again, rearm(c));
                 if (again < 0)
@@ -260,6 +267,7 @@ static int64_t file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
             return -error;
         if (door.revents & (POLLHUP | POLLERR | POLLNVAL))
             return POLLERR | POLLHUP;
+        woken = (door.revents & (POLLIN | POLLRDNORM)) != 0;
     }
 #endif
 }
@@ -318,7 +326,7 @@ static PyObject *context_rebind(ContextObject *c, PyObject *args)
 static PyObject *context_drain_door(ContextObject *c, PyObject *ignored)
 {
     (void)ignored;
-    int64_t again = lower(c);
+    int64_t again = lower(c, 0);
     if (again > 0)
         again = rearm(c);
     if (again == PV_DEAD)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from pvbus.actors.hypervisor.irqs import IrqLayer
-from pvbus.actors.hypervisor.ports import DomainState, EventChannels, format_domain
+from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.shm import _core, _core_explored
 from pvbus.shm.layout import (
     Domain,
@@ -22,6 +22,7 @@ from pvbus.shm.layout import (
     FilePage,
     Irq,
     Machine,
+    Port,
     PublicPage,
     Submission,
     SubmissionRing,
@@ -125,7 +126,9 @@ class Rig:
             domid: DomainState(domid, count, self.memory(Domain.BYTES)) for domid, count in enumerate(cpus)
         }
         for state in self.domains.values():
-            format_domain(state.memory)
+            for word in range(64):      # a guest boots with every port masked
+                state.memory.store64(Domain.EVTCHN_MASK + 8 * word, M64)
+            state.memory.store64(Domain.table(Domain.PORT_WORDS, 0), Port.pack(Port.RESERVED))
         self.public = self.memory(PublicPage.BYTES)
         self.pages: dict[int, Any] = {}
         self.rings: dict[int, tuple[Any, int]] = {}

@@ -20,8 +20,8 @@ from pvbus.verify.explorer.trace import columns
 
 VARIANTS: Final = {"driver-wakeup-order": 1}  # bits of the machine header's variants word
 EXECUTIONS_MAX: Final = 1_000_000
-STEPS_MAX: Final = 2_000  # scheduling points of one execution; ours end after 30 to 200
-ALONE_STEPS_MIN: Final = 500  # as long as this with nobody else able to run is a livelock, not bad luck
+STEPS_MAX: Final = 1_000  # scheduling points of one execution; ours end after 30 to 200
+ALONE_STEPS_MIN: Final = 200  # as long as this with nobody else able to run is a livelock, not bad luck
 
 
 class ReplayError(RuntimeError):
@@ -35,6 +35,7 @@ class Failure:
     kind: str  # lost wake-up, deadlock, property, exception, livelock
     message: str
     choices: tuple[str, ...]
+    shared: tuple[int, ...]  # the locations that were scheduling points: without them the choices mean nothing
     trace: str
 
     def __str__(self) -> str:
@@ -84,6 +85,7 @@ class Explorer:
         self.model.freeze()
         self.visited: set[tuple[Any, ...]] = set()
         self.path: list[_Node] = []
+        self.where_they_stand: list[tuple[str, str]] = []  # at the end of the last execution that was no search
 
     # ---- one execution
 
@@ -141,35 +143,46 @@ class Explorer:
         done: list[str] = []
         alone, last = 0, ""
         try:
-            for choice in prefix:
-                self._take(by_name, choice)
-                done.append(choice)
             while True:
+                if search and len(done) < len(prefix):
+                    last = prefix[len(done)]
+                    self._take(by_name, last)
+                    done.append(last)
+                    continue
                 choices = self._choices(contexts)
                 if not choices or any(context.error is not None for context in contexts):
                     end = self._end(contexts)
                     break
                 alone = alone + 1 if choices == [last] else 0
                 if len(done) >= STEPS_MAX:
-                    livelock = alone >= ALONE_STEPS_MIN
-                    end = _End("livelock", f"{last} runs for ever, and nobody else can") if livelock else _End(too_long=True)
+                    end = _End(too_long=True)
+                    if alone >= ALONE_STEPS_MIN:
+                        end = _End("livelock", f"{last} runs for ever, and nobody else can")
                     break
-                if search and len(choices) > 1:
-                    state = self.model.state(contexts)
-                    if state in self.visited:
-                        end = _End(pruned=True)
-                        break
-                    self.visited.add(state)
-                if search:
-                    self.path.append(_Node(choices))
-                last = choices[0]
+                if search and not self._enter(contexts, choices):
+                    end = _End(pruned=True)
+                    break
+                last = prefix[len(done)] if len(done) < len(prefix) else choices[0]
                 self._take(by_name, last)
                 done.append(last)
         finally:
+            if not search:
+                describe = self.model.describe
+                self.where_they_stand = [(c.name, f"[{describe(c)}]") for c in contexts if not c.finished]
             for context in contexts:
                 context.abandon()
         end.choices = done
         return end
+
+    def _enter(self, contexts: list[Context], choices: list[str]) -> bool:
+        """Put a state on the path; False if it was seen before. Where there is no choice, looking it up costs more than it saves."""
+        if len(choices) > 1:
+            state = self.model.state(contexts)
+            if state in self.visited:
+                return False
+            self.visited.add(state)
+        self.path.append(_Node(choices))
+        return True
 
     # ---- all of them
 
@@ -207,9 +220,11 @@ class Explorer:
         self.model.trace = []
         with contextlib.suppress(ReplayError):
             self.execute(end.choices, search=False)
+        self.model.trace += self.where_they_stand
         trace = columns(self.model.trace, [name for name, _, _ in self.scenario.start(self.model)])
         self.model.trace = None
-        return Failure(end.kind or "", end.message, tuple(end.choices), trace)
+        shared = tuple(sorted(self.model.footprint.shared))
+        return Failure(end.kind or "", end.message, tuple(end.choices), shared, trace)
 
     def _result(self, verdict: str, executions: int, failure: Failure | None = None) -> Result:
         model = self.model
@@ -235,17 +250,14 @@ def explore(
 
 def replay(
     scenario: Scenario,
-    choices: Sequence[str],
+    failure: Failure,
     *,
     model: str = "sc",
     variant: str | None = None,
     drop: Iterable[str] = (),
 ) -> Failure | None:
-    """Run one execution again, by its choices, and give its failure (or None). Raises ReplayError if they do not fit."""
+    """Run the execution of a failure again, by its choices; give what fails now, or None. Raises ReplayError if they do not fit."""
     explorer = Explorer(scenario, model, variant, drop)
-    for _ in range(_DISCOVERIES_MAX):
-        explorer.discover()
-        if not explorer.model.footprint.grown:
-            break
-    end = explorer.execute(choices, search=False)
+    explorer.model.footprint.shared.update(failure.shared)
+    end = explorer.execute(failure.choices, search=False)
     return None if end.kind is None else explorer.explained(end)

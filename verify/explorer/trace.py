@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+LINES_MAX: Final = 400  # a livelock has no end
 
 
 def columns(trace: Iterable[tuple[str, str]], names: Sequence[str]) -> str:
@@ -14,4 +17,6 @@ def columns(trace: Iterable[tuple[str, str]], names: Sequence[str]) -> str:
     for number, (who, text) in enumerate(steps, 1):
         cells = ((text if who == name else "").ljust(width) for name, width in zip(names, widths, strict=True))
         lines.append(f"{number:3} " + "  ".join(cells))
+    if len(lines) > LINES_MAX:
+        lines[LINES_MAX:] = [f"… and {len(lines) - LINES_MAX} more"]
     return "\n".join(line.rstrip() for line in lines)

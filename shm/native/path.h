@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the event path's files share: the mapped segments of one process, and what a drain asks its caller to do. */
+#ifndef PVBUS_PATH_H
+#define PVBUS_PATH_H
+
+#include "core.h"
+
+#define KICKS_MAX (PV_DOMAINS_MAX * PV_VCPUS_MAX) /* a kick that found no room would be a lost interrupt */
+
+typedef struct {
+    PyObject_HEAD
+    MemoryObject *machine;
+    uint32_t domain_ids[PV_DOMAINS_MAX];
+    MemoryObject *domains[PV_DOMAINS_MAX];
+    uint32_t domain_count;
+    MemoryObject *pages[PV_FILES_MAX];
+    MemoryObject *rings[PV_SUBMISSIONS_MAX];
+    uint32_t ring_slot[PV_SUBMISSIONS_MAX];
+    uint32_t rings_end; /* one past the highest ring attached */
+    int doorbells[PV_DOMAINS_MAX][PV_VCPUS_MAX]; /* eventfds, -1 = none; sockets of open files: */
+    int doors[PV_FILES_MAX];
+    int score, probe; /* does spinning pay? */
+} PathObject;
+
+typedef struct {
+    uint32_t kicks[KICKS_MAX], kick_count; /* domain << 8 | vCPU whose doorbell is to be rung */
+    uint32_t rearm[KICKS_MAX], rearm_count;
+    uint32_t poisoned[KICKS_MAX], poisoned_count;
+    uint32_t done;
+    uint64_t now;
+} drained;
+
+MemoryObject *pv_domain_of(PathObject *self, uint32_t domid);
+int64_t pv_drain(PathObject *self, uint32_t first, uint32_t end, uint32_t budget, drained *out);
+int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page);
+int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu);
+int64_t pv_resolve_claim(PathObject *self, uint32_t index);
+static inline void pv_drained_clear(drained *out)
+{
+    out->done = out->kick_count = out->rearm_count = out->poisoned_count = 0;
+    out->now = 0;
+}
+
+#ifndef PVBUS_EXPLORED
+extern const char pv_serve_hypervisor_doc[], pv_serve_cpu_doc[];
+PyObject *pv_serve_hypervisor(PathObject *self, PyObject *args);
+PyObject *pv_serve_cpu(PathObject *self, PyObject *args);
+#endif
+
+#endif /* PVBUS_PATH_H */

@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The idle loops of the hypervisor and the cpu processes, between two looks at their sockets: serve, ring doorbells, spin a
+ * little, announce sleep, sleep in epoll.  They are here because a wake-up costs the event path two microseconds in C and
+ * fifteen in Python.  No decision is made here that the explorer would have to see: it runs the functions that this calls.
+ *
+ * Doorbells are edge-triggered eventfds in the epoll set of the process's inbox.  Anything else that becomes ready is
+ * level-triggered, and sends us back to Python, which finds it again.
+ */
+#ifndef PVBUS_EXPLORED
+
+#include "path.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define BUDGET 256u          /* entries of one ring, events of one upcall: then the others, and the doorbells, get their turn */
+#define ROUNDS_A_LOOK 64u    /* rounds of work between two looks at the sockets: a look costs a system call */
+#define SPIN_NS 15000u       /* about what a blocked wake costs; only while it has paid lately */
+#define SCORE_MAX 16
+#define EVENTS_MAX 32
+
+typedef struct {
+    PathObject *path;
+    MemoryObject *public_page; /* the hypervisor */
+    MemoryObject *domain;      /* a CPU */
+    uint32_t vcpu;
+} server;
+
+static void send_byte(PathObject *path, uint32_t slot)
+{
+    /* A full socket holds bytes enough, a broken one has no reader. */
+    if (slot < PV_FILES_MAX && path->doors[slot] >= 0)
+        (void)!send(path->doors[slot], "\1", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+static void ring(PathObject *path, uint32_t code)
+{
+    uint64_t one = 1;
+    for (uint32_t i = 0; i < path->domain_count; i++)
+        if (path->domain_ids[i] == code >> 8 && path->doorbells[i][code & 0xff] >= 0)
+            (void)!write(path->doorbells[i][code & 0xff], &one, sizeof one);
+}
+
+/* One bounded batch; 1 when there was anything. */
+static int64_t work(server *s)
+{
+    if (s->domain != NULL) {
+        pv_wakes wakes;
+        wakes.count = 0;
+        int64_t events = pv_upcall(s->path->machine, s->domain, s->path->pages, s->vcpu, BUDGET, &wakes);
+        for (uint32_t i = 0; i < wakes.count; i++)
+            send_byte(s->path, wakes.slots[i]);
+        return events != 0;
+    }
+    drained out;
+    pv_drained_clear(&out);
+    pv_drain(s->path, 0, s->path->rings_end, BUDGET, &out);
+    for (uint32_t i = 0; i < out.kick_count; i++)
+        ring(s->path, out.kicks[i]);
+    for (uint32_t i = 0; i < out.rearm_count; i++)
+        send_byte(s->path, out.rearm[i]);
+    for (uint32_t i = 0; i < out.poisoned_count; i++) {
+        uint32_t slot = out.poisoned[i];
+        if (s->path->pages[slot] != NULL && pv_ring_poison(s->path->machine, slot, s->path->pages[slot]))
+            send_byte(s->path, slot);
+    }
+    return out.done != 0;
+}
+
+static int may_sleep(server *s)
+{
+    return s->domain != NULL ? pv_cpu_may_sleep(s->domain, s->vcpu) != 0
+                             : pv_hypervisor_may_sleep(s->path, s->public_page) != 0;
+}
+
+static void awake(server *s)
+{
+    if (s->domain != NULL)
+        PV_STORE32(s->domain, PV_VCPU(s->vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
+    else
+        PV_STORE32(s->public_page, offsetof(struct pv_public_page, hypervisor_sleeping), 0, PV_RELAXED, "sub.awake");
+}
+
+/* Spin for work that comes soon, if that has paid lately.  1 when some was done. */
+static int spin(server *s)
+{
+    PathObject *path = s->path;
+    if (path->score == 0 && (++path->probe & 15) != 0)
+        return 0;
+    uint64_t deadline = pv_now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 8; i++)
+            PV_RELAX();
+        if (work(s)) {
+            path->score += path->score < SCORE_MAX;
+            return 1;
+        }
+    } while (pv_now_ns() < deadline);
+    path->score -= path->score > 0;
+    return 0;
+}
+
+/* 1 when something other than an edge-triggered doorbell became ready, or the time is over. */
+static int look(int epoll, int timeout_ms, const uint64_t *doorbells, size_t doorbell_words)
+{
+    struct epoll_event events[EVENTS_MAX];
+    int n = epoll_wait(epoll, events, EVENTS_MAX, timeout_ms);
+    if (n < 0)
+        return 1; /* a signal: Python runs its handler */
+    for (int i = 0; i < n; i++) {
+        size_t fd = (size_t)events[i].data.fd;
+        if (fd / 64 >= doorbell_words || !(doorbells[fd / 64] >> (fd % 64) & 1))
+            return 1;
+    }
+    return n == 0 && timeout_ms != 0;
+}
+
+static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbells, size_t doorbell_words)
+{
+    for (uint32_t rounds = 1;; rounds++) {
+        if (work(s) || spin(s)) {
+            if (rounds % ROUNDS_A_LOOK == 0 && look(epoll, 0, doorbells, doorbell_words))
+                return;
+            continue;
+        }
+        if (look(epoll, 0, doorbells, doorbell_words))
+            return;
+        if (!may_sleep(s))
+            continue;
+        int other = look(epoll, timeout_ms, doorbells, doorbell_words);
+        awake(s);
+        if (other || timeout_ms == 0)
+            return;
+    }
+}
+
+static PyObject *served(server *s, int epoll, int timeout_ms, Py_buffer *doorbells)
+{
+    Py_BEGIN_ALLOW_THREADS
+    serve(s, epoll, timeout_ms, doorbells->buf, (size_t)doorbells->len / 8);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(doorbells);
+    Py_RETURN_NONE;
+}
+
+const char pv_serve_hypervisor_doc[] =
+    "serve_hypervisor(public page, epoll fd, timeout in ms or -1, bitmap of doorbell fds as bytes): drain and sleep until "
+    "something other than a doorbell is ready, or the time is over.";
+
+PyObject *pv_serve_hypervisor(PathObject *self, PyObject *args)
+{
+    PyObject *public_page;
+    int epoll, timeout_ms;
+    Py_buffer doorbells;
+    if (!PyArg_ParseTuple(args, "Oiiy*", &public_page, &epoll, &timeout_ms, &doorbells))
+        return NULL;
+    if (pv_memory_check(public_page, 4096, "the public page") < 0) {
+        PyBuffer_Release(&doorbells);
+        return NULL;
+    }
+    server s = {self, (MemoryObject *)public_page, NULL, 0};
+    return served(&s, epoll, timeout_ms, &doorbells);
+}
+
+const char pv_serve_cpu_doc[] =
+    "serve_cpu(domain, vcpu, epoll fd, timeout in ms or -1, bitmap of doorbell fds as bytes): take upcalls and sleep until "
+    "something other than a doorbell is ready, or the time is over.";
+
+PyObject *pv_serve_cpu(PathObject *self, PyObject *args)
+{
+    unsigned int domid, vcpu;
+    int epoll, timeout_ms;
+    Py_buffer doorbells;
+    if (!PyArg_ParseTuple(args, "IIiiy*", &domid, &vcpu, &epoll, &timeout_ms, &doorbells))
+        return NULL;
+    MemoryObject *domain = pv_domain_of(self, domid);
+    if (domain == NULL || vcpu >= PV_VCPUS_MAX) {
+        PyBuffer_Release(&doorbells);
+        return PyErr_Format(PyExc_LookupError, "no cpu/%u.%u", domid, vcpu);
+    }
+    server s = {self, NULL, domain, vcpu};
+    return served(&s, epoll, timeout_ms, &doorbells);
+}
+
+#endif

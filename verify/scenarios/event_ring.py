@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interrupt handler fills an event ring while a reader empties it and sleeps: where the driver loses a wake-up.
+
+Contexts: one a virtual CPU (upcall, then a byte into the doorbell of each file that it returns, as its process does), the
+reader (a blocking UserFile.read after the other until it has every event), the hypervisor (a server: re-arms the doorbell
+when a reader asks for it), and, if wanted, a sender that raises the ports while the CPU is at work. All of them run the
+production code; the only thing modelled here is the doorbell, a counter of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final
+
+from pvbus.shm._core_explored import Context, EventPath, Memory, UserFile
+from pvbus.shm.layout import (
+    Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing, Vcpu,
+)
+from pvbus.verify.explorer.model import FilePort, Model
+from pvbus.verify.explorer.scenario import Scenario, Start
+
+RING_ENTRIES: Final = 64
+DRAIN_BUDGET: Final = 256
+PORT_FIRST: Final = 1
+
+
+class EventRing(Scenario):
+    """`events` ports, each raised once, on `cpus` virtual CPUs in turn, for one reader that asks for `batch` ports a call.
+
+    `upcall_budget` is how many events one upcall serves: with 1, each is an upcall of its own, as on hardware. With `sender`
+    the ports are raised by a context of their own, and the CPUs sleep and are kicked; without, they are pending at the start.
+    With `heir` each CPU's process dies when its work is done, and its heir wakes every file that may have missed its byte;
+    the reader then reads on for ever, and has to fall asleep in the end.
+    """
+
+    name = "event-ring"
+
+    def __init__(
+        self, *, events: int = 2, cpus: int = 1, batch: int = 16, upcall_budget: int = 1, sender: bool = False,
+        heir: bool = False,
+    ) -> None:
+        self.events = events
+        self.cpus = cpus
+        self.batch = batch
+        self.upcall_budget = upcall_budget
+        self.sender = sender
+        self.heir = heir
+        self.ports = list(range(PORT_FIRST, PORT_FIRST + events))
+        self.read: list[int] = []
+
+    # ---- pages
+
+    def prepare(self, model: Model, variants: int) -> None:
+        """Make the pages as hypervisor, file and cpu processes leave them when the ports are bound."""
+        self.door, self.kick = model.bell("door"), model.bell("kick")
+        self.doorbells = [model.bell(f"cpu{vcpu}") for vcpu in range(self.cpus)]
+        self.machine = Memory(model, Machine.BYTES)
+        self.domain = Memory(model, Domain.BYTES)
+        self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES_2L)
+        self.ring = Memory(model, SubmissionRing.BYTES)
+        self.public = Memory(model, PublicPage.BYTES)
+        for name in ("machine", "domain", "page", "ring", "public"):
+            model.name(getattr(self, name), name)
+        self._bind_file(variants)
+        self.path = EventPath(self.machine, {0: self.domain})
+        self.path.attach_file(0, self.page)
+        self.path.attach_submission(0, self.ring, 0)
+        for port in self.ports:
+            self._bind_port(port)
+            if not self.sender:
+                self.path.set_pending(0, port)
+
+    def _bind_file(self, variants: int) -> None:
+        machine = self.machine
+        machine.store32(Machine.VARIANTS, variants)
+        machine.store32(Machine.file(0, File.STATE), File.OPEN)
+        machine.store32(Machine.file(0, File.SIZE), RING_ENTRIES)
+        machine.store32(Machine.submission(0, Submission.STATE), Submission.ATTACHED)
+        self.page.store32(FilePage.SIZE, RING_ENTRIES)
+        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 1)
+
+    def _bind_port(self, port: int) -> None:
+        vcpu = (port - PORT_FIRST) % self.cpus
+        self.domain.store64(Domain.table(Domain.PORT_WORDS, port), Port.pack(Port.VIRQ, vcpu=vcpu))
+        self.domain.store64(Domain.table(Domain.IRQ_WORDS, port), 1 | Irq.ENABLED)
+        self.domain.fetch_or64(Domain.vcpu(vcpu, Vcpu.EVTCHN_MASK) + port // 64 * 8, 1 << port % 64)
+
+    # ---- contexts
+
+    def start(self, model: Model) -> Iterable[Start]:
+        """Give the CPUs, the reader, the hypervisor and perhaps the sender."""
+        self.read = []
+        file = UserFile(Context(self.page, self.ring, self.public, -1, -1, 0, 4096))
+        for vcpu in range(self.cpus):
+            yield f"cpu{vcpu}", partial(self._cpu, model, vcpu), self.sender
+        yield "reader", partial(self._reader, file.read_ports), self.heir
+        yield "hypervisor", partial(self._hypervisor, model), True
+        if self.sender:
+            yield "sender", partial(self._sender, model), False
+
+    def _cpu(self, model: Model, vcpu: int) -> None:
+        """What CpuProcess does: work until there is nothing, then sleep, if anybody is there to wake it."""
+        while True:
+            while (served := self.path.upcall(0, vcpu, self.upcall_budget)) is not None:
+                for _ in served[1]:
+                    model.ring(self.door, "door.send")
+            if self.heir:
+                self._wake_files(model)
+            if not self.sender:
+                return
+            if self.path.cpu_may_sleep(0, vcpu):
+                model.wait(self.doorbells[vcpu], "cpu.wait")
+                model.take(self.doorbells[vcpu], "cpu.take")
+                self.domain.store32(Domain.vcpu(vcpu, Vcpu.SLEEPING), 0)
+
+    def _wake_files(self, model: Model) -> None:
+        """What CpuProcess does for an heir: the dead may have raised a door and not sent the byte."""
+        page = self.page
+        if page.load64(FilePage.PROD) != page.load64(FilePage.CONS) or page.load32(FilePage.DOOR):
+            page.store32(FilePage.DOOR, 1)
+            model.ring(self.door, "door.send")
+
+    def _reader(self, read_ports: Callable[[int], list[int]]) -> None:
+        while self.heir or len(self.read) < self.events:
+            self.read += read_ports(self.batch)
+
+    def _hypervisor(self, model: Model) -> None:
+        """Sleep, drain when kicked, send the bytes that readers ask for."""
+        while True:
+            model.wait(self.kick, "hypervisor.wait")
+            model.take(self.kick, "hypervisor.take")
+            self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0, "sub.awake")
+            while True:
+                drained = self.path.drain(DRAIN_BUDGET)
+                if drained is not None:
+                    for _ in drained[2]:
+                        model.ring(self.door, "door.send")
+                elif self.path.hypervisor_may_sleep(self.public):
+                    break
+
+    def _sender(self, model: Model) -> None:
+        for port in self.ports:
+            vcpu = self.path.set_pending(0, port)
+            if vcpu >= 0:
+                model.ring(self.doorbells[vcpu], "cpu.kick")
+
+    # ---- what must hold
+
+    def broken(self, model: Model, stuck: list[str]) -> str | None:
+        """Ports read are ports raised, each once, those of one CPU in their order; and nobody sleeps on a non-empty ring."""
+        unread = self.page.load64(FilePage.PROD) - self.page.load64(FilePage.CONS)
+        if unread:
+            return f"the reader sleeps, and {unread} event(s) lie unread in the ring"
+        if stuck:
+            return f"{self.events - len(self.read)} event(s) were raised and never reached the ring; waiting: {', '.join(stuck)}"
+        for vcpu in range(self.cpus):
+            raised = self.ports[vcpu :: self.cpus]
+            read = [port for port in self.read if (port - PORT_FIRST) % self.cpus == vcpu]
+            if read != raised:
+                return f"ports read {self.read}, but raised {self.ports}"
+        return None
