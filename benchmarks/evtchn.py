@@ -13,6 +13,7 @@ import errno
 import select
 import time
 from itertools import repeat
+from os import sched_yield
 from time import perf_counter_ns
 
 from pvbus.benchmarks.page import DONE, RECEIVED, STOP, STRIDE, Feed, Page
@@ -82,7 +83,9 @@ class Pacer:
             while self._sent - (now := words[RECEIVED]) > limit and not words[STOP]:
                 if now != seen:
                     seen, since = now, perf_counter_ns()
-                elif perf_counter_ns() - since > STANDSTILL_NS:
+                else:
+                    sched_yield()  # a spinning sender would take the core that the machine needs
+                if perf_counter_ns() - since > STANDSTILL_NS:
                     self._sent = now
         self._sent += events
 

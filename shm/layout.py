@@ -10,7 +10,7 @@ Three kinds of segment belong to the machine and are mapped by its own processes
 
 Two are sealed memfds, handed to the users of a file; what users write there is read once and checked::
 
-    file page        0 header | 64 P, size | 128 C, door | 4096 bitmap of bound ports | 20480 event ring
+    file page        0 header | 64 P, size | 128 C | 192 door | 4096 bitmap of bound ports | 20480 event ring
     submission ring  0 header | 64 tail (user) | 128 head (machine) | 4096 entries: op << 30 | port
 
 One memfd, the public page, is mapped read-only by users: 64 hypervisor sleeping, 72 machine state.
@@ -194,6 +194,7 @@ class File:
     NAME: Final = 80
     NAME_BYTES: Final = 32
     OPENED_NS: Final = 112
+    CONS_SEEN: Final = 120
     LOCK_FILE: Final = 0x8000
 
 
@@ -223,7 +224,7 @@ class FilePage:
     SIZE: Final = 72
     PRODUCER_CPU: Final = 76
     CONS: Final = 128
-    DOOR: Final = 136
+    DOOR: Final = 192
     BITMAP: Final = 4096
     RING: Final = 20480
     BYTES_2L: Final = RING + 4 * PORTS_2L

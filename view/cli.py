@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ from pvbus.view.tables import bold, print_json, table
 
 if TYPE_CHECKING:
     from pvbus.actors.client import Machine
+
+Verb = Callable[[argparse.Namespace], int]
 
 HELD, BROKEN, USAGE, ENVIRONMENT, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 DOWN_S_MAX = 15.0  # an ordered stop of every process, each of which has 5 s, several at a time
@@ -116,10 +118,13 @@ def parser() -> argparse.ArgumentParser:
 # ---- the way in
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry out a verb; give the exit code. Errors become a sentence on standard error."""
+def run(arguments: argparse.Namespace, others: Mapping[str, Verb] | None = None) -> int:
+    """Carry out a verb; give the exit code. Errors become a sentence on standard error.
+
+    `others` are verbs that need what this module may not import.
+    """
     try:
-        code = _VERBS[arguments.verb](arguments)
+        code = {**_VERBS, **(others or {})}[arguments.verb](arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -289,7 +294,7 @@ def _print_findings(found: dict[str, list[dict[str, str]]]) -> None:
         print("take away what is left with: pvbus doctor --clean")
 
 
-_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+_VERBS: dict[str, Verb] = {
     "down": _down,
     "status": _status,
     "ports": _ports,

@@ -140,7 +140,7 @@ def _overflowed(e: Evidence) -> _Answer | None:
     size = f" of {file.ring.size} entries" if file.ring is not None else ""
     text = (
         f"The event ring{size} of {file} has overflowed: every read answers EFBIG until RESET, "
-        f"{file.dropped} events were dropped"
+        f"events dropped so far: {file.dropped}"
     )
     if file.ring is not None and file.ring.positions:
         text += f", and port {e.name} lies in it, unreachable"
@@ -165,7 +165,7 @@ def _unread(e: Evidence) -> _Answer | None:
         why = (
             "the driver's lost wake-up"
             if e.driver_order
-            else "a reader is looking at it just now, or has lost it"
+            else "a reader is at it just now, or its user wrote over the page"
         )
         text += f", but its doorbell is not raised: a reader that sleeps is not woken ({why}).{behind}"
         return _Answer(
@@ -196,10 +196,10 @@ def _not_written_back(e: Evidence) -> _Answer | None:
         )
         return _Answer("hypervisor-not-running", text, e.hypervisor.remedy)
     users = ", ".join(str(user) for user in e.file.users)
-    taken = "read" if e.file.ring is not None else "delivered (whether it was read is not known)"
+    taken = "taken by" if e.file.ring is not None else "delivered (whether it was read is not known) to"
     if not e.pending:
         text = (
-            f"The last event of port {e.name} was {taken} by {e.file} and not written back: the port "
+            f"The last event of port {e.name} was {taken} {e.file} and not written back: the port "
             f"has been masked for {_for(e, e.served_at_ns)}, and no other event is pending."
         )
         return _Answer("not-written-back", text, f"{users} writes the port back")
@@ -328,7 +328,7 @@ def _never_raised(e: Evidence) -> _Answer | None:
 def _idle(e: Evidence) -> _Answer:
     text = (
         f"Nothing waits on port {e.name}: its last event was delivered {_for(e, e.served_at_ns)} "
-        "ago, read and written back."
+        "ago, and written back."
     )
     return _Answer("idle", text, "the next event")
 

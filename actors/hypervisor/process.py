@@ -93,7 +93,8 @@ class HypervisorProcess(ProcessActor):
         """Count the birth; the next sleep is announced only behind a look at every ring."""
         born = self.machine.load32(Machine.HYPERVISOR_GENERATION)
         self.machine.store32(Machine.HYPERVISOR_GENERATION, born + 1)
-        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0)
+        # Even: awake. A new number, or users who rang the forerunner would not ring us.
+        self.public.store32(PublicPage.HYPERVISOR_SLEEPING, (self.public.load32(PublicPage.HYPERVISOR_SLEEPING) | 1) + 1)
         if born > 0:
             recovery.repair(self.channels, self.irqs)
         self.inbox.sleep_in(self._serve)

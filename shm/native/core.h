@@ -49,8 +49,8 @@ int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pa
 int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, pv_wakes *wakes);
 
 /* submission.c */
-int64_t pv_submission_push(MemoryObject *ring, uint32_t *tail, uint32_t entry); /* 0, or 1 = full */
-int64_t pv_submission_must_kick(MemoryObject *public_page);
+int64_t pv_submission_push(MemoryObject *ring, uint32_t *tail, uint32_t *head, uint32_t entry); /* 0, or 1 = full */
+int64_t pv_submission_must_kick(MemoryObject *public_page, uint32_t *rung);
 
 static inline size_t pv_domain_table(uint32_t ports_max, unsigned table, uint32_t port)
 {

@@ -71,7 +71,8 @@ static int64_t execute(PathObject *self, uint32_t index, uint32_t head, uint32_t
     PV_LOAD32(domid, self->machine, PV_FILE(slot, domain), PV_RELAXED, "file.domain");
     MemoryObject *domain = pv_domain_of(self, domid);
     if (PV_SUB_OP(entry) == PV_SUB_REARM) {
-        if (out->rearm_count < KICKS_MAX)
+        /* One byte a ring is enough, however often it is asked for; so there is room for all. */
+        if ((out->rearm_count == 0 || out->rearm[out->rearm_count - 1] != slot) && out->rearm_count < PV_SUBMISSIONS_MAX)
             out->rearm[out->rearm_count++] = slot;
         return 0;
     }
@@ -112,7 +113,7 @@ static int64_t drain_ring(PathObject *self, uint32_t index, uint32_t budget, dra
     if (count > PV_SUBMISSION_ENTRIES) {
         PV_STORE32(self->machine, SUB(index, state), 2, PV_RELAXED, "sub.poison");
         PV_COUNT64(self->machine, offsetof(struct pv_machine_header, poisoned), 1);
-        if (out->poisoned_count < KICKS_MAX)
+        if (out->poisoned_count < PV_SUBMISSIONS_MAX)
             out->poisoned[out->poisoned_count++] = self->ring_slot[index];
         return 0;
     }
@@ -125,7 +126,7 @@ static int64_t drain_ring(PathObject *self, uint32_t index, uint32_t budget, dra
         out->now = 1;
 #endif
     }
-    for (uint32_t i = 0; i < count && out->rearm_count < KICKS_MAX; i++, head++) {
+    for (uint32_t i = 0; i < count; i++, head++) {
         PV_LOAD32(entry, ring, PV_SUBMISSION_DATA + 4u * (size_t)(head & (PV_SUBMISSION_ENTRIES - 1)), PV_RELAXED, "sub.entry");
         PV_TRY(r, execute(self, index, head, self->ring_slot[index], entry, out));
         PV_STORE32(self->machine, SUB(index, head), head + 1, PV_RELAXED, "sub.head");
@@ -149,8 +150,10 @@ int64_t pv_drain(PathObject *self, uint32_t first, uint32_t end, uint32_t budget
 /* Announce that the hypervisor may sleep; 0 when work came in between, or 1. */
 int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page)
 {
-    uint32_t head, tail;
-    PV_STORE32(public_page, offsetof(struct pv_public_page, hypervisor_sleeping), 1, PV_RELAXED, "sub.announce");
+    uint32_t head, tail, word;
+    int64_t r;
+    PV_LOAD32(word, public_page, offsetof(struct pv_public_page, hypervisor_sleeping), PV_RELAXED, "sub.word");
+    PV_STORE32(public_page, offsetof(struct pv_public_page, hypervisor_sleeping), word | 1, PV_RELAXED, "sub.announce");
     /* SYNC(sub_kick): announced before we look at the tails; the user publishes its tail before it looks at us. */
     PV_SMP_MB(public_page, "sub_kick");
     for (uint32_t i = 0; i < self->rings_end; i++) {
@@ -162,11 +165,20 @@ int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page)
         if (head != tail)
             PV_LOAD32(state, self->machine, SUB(i, state), PV_RELAXED, "sub.state");
         if (head != tail && state == 1) {
-            PV_STORE32(public_page, offsetof(struct pv_public_page, hypervisor_sleeping), 0, PV_RELAXED, "sub.awake");
+            PV_TRY(r, pv_hypervisor_awake(public_page));
             return 0;
         }
     }
     return 1;
+}
+
+/* The next announcement is another number, so that everybody rings again. */
+int64_t pv_hypervisor_awake(MemoryObject *public_page)
+{
+    uint32_t word;
+    PV_LOAD32(word, public_page, offsetof(struct pv_public_page, hypervisor_sleeping), PV_RELAXED, "sub.word");
+    PV_STORE32(public_page, offsetof(struct pv_public_page, hypervisor_sleeping), (word | 1) + 1, PV_RELAXED, "sub.awake");
+    return 0;
 }
 
 int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu)
@@ -183,7 +195,7 @@ int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu)
 }
 
 /* An heir: was the entry that its forerunner had claimed executed?  Then it is behind us. */
-int64_t pv_resolve_claim(PathObject *self, uint32_t index)
+static int64_t resolve(PathObject *self, uint32_t index)
 {
     uint32_t head, entry, domid, to_id = 0, to_port, slot = self->ring_slot[index];
     uint64_t noted, irq;
@@ -209,3 +221,14 @@ int64_t pv_resolve_claim(PathObject *self, uint32_t index)
     return 0;
 }
 
+
+int64_t pv_resolve_claim(PathObject *self, uint32_t index)
+{
+    int64_t r;
+    uint32_t head;
+    PV_TRY(r, resolve(self, index));
+    PV_LOAD32(head, self->machine, SUB(index, head), PV_RELAXED, "sub.head");
+    /* SYNC(sub_room): a forerunner may have died before it gave the room back; its user would wait for it for ever. */
+    PV_STORE32(self->rings[index], offsetof(struct pv_submission_ring, head), head, PV_RELEASE, "sub_room");
+    return 0;
+}

@@ -105,16 +105,21 @@ static int64_t wake_after_publish(MemoryObject *machine, uint32_t slot, MemoryOb
 
 /* evtchn_interrupt, the part under the ring's producer lock.  Ends the port's service (IN_SERVICE) under the same lock. */
 static int64_t push_locked(MemoryObject *machine, uint32_t slot, MemoryObject *page, uint32_t port, MemoryObject *domain,
-                           int *was_empty)
+                           int driver_order, int *was_empty)
 {
     uint64_t prod, cons;
     uint32_t size;
     int64_t r, result = 0;
     PV_LOAD64(prod, machine, PV_FILE(slot, prod), PV_RELAXED, "evr.prod");
-    /* SYNC(evr_room): the reader has copied an entry before it moves C (compare-exchange); only then may we overwrite it. */
-    PV_LOAD64(cons, page, PV_PAGE(cons), PV_ACQUIRE, "evr_room");
+    PV_LOAD64(cons, machine, PV_FILE(slot, cons_seen), PV_RELAXED, "evr.seen");
     PV_LOAD32(size, machine, PV_FILE(slot, size), PV_RELAXED, "evr.size");
     uint32_t used = (uint32_t)prod - (uint32_t)cons;
+    if (driver_order || used >= size) { /* what we last saw of C is too old to say that there is room */
+        /* SYNC(evr_room): the reader has copied an entry before it moves C (compare-exchange); only then may we overwrite it. */
+        PV_LOAD64(cons, page, PV_PAGE(cons), PV_ACQUIRE, "evr_room");
+        PV_STORE64(machine, PV_FILE(slot, cons_seen), cons, PV_RELAXED, "evr.seen");
+        used = (uint32_t)prod - (uint32_t)cons;
+    }
     *was_empty = used == 0;
     if (prod & PV_POISONED) {
         result = PV_PUSH_POISONED;
@@ -155,14 +160,15 @@ int64_t pv_ring_push(MemoryObject *machine, uint32_t slot, MemoryObject *page, u
     if (!locked)
         return PV_PUSH_GONE;
     PV_LOAD32(variants, machine, offsetof(struct pv_machine_header, variants), PV_RELAXED, "variants");
-    PV_TRY(result, push_locked(machine, slot, page, port, domain, &was_empty));
+    int driver_order = (variants & PV_VARIANT_DRIVER_WAKEUP) != 0;
+    PV_TRY(result, push_locked(machine, slot, page, port, domain, driver_order, &was_empty));
     PV_TRY(r, pv_ring_unlock(machine, slot));
     if (result != 0)
         return result;
 #ifndef PVBUS_EXPLORED
     PV_STORE32(page, PV_PAGE(producer_cpu), (uint32_t)sched_getcpu(), PV_RELAXED, "evr.cpu");
 #endif
-    PV_TRY(wake, wake_after_publish(machine, slot, page, (variants & PV_VARIANT_DRIVER_WAKEUP) != 0, was_empty));
+    PV_TRY(wake, wake_after_publish(machine, slot, page, driver_order, was_empty));
     return wake;
 }
 
@@ -293,7 +299,8 @@ int64_t pv_ring_reset(MemoryObject *machine, uint32_t slot, MemoryObject *page)
         return -EIO;
     PV_LOAD64(prod, machine, PV_FILE(slot, prod), PV_RELAXED, "evr.prod");
     uint64_t next = ((PV_EPOCH(prod) + 1) & 0x3fffffffull) << PV_EPOCH_SHIFT;
-    uint64_t poisoned = prod & PV_POISONED; /* stays: it would come back at the user's next word */
+    uint64_t poisoned = prod & PV_POISONED; /* a broken file stays broken */
+    PV_STORE64(machine, PV_FILE(slot, cons_seen), next, PV_RELAXED, "evr.seen");
     PV_XCHG64(prod, page, PV_PAGE(cons), next, "evr.reset.cons");
     PV_TRY(r, publish(machine, slot, page, next | poisoned));
     PV_TRY(r, pv_ring_unlock(machine, slot));

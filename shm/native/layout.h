@@ -100,7 +100,8 @@ struct pv_file {                     /* 256 bytes: what of an open file its user
     uint32_t opener_pid, process_pid;
     char name[32];                   /* evtchn:<comm> */
     uint64_t opened_ns;
-    uint8_t pad[136];
+    uint64_t cons_seen;              /* the C word when a producer last looked; it looks again when the ring seems full */
+    uint8_t pad[128];
 };
 struct pv_submission {               /* 64 bytes: one a process that uses a file */
     uint32_t state;                  /* 0 free, 1 attached, 2 poisoned */
@@ -128,7 +129,8 @@ struct pv_file_page {
     uint32_t producer_cpu;           /* where the producer last ran: is spinning worth while? */
     uint8_t pad2[48];
     uint64_t cons;                   /* @128 C: epoch << 34 | consumer index.  Users compare-exchange; the machine validates. */
-    uint32_t door;                   /* 1 = a byte lies in the doorbell, or is on its way */
+    uint8_t pad3[56];
+    uint32_t door;                   /* @192 1 = a byte lies in the doorbell, or is on its way */
 };
 #define PV_OVERFLOW (1ull << 32)
 #define PV_POISONED (1ull << 33)
@@ -157,7 +159,7 @@ enum { PV_SUB_NOTIFY, PV_SUB_ENABLE, PV_SUB_REARM };
 struct pv_public_page {
     uint32_t version, magic;
     uint8_t pad1[56];
-    uint32_t hypervisor_sleeping;    /* @64 1 = a submitter must ring its own doorbell */
+    uint32_t hypervisor_sleeping;    /* @64 odd = it may sleep: a submitter rings its own doorbell, once for each value */
     uint32_t hypervisor_cpu;
     uint32_t machine_state;          /* 0 booting, 1 ready, 2 stopping */
 };

@@ -23,7 +23,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     SIZE(pv_file), OFFSET(pv_file, state), OFFSET(pv_file, domain), OFFSET(pv_file, lock), OFFSET(pv_file, size), OFFSET(pv_file, prod),
     OFFSET(pv_file, claim), OFFSET(pv_file, delivered), OFFSET(pv_file, dropped), OFFSET(pv_file, wakes), OFFSET(pv_file, impossible),
     OFFSET(pv_file, ports), OFFSET(pv_file, restricted), OFFSET(pv_file, opener_pid), OFFSET(pv_file, process_pid), OFFSET(pv_file, name),
-    OFFSET(pv_file, opened_ns),
+    OFFSET(pv_file, opened_ns), OFFSET(pv_file, cons_seen),
     SIZE(pv_submission), OFFSET(pv_submission, state), OFFSET(pv_submission, slot), OFFSET(pv_submission, head), OFFSET(pv_submission, pid),
     OFFSET(pv_submission, claim), OFFSET(pv_submission, taken),
     OFFSET(pv_file_page, version), OFFSET(pv_file_page, magic), OFFSET(pv_file_page, capacity), OFFSET(pv_file_page, ports_max),

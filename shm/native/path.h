@@ -24,8 +24,8 @@ typedef struct {
 
 typedef struct {
     uint32_t kicks[KICKS_MAX], kick_count; /* domain << 8 | vCPU whose doorbell is to be rung */
-    uint32_t rearm[KICKS_MAX], rearm_count;
-    uint32_t poisoned[KICKS_MAX], poisoned_count;
+    uint32_t rearm[PV_SUBMISSIONS_MAX], rearm_count; /* at most one a ring */
+    uint32_t poisoned[PV_SUBMISSIONS_MAX], poisoned_count;
     uint32_t done;
     uint64_t now;
 } drained;
@@ -33,6 +33,7 @@ typedef struct {
 MemoryObject *pv_domain_of(PathObject *self, uint32_t domid);
 int64_t pv_drain(PathObject *self, uint32_t first, uint32_t end, uint32_t budget, drained *out);
 int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page);
+int64_t pv_hypervisor_awake(MemoryObject *public_page);
 int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu);
 int64_t pv_resolve_claim(PathObject *self, uint32_t index);
 static inline void pv_drained_clear(drained *out)

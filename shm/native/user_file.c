@@ -29,7 +29,7 @@ typedef struct {
     PyObject_HEAD
     MemoryObject *page, *ring, *public_page;
     int door, kick;
-    uint32_t tail, ports_max, fork_generation;
+    uint32_t tail, head, rung, ports_max, fork_generation;
     int score, probe;
     int inflight;       /* blocked calls: the last one to leave finishes a close */
     PyObject *on_idle, *on_fork;
@@ -135,7 +135,7 @@ static int64_t submit(ContextObject *c, uint32_t op, uint32_t port)
     uint64_t deadline = 0;
     int64_t full, r;
     for (;;) {
-        PV_TRY(full, pv_submission_push(c->ring, &c->tail, op << 30 | port));
+        PV_TRY(full, pv_submission_push(c->ring, &c->tail, &c->head, op << 30 | port));
         if (!full)
             return 0;
         PV_TRY(r, push_back(c, &deadline));
@@ -147,7 +147,7 @@ static int64_t submit(ContextObject *c, uint32_t op, uint32_t port)
 static int64_t flush(ContextObject *c)
 {
     int64_t must;
-    PV_TRY(must, pv_submission_must_kick(c->public_page));
+    PV_TRY(must, pv_submission_must_kick(c->public_page, &c->rung));
     return must ? ring_doorbell(c) : 0;
 }
 
@@ -300,6 +300,8 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     c->door = door;
     c->kick = kick;
     c->tail = tail;
+    c->head = tail;
+    c->rung = 0;
     c->ports_max = ports_max;
     c->score = SCORE_MAX;
     c->fork_generation = fork_generation;
@@ -319,6 +321,8 @@ static PyObject *context_rebind(ContextObject *c, PyObject *args)
     c->ring = (MemoryObject *)ring;
     c->kick = kick;
     c->tail = tail;
+    c->head = tail;
+    c->rung = 0;
     c->fork_generation = fork_generation;
     Py_RETURN_NONE;
 }

@@ -37,7 +37,7 @@ def machine(pvbus_shared_machine: BootedMachine) -> Any:
 
 @pytest.fixture
 def opened(machine: Any) -> Iterator[Callable[..., Any]]:
-    """Return open_evtchn, non-blocking and on domain 0 unless told otherwise; the files close after the test."""
+    """Return open_evtchn, non-blocking, domain 0 unless told otherwise; the files close after the test."""
     files: list[Any] = []
 
     def open_file(domain: int = 0) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pvbus.shm.layout import FilePage, Machine, Submission
+from pvbus.tests.view.conftest import CONFIG
 from pvbus.tests.view.support import pid_of, stopped, until
 from pvbus.view.explain import Explanation, explain
 from pvbus.view.pytest_plugin import environment
@@ -29,7 +30,7 @@ with attach(sys.argv[1]) as machine:
 
 
 class Pair:
-    """Two connected ports of domain 0 in two files: `near` hears what `far` notifies, and nothing has happened yet."""
+    """Two connected ports of domain 0, in two files: `near` hears what `far` notifies."""
 
     def __init__(self, machine: Any, opened: Callable[..., Any]) -> None:
         self.machine, self.near, self.far = machine, opened(), opened()
@@ -220,6 +221,18 @@ def test_an_unread_event_whose_doorbell_is_down_wakes_nobody(pair: Pair) -> None
 
     assert found.state == "not-woken"
     assert "a reader that sleeps is not woken" in found.text
+
+
+def test_with_the_order_of_the_driver_a_lost_wake_up_is_called_one(pvbus_boot: Any) -> None:
+    machine = pvbus_boot(f'variants = ["driver-wakeup-order"]\n{CONFIG}').machine
+    pair = Pair(machine, lambda: machine.open_evtchn(domain=0, nonblock=True))
+    pair.raise_it()
+    pair.near._shared.page.store32(FilePage.DOOR, 0)
+
+    found = pair.explain()
+
+    assert found.state == "not-woken"
+    assert "lost wake-up" in found.text
 
 
 def test_a_reader_that_is_stopped_is_named(machine: Any, opened: Any) -> None:

@@ -7,9 +7,10 @@
     explore(EventRing(events=2), model="tso").verdict               # 'complete'
     print(explore(EventRing(), variant="driver-wakeup-order").failure)      # the lost wake-up, with its trace
 
-Contexts are greenlets that run room logic over pvbus.shm._core_explored, the same C source as the machine's core with each
-access turned into a call-out to a memory model (model.py), which stops the context there; the search (search.py) chooses who
-goes on. A scenario (scenario.py, pvbus.verify.scenarios) is pages, contexts and what must hold.
+Contexts are greenlets that run room logic over pvbus.shm._core_explored, the same C source as the machine's
+core with each access turned into a call-out to a memory model (model.py), which stops the context there;
+the search (search.py) chooses who goes on. A scenario (scenario.py, pvbus.verify.scenarios) is pages,
+contexts and what must hold.
 """
 
 from pvbus.verify.explorer.model import MODELS, FilePort, Model
@@ -17,5 +18,6 @@ from pvbus.verify.explorer.scenario import Scenario, Start
 from pvbus.verify.explorer.search import VARIANTS, Failure, ReplayError, Result, explore, replay
 
 __all__ = [
-    "MODELS", "VARIANTS", "Failure", "FilePort", "Model", "ReplayError", "Result", "Scenario", "Start", "explore", "replay",
+    "MODELS", "VARIANTS", "Failure", "FilePort", "Model", "ReplayError", "Result",
+    "Scenario", "Start", "explore", "replay",
 ]

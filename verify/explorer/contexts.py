@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts: greenlets that run production code and stop before each access that another context could notice.
 
-A context is one thread of control (a virtual CPU's process, a reader, the hypervisor). The model (model.py) stops it in the
-middle of a C call-out; the search (search.py) decides who goes on. Nothing here knows of memory or of properties.
+A context is one thread of control (a virtual CPU's process, a reader, the hypervisor). The model (model.py)
+stops it in the middle of a C call-out; the search (search.py) decides who goes on. Nothing here knows of
+memory or of properties.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ Operation = tuple[int, int, str]  # kind, location, site
 
 
 class ContextDied(BaseException):
-    """Thrown into a context that is given up; the gate of a dead context is closed, so it changes nothing further."""
+    """Thrown into a context that is given up; the gate of a dead context is closed, so it changes nothing
+    further.
+    """
 
 
 class Context:
     """One thread of control. `waits_for_ever` marks a server, which may sit in its wait when all is over."""
 
-    __slots__ = ("bit", "buffer", "error", "finished", "greenlet", "mark", "name", "number", "operation", "seen", "server")
+    __slots__ = (
+        "bit", "buffer", "error", "finished", "greenlet", "mark", "name", "number", "operation", "seen", "server",
+    )
 
     def __init__(self, number: int, name: str, run: Callable[[], object], *, server: bool) -> None:
         self.number = number

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory models that answer the call-outs of pvbus.shm._core_explored: `sc` and `tso`.
 
-Memory is a dictionary from location to value. `sc` executes each access where it stands. `tso` keeps a FIFO store buffer for
-each context: a store goes into it, the flush of its oldest entry is a choice of the search, loads forward from the own
-buffer, locked operations and full barriers wait until it is empty. System calls on a doorbell do not drain it here, which
-allows more than x86 does. Stores need no scheduling point under `tso`: their flush is one.
+Memory is a dictionary from location to value. `sc` executes each access where it stands. `tso` keeps a FIFO
+store buffer for each context: a store goes into it, the flush of its oldest entry is a choice of the
+search, loads forward from the own buffer, locked operations and full barriers wait until it is empty.
+System calls on a doorbell do not drain it here, which allows more than x86 does. Stores need no scheduling
+point under `tso`: their flush is one.
 
-A location that only one context has ever touched, or that none has ever written, is no scheduling point. That is not
-declared but found out: the model notes who touches what, and when a location turns out to be shared, the search starts anew
-knowing it (`Footprint`). So a search that ends has never passed over a location that two contexts could quarrel about.
+A location that only one context has ever touched, or that none has ever written, is no scheduling point.
+That is not declared but found out: the model notes who touches what, and when a location turns out to be
+shared, the search starts anew knowing it (`Footprint`). So a search that ends has never passed over a
+location that two contexts could quarrel about.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.verify.explorer.contexts import (
-    FENCE, KINDS, LOAD, RING, RMW, SPIN, STORE, TAKE, WAIT, Context, ContextDied,
+    FENCE,
+    KINDS,
+    LOAD,
+    RING,
+    RMW,
+    SPIN,
+    STORE,
+    TAKE,
+    WAIT,
+    Context,
+    ContextDied,
 )
 
 if TYPE_CHECKING:
@@ -27,12 +39,15 @@ FULL_BARRIER: Final = 0
 OR, AND, EXCHANGE, ADD = range(4)
 _ROOTS: Final = 64  # identities of the empty lists: a context's number
 _BELL: Final = -1  # doorbells lie below zero, memory above
-_PASSED: Final = -1  # observed at a step that gives no value: a context's list of observations is its whole state
+# observed at a step that gives no value: a context's list of observations is its whole state
+_PASSED: Final = -1
 _DOOR_BYTES_MAX: Final = 64  # what one door_take swallows, as in user_file.c
 
 
 class WidthError(AssertionError):
-    """Two accesses of different width to the same eight bytes: a mixed-size race, which no model here covers."""
+    """Two accesses of different width to the same eight bytes: a mixed-size race, which no model here
+    covers.
+    """
 
 
 class Footprint:
@@ -47,19 +62,21 @@ class Footprint:
 
     def note(self, key: int, bit: int, *, writes: bool) -> None:
         """Note an access; make the location shared once two contexts touch it and one of them writes."""
+        granule, width = key >> 7, key & 15
+        if self.widths.setdefault(granule, width) != width:
+            raise WidthError(f"{self.widths[granule]} and {width} bytes wide, around offset {key >> 4 & 0xFFFFFFFF:#x}")
         mask = self.touched[key] = self.touched.get(key, 0) | bit
         if writes:
             self.written.add(key)
         if mask & (mask - 1) and key in self.written and key not in self.shared:
             self.shared.add(key)
             self.grown = True
-        granule, width = key >> 7, key & 15
-        if self.widths.setdefault(granule, width) != width:
-            raise WidthError(f"{self.widths[granule]} and {width} bytes wide, around offset {key >> 4 & 0xFFFFFFFF:#x}")
 
 
 class Model:
-    """Answers every access of the explored core. Without a running context (preparation, checks) it executes at once."""
+    """Answers every access of the explored core. Without a running context (preparation, checks) it
+    executes at once.
+    """
 
     def __init__(self, kind: str, dropped: Iterable[str] = ()) -> None:
         if kind not in MODELS:
@@ -72,7 +89,8 @@ class Model:
         self.cells: dict[int, int] = {}  # shared locations and doorbells, in a fixed order
         self.version = 0  # grows with each change of a cell
         self.steps = 0
-        self.trace: list[tuple[str, str]] | None = None  # (context, what it did), when somebody wants to read it
+        # (context, what it did), when somebody wants to read it
+        self.trace: list[tuple[str, str]] | None = None
         self.dropped_seen: set[str] = set()
         self._numbers: dict[Any, int] = {}
         self._names: list[str] = []
@@ -114,14 +132,16 @@ class Model:
         if operation is None:
             return False
         kind = operation[0]
-        if kind == RMW or kind == FENCE:  # noqa: PLR1714 - the hottest comparison of the search
+        if kind in (RMW, FENCE):
             return not context.buffer
         if kind == WAIT:
             return self.cells[operation[1]] > 0
         return kind != SPIN or context.mark != self.version
 
     def state(self, contexts: list[Context]) -> tuple[Any, ...]:
-        """Everything that the future depends on: what each context has observed, memory, buffers, doorbells."""
+        """Everything that the future depends on: what each context has observed, memory, buffers,
+        doorbells.
+        """
         return (
             *self.cells.values(),
             *[context.seen for context in contexts],
@@ -225,7 +245,9 @@ class Model:
             self.trace.append((context.name, f"-- {('mb', 'rmb', 'wmb')[kind]} {site}"))
 
     def spin(self, site: str) -> None:
-        """Answer a turn of a spin loop: whoever has seen nothing new since the last turn waits for a change."""
+        """Answer a turn of a spin loop: whoever has seen nothing new since the last turn waits for a
+        change.
+        """
         context = self.running
         if context is None:
             raise RuntimeError(f"{site}: spinning with nobody else to run")
@@ -313,7 +335,8 @@ class Model:
             self._observe(context, value)
             return value
         if context.buffer:
-            self._stop(context, FENCE, 0, site)  # nobody else sees the location, but the buffer has to be empty
+            # nobody else sees the location, but the buffer has to be empty
+            self._stop(context, FENCE, 0, site)
             self._observe(context, _PASSED)
         return self._local(context, key, writes=True)
 
@@ -329,7 +352,9 @@ class Model:
 
 
 class FilePort:
-    """The model as an open file's page sees it: the same memory, and the two doorbells that user_file.c touches."""
+    """The model as an open file's page sees it: the same memory, and the two doorbells that user_file.c
+    touches.
+    """
 
     def __init__(self, model: Model, door: int, kick: int) -> None:
         self.load, self.store, self.rmw, self.cas = model.load, model.store, model.rmw, model.cas

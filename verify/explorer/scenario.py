@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scenario is: pages prepared once, contexts started for each execution, and what must hold at the end.
+"""What a scenario is: pages prepared once, contexts started for each execution, and what must hold at the
+end.
 
-A scenario is written against room logic and the explored core only, never against a process. Its parameters are its
-constructor's arguments; it holds nothing that lives longer than one execution except its pages.
+A scenario is written against room logic and the explored core only, never against a process. Its parameters
+are its constructor's arguments; it holds nothing that lives longer than one execution except its pages.
 """
 
 from __future__ import annotations
@@ -32,4 +33,6 @@ class Scenario(ABC):
 
     @abstractmethod
     def broken(self, model: Model, stuck: list[str]) -> str | None:
-        """Say what does not hold when nobody can go on, or None. `stuck` are the contexts that wait (servers excepted)."""
+        """Say what does not hold when nobody can go on, or None. `stuck` are the contexts that wait
+        (servers excepted).
+        """

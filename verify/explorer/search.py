@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Depth-first search over the interleavings of a scenario, by replay from scratch, with state hashing.
 
-An execution is a list of choices: the name of a context that takes its next step, or `name~` for the flush of its oldest
-buffered store. A state is what each context has observed so far, memory, buffers and doorbells (exact, no digests), so a
-state that was seen before is not entered again. The verdict says `complete` only if every choice was tried.
+An execution is a list of choices: the name of a context that takes its next step, or `name~` for the flush
+of its oldest buffered store. A state is what each context has observed so far, memory, buffers and
+doorbells (exact, no digests), so a state that was seen before is not entered again. The verdict says
+`complete` only if every choice was tried.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Failure:
     kind: str  # lost wake-up, deadlock, property, exception, livelock
     message: str
     choices: tuple[str, ...]
-    shared: tuple[int, ...]  # the locations that were scheduling points: without them the choices mean nothing
+    # the locations that were scheduling points: without them the choices mean nothing
+    shared: tuple[int, ...]
     trace: str
 
     def __str__(self) -> str:
@@ -85,7 +87,8 @@ class Explorer:
         self.model.freeze()
         self.visited: set[tuple[Any, ...]] = set()
         self.path: list[_Node] = []
-        self.where_they_stand: list[tuple[str, str]] = []  # at the end of the last execution that was no search
+        # at the end of the last execution that was no search
+        self.where_they_stand: list[tuple[str, str]] = []
 
     # ---- one execution
 
@@ -175,7 +178,9 @@ class Explorer:
         return end
 
     def _enter(self, contexts: list[Context], choices: list[str]) -> bool:
-        """Put a state on the path; False if it was seen before. Where there is no choice, looking it up costs more than it saves."""
+        """Put a state on the path; False if it was seen before. Where there is no choice, looking it up
+        costs more than it saves.
+        """
         if len(choices) > 1:
             state = self.model.state(contexts)
             if state in self.visited:
@@ -241,9 +246,10 @@ def explore(
 ) -> Result:
     """Search every interleaving of `scenario` under a memory model, until one fails.
 
-    `model` is `sc` or `tso`. `variant` names a defect of the driver to be switched on (VARIANTS). `drop` names barriers that
-    are left out, everywhere (`evr_wake`) or in one context (`evr_wake@reader`). `executions` bounds the search; the verdict
-    then says `bounded`. Deterministic: the same arguments give the same result, step by step.
+    `model` is `sc` or `tso`. `variant` names a defect of the driver to be switched on (VARIANTS). `drop`
+    names barriers that are left out, everywhere (`evr_wake`) or in one context (`evr_wake@reader`).
+    `executions` bounds the search; the verdict then says `bounded`. Deterministic: the same arguments give
+    the same result, step by step.
     """
     return Explorer(scenario, model, variant, drop).run(executions)
 
@@ -256,7 +262,9 @@ def replay(
     variant: str | None = None,
     drop: Iterable[str] = (),
 ) -> Failure | None:
-    """Run the execution of a failure again, by its choices; give what fails now, or None. Raises ReplayError if they do not fit."""
+    """Run the execution of a failure again, by its choices; give what fails now, or None. Raises
+    ReplayError if they do not fit.
+    """
     explorer = Explorer(scenario, model, variant, drop)
     explorer.model.footprint.shared.update(failure.shared)
     end = explorer.execute(failure.choices, search=False)

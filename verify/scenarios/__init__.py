@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenarios for the explorer, one file each: pages, contexts, and what must hold. Room logic and the explored core only."""
+"""Scenarios for the explorer, one file each: pages, contexts, and what must hold. Room logic and the
+explored core only.
+"""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interrupt handler fills an event ring while a reader empties it and sleeps: where the driver loses a wake-up.
+"""The interrupt handler fills an event ring while a reader empties it and sleeps: where the driver loses a
+wake-up.
 
-Contexts: one a virtual CPU (upcall, then a byte into the doorbell of each file that it returns, as its process does), the
-reader (a blocking UserFile.read after the other until it has every event), the hypervisor (a server: re-arms the doorbell
-when a reader asks for it), and, if wanted, a sender that raises the ports while the CPU is at work. All of them run the
-production code; the only thing modelled here is the doorbell, a counter of bytes.
+Contexts: one a virtual CPU (upcall, then a byte into the doorbell of each file that it returns, as its
+process does), the reader (a blocking UserFile.read after the other until it has every event), the
+hypervisor (a server: re-arms the doorbell when a reader asks for it), and, if wanted, a sender that raises
+the ports while the CPU is at work. All of them run the production code; the only thing modelled here is the
+doorbell, a counter of bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from typing import Final
 
 from pvbus.shm._core_explored import Context, EventPath, Memory, UserFile
 from pvbus.shm.layout import (
-    Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing, Vcpu,
+    Domain,
+    File,
+    FilePage,
+    Irq,
+    Machine,
+    Port,
+    PublicPage,
+    Submission,
+    SubmissionRing,
+    Vcpu,
 )
 from pvbus.verify.explorer.model import FilePort, Model
 from pvbus.verify.explorer.scenario import Scenario, Start
@@ -26,19 +37,21 @@ PORT_FIRST: Final = 1
 
 
 class EventRing(Scenario):
-    """`events` ports, each raised once, on `cpus` virtual CPUs in turn, for one reader that asks for `batch` ports a call.
+    """`events` ports, each raised once, on `cpus` virtual CPUs in turn, for one reader that asks for
+    `batch` ports a call.
 
-    `upcall_budget` is how many events one upcall serves: with 1, each is an upcall of its own, as on hardware. With `sender`
-    the ports are raised by a context of their own, and the CPUs sleep and are kicked; without, they are pending at the start.
-    With `heir` each CPU's process dies when its work is done, and its heir wakes every file that may have missed its byte;
-    the reader then reads on for ever, and has to fall asleep in the end.
+    `upcall_budget` is how many events one upcall serves: with 1, each is an upcall of its own, as on
+    hardware. With `sender` the ports are raised by a context of their own, and the CPUs sleep and are
+    kicked; without, they are pending at the start. With `heir` each CPU's process dies when its work is
+    done, and its heir wakes every file that may have missed its byte; the reader then reads on for ever,
+    and has to fall asleep in the end.
     """
 
     name = "event-ring"
 
     def __init__(
-        self, *, events: int = 2, cpus: int = 1, batch: int = 16, upcall_budget: int = 1, sender: bool = False,
-        heir: bool = False,
+        self, *, events: int = 2, cpus: int = 1, batch: int = 16, upcall_budget: int = 1,
+        sender: bool = False, heir: bool = False,
     ) -> None:
         self.events = events
         self.cpus = cpus
@@ -117,8 +130,9 @@ class EventRing(Scenario):
     def _wake_files(self, model: Model) -> None:
         """What CpuProcess does for an heir: the dead may have raised a door and not sent the byte."""
         page = self.page
-        if page.load64(FilePage.PROD) != page.load64(FilePage.CONS) or page.load32(FilePage.DOOR):
-            page.store32(FilePage.DOOR, 1)
+        unread = page.load64(FilePage.PROD, "heir.prod") != page.load64(FilePage.CONS, "heir.cons")
+        if unread or page.load32(FilePage.DOOR, "heir.door"):
+            page.store32(FilePage.DOOR, 1, "heir.door")
             model.ring(self.door, "door.send")
 
     def _reader(self, read_ports: Callable[[int], list[int]]) -> None:
@@ -148,12 +162,15 @@ class EventRing(Scenario):
     # ---- what must hold
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
-        """Ports read are ports raised, each once, those of one CPU in their order; and nobody sleeps on a non-empty ring."""
+        """Ports read are ports raised, each once, those of one CPU in their order; and nobody sleeps on a
+        non-empty ring.
+        """
         unread = self.page.load64(FilePage.PROD) - self.page.load64(FilePage.CONS)
         if unread:
             return f"the reader sleeps, and {unread} event(s) lie unread in the ring"
         if stuck:
-            return f"{self.events - len(self.read)} event(s) were raised and never reached the ring; waiting: {', '.join(stuck)}"
+            missing = self.events - len(self.read)
+            return f"{missing} event(s) were raised and never reached the ring; waiting: {', '.join(stuck)}"
         for vcpu in range(self.cpus):
             raised = self.ports[vcpu :: self.cpus]
             read = [port for port in self.read if (port - PORT_FIRST) % self.cpus == vcpu]

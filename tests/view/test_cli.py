@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, run as a user does: output for people and machines, exit codes, mistakes on purpose."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvbus.actors.runtime import rundir
+from pvbus.tests.view.support import WAIT_S_MAX, pid_of, stopped
+from pvbus.view import cli
+from pvbus.view.pytest_plugin import BootedMachine, environment
+from pvbus.view.tables import table
+
+RUN_S_MAX = 40
+PVBUS = [sys.executable, "-m", "pvbus.supervisor"]
+VERBS = ["up", "down", "status", "ports", "virq", "explain", "stress", "demo", "doctor"]
+NEEDS_MACHINE = [["down"], ["status"], ["ports"], ["virq", "3"], ["explain", "port", "0:1"]]
+Done = subprocess.CompletedProcess[str]
+
+
+def pvbus(*arguments: str, machine: str | None = None, **variables: str) -> Done:
+    """Run one command to its end."""
+    inherited = {name: value for name, value in environment().items() if name != "PVBUS_MACHINE"}
+    chosen = {"PVBUS_MACHINE": machine} if machine is not None else {}
+    return subprocess.run(
+        [*PVBUS, *arguments],
+        env=inherited | chosen | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=RUN_S_MAX,
+        check=False,
+    )
+
+
+@pytest.fixture
+def name(pvbus_shared_machine: BootedMachine) -> str:
+    """Return the name of the machine that the tests of this module share."""
+    return pvbus_shared_machine.name
+
+
+# ---- output
+
+
+def test_help_fits_a_screen_and_names_every_verb() -> None:
+    done = pvbus("--help")
+
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) <= 24
+    assert all(re.search(rf"^ +{verb} ", done.stdout, re.MULTILINE) for verb in VERBS)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_every_verb_takes_json_and_a_name() -> None:
+    for verb in VERBS:
+        said = pvbus(verb, "--help").stdout
+
+        assert "--json" in said
+        assert "--name" in said or verb == "demo"  # its machine is its own
+
+
+def test_status_shows_processes_cpus_and_open_files_in_plain_text(name: str, opened: Any) -> None:
+    opened()
+
+    done = pvbus("status", "--name", name)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert done.stdout.startswith(f"{name} is ready")
+    assert "hypervisor" in done.stdout
+    assert "evtchn:" in done.stdout
+    assert re.search(r"^NAME +PID +RESTARTS", done.stdout, re.MULTILINE)
+
+
+def test_status_as_json_is_one_object_with_a_schema(name: str) -> None:
+    data = json.loads(pvbus("status", "--json", machine=name).stdout)
+
+    assert (data["schema"], data["name"], data["state"]) == (1, name, "ready")
+    assert {"name", "pid", "restarts"} <= set(data["processes"][0])
+
+
+def test_ports_as_json_carries_the_promised_keys(name: str, opened: Any) -> None:
+    near, far = opened(), opened(domain=1)
+    port = near.bind_unbound_port(remote_domain=1)
+    far_port = far.bind_interdomain(0, port)
+
+    data = json.loads(pvbus("ports", "--json", machine=name).stdout)
+
+    assert data["schema"] == 1
+    (row,) = (row for row in data["ports"] if (row["domain"], row["port"]) == (0, port))
+    assert (row["state"], row["remote_domain"], row["remote_port"]) == ("interdomain", 1, far_port)
+    assert {"file", "pending", "masked"} <= set(row)
+    only = json.loads(pvbus("ports", "--domain", "1", "--json", machine=name).stdout)
+    assert {row["domain"] for row in only["ports"]} == {1}
+
+
+def test_ports_for_people_is_a_table(name: str) -> None:
+    lines = pvbus("ports", machine=name).stdout.splitlines()
+
+    assert lines[0].split()[:3] == ["DOMAIN", "PORT", "STATE"]
+    assert len(lines) == 1 + 3  # what the kernel holds
+
+
+def test_virq_raises_it(name: str, opened: Any) -> None:
+    file = opened()
+    port = file.bind_virq(4)
+
+    done = pvbus("virq", "4", "--json", machine=name)
+
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"schema": 1, "virq": 4, "domain": 0, "vcpu": 0, "port": port}
+    assert pvbus("virq", "4", machine=name).stdout == f"VIRQ 4 is raised on port {port}\n"
+
+
+def test_explain_gives_a_sentence_and_what_comes_next(name: str, opened: Any) -> None:
+    port = opened().bind_unbound_port(remote_domain=1)
+
+    plain = pvbus("explain", "port", f"0:{port}", machine=name)
+    data = json.loads(pvbus("explain", "port", f"0:{port}", "--json", machine=name).stdout)
+
+    assert plain.returncode == 0
+    assert plain.stdout.count("\n") == 1
+    assert plain.stdout.startswith(f"Port 0:{port} is unbound")
+    assert " Next: domain 1 binds it" in plain.stdout
+    assert (data["schema"], data["state"]) == (1, "unbound")
+    assert {"where", "holds", "detail"} == set(data["steps"][0])
+
+
+def test_explain_and_status_answer_while_the_hypervisor_is_stopped(machine: Any, name: str) -> None:
+    with stopped(pid_of(machine, "hypervisor")):
+        status = pvbus("status", machine=name)
+        explained = pvbus("explain", "port", "0:1", machine=name)
+
+    assert (status.returncode, explained.returncode) == (0, 0)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(name: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as pipe:
+        done = subprocess.run(
+            [*PVBUS, "ports", "--name", name],
+            env=environment(),
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            timeout=RUN_S_MAX,
+            check=False,
+        )
+
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_table_aligns_columns_and_says_nothing_with_a_dash() -> None:
+    text = table([{"a": 1, "long_name": None}, {"a": 222, "long_name": True}], ("a", "long_name"))
+
+    assert text.splitlines() == ["A    LONG NAME", "1    -", "222  yes"]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("arguments", NEEDS_MACHINE, ids=lambda arguments: str(arguments[0]))
+def test_without_a_machine_a_verb_says_how_to_start_one(arguments: list[str], tmp_path: Path) -> None:
+    done = pvbus(*arguments, "--json", XDG_RUNTIME_DIR=str(tmp_path))
+
+    assert done.returncode == 3
+    assert "pvbus up" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert json.loads(done.stdout)["schema"] == 1
+    assert "pvbus up" in json.loads(done.stdout)["error"]
+
+
+def test_a_machine_of_another_name_is_not_there(name: str) -> None:
+    done = pvbus("status", "--name", "nobody")
+
+    assert done.returncode == 3
+    assert "nobody" in done.stderr
+    assert "pvbus up --name nobody" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["status", "--name", "No/Name"], "No/Name"),
+        (["doctor", "--name", "No/Name"], "No/Name"),
+        (["explain", "port", "5"], "'5'"),
+        (["explain", "port", "0:-5"], "'0:-5'"),
+        (["explain", "port", "0:4096"], "4096"),
+        (["explain", "port", "9:1"], "domain 9"),
+        (["explain", "queue", "0:1"], "queue"),
+        (["ports", "--domain", "9"], "--domain 9"),
+        (["ports", "--domain", "zero"], "zero"),
+        (["virq", "24"], "24"),
+        (["virq", "-1"], "-1"),
+        (["virq", "3", "--vcpu", "7"], "--vcpu 7"),
+        (["virq", "3", "--domain", "9"], "--domain 9"),
+        (["demo", "--seconds", "0"], "0"),
+        (["nonsense"], "nonsense"),
+        ([], "VERB"),
+    ],
+)
+def test_a_bad_argument_is_named(name: str, arguments: list[str], named: str) -> None:
+    done = pvbus(*arguments, machine=name)
+
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_virq_that_nobody_has_bound_cannot_be_heard(name: str) -> None:
+    done = pvbus("virq", "5", machine=name)
+
+    assert done.returncode == 3
+    assert "VIRQ 5" in done.stderr
+    assert "bind" in done.stderr
+
+
+def test_an_interrupted_command_says_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_name: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "attach", interrupted)
+
+    assert cli.run(cli.parser().parse_args(["status"])) == 130
+
+
+def test_a_machine_that_does_not_answer_is_a_time_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent(_name: str | None) -> None:
+        raise TimeoutError(110, "no answer to Hello")
+
+    monkeypatch.setattr(cli, "attach", silent)
+
+    assert cli.run(cli.parser().parse_args(["status"])) == 4
+    assert "no answer to Hello" in capsys.readouterr().err
+
+
+def test_a_verb_of_the_supervisor_is_handed_in() -> None:
+    arguments = cli.parser().parse_args(["stress", "--seconds", "2", "--seed", "7"])
+
+    assert cli.run(arguments, {"stress": lambda given: int(given.seconds) + int(given.seed)}) == 9
+
+
+# ---- the end of a machine, and what dead ones leave
+
+
+def test_down_returns_when_the_machine_is_gone(pvbus_machine: BootedMachine) -> None:
+    directory = rundir.run_directory(pvbus_machine.name)
+
+    done = pvbus("down", "--name", pvbus_machine.name, "--json")
+
+    assert json.loads(done.stdout) == {
+        "schema": 1, "name": pvbus_machine.name, "run_id": pvbus_machine.run_id, "state": "stopped",
+    }  # fmt: skip
+    assert done.returncode == 0
+    assert not directory.exists()
+    assert pvbus_machine.process.wait(timeout=WAIT_S_MAX) == 0
+
+
+def test_doctor_checks_the_host_and_finds_nothing_left() -> None:
+    done = pvbus("doctor", "--json")
+    data = json.loads(done.stdout)
+
+    assert (done.returncode, data["schema"], data["ok"]) == (0, 1, True)
+    assert data["leftovers"] == []
+    assert {"descriptors", "shared memory", "native core", "run directory"} <= {
+        check["name"] for check in data["checks"]
+    }
+
+
+def test_doctor_does_not_touch_a_machine_that_runs(machine: Any, name: str) -> None:
+    done = pvbus("doctor", "--clean")
+
+    assert done.returncode == 0, done.stdout
+    assert pvbus("status", machine=name).returncode == 0
+    assert machine.status()["state"] == "ready"
+
+
+def test_doctor_finds_and_takes_away_what_a_dead_machine_left(tmp_path: Path) -> None:
+    directory = tmp_path / "pvbus" / "dead"
+    directory.mkdir(parents=True, mode=0o700)
+    (tmp_path / "pvbus").chmod(0o700)
+    run_id = f"dead{os.getpid():x}"
+    (directory / "run_id").write_text(run_id + "\n")
+    segment = Path("/dev/shm") / f"pvbus-{run_id}-m"
+    segment.write_bytes(b"")
+    try:
+        found = pvbus("doctor", XDG_RUNTIME_DIR=str(tmp_path))
+        cleaned = pvbus("doctor", "--clean", "--json", XDG_RUNTIME_DIR=str(tmp_path))
+
+        assert found.returncode == 1
+        assert str(directory) in found.stdout
+        assert str(segment) in found.stdout
+        assert "pvbus doctor --clean" in found.stdout
+        assert cleaned.returncode == 0
+        assert {str(directory), str(segment)} <= set(json.loads(cleaned.stdout)["removed"])
+        assert not directory.exists()
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
+
+
+def test_doctor_leaves_a_segment_that_somebody_holds() -> None:
+    segment = Path("/dev/shm") / f"pvbus-held{os.getpid():x}-m"
+    try:
+        with segment.open("wb"):
+            held = pvbus("doctor", "--clean", "--json")
+            assert segment.exists()
+        left = pvbus("doctor", "--clean", "--json")
+
+        assert json.loads(held.stdout)["leftovers"] == []
+        assert str(segment) in json.loads(left.stdout)["removed"]
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
+
+
+def test_doctor_says_what_a_host_lacks(tmp_path: Path) -> None:
+    done = pvbus("doctor", "--json", XDG_RUNTIME_DIR=str(tmp_path / "missing"))
+
+    assert done.returncode == 3
+    (check,) = (check for check in json.loads(done.stdout)["checks"] if check["level"] == "lacking")
+    assert check["name"] == "run directory"
+    assert "XDG_RUNTIME_DIR" in check["advice"]
