@@ -1,500 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supervisor: entry of the command line, and the process that boots a machine and keeps it.
-
-It creates and unlinks every segment, keeps descriptors and doorbells for heirs, starts children left to right (hypervisor,
-CPUs, then open files as they come), restarts what dies, stops right to left. It answers attached users on the machine's
-socket; on the path of an event it is not.
-"""
+"""The entry: command line, configuration, exit code. `pvbus up` becomes the supervisor; every other verb attaches to one."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import json
 import os
-import secrets
-import signal
-import socket
+import select
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.actors.runtime import config as configuration
-from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir
-from pvbus.actors.runtime.clock import SharedClock
-from pvbus.actors.runtime.forkserver import ChildExited, ForkServer, Spawned
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop
-from pvbus.actors.runtime.supervision import Child, ChildSpec, ChildTable, State, Verdict
-from pvbus.actors.runtime.wire import Done, Failure, Message
-from pvbus.shm.layout import FILES_MAX, PORTS_2L, FilePage, Machine, PublicPage
+from pvbus.actors.supervisor.process import Supervisor
 from pvbus.shm.memory import EventPath
-from pvbus.shm.pages import MachinePages
-from pvbus.shm.segment import sealed_memfd
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
-PRELOAD = (
-    "pvbus.actors.hypervisor.process",
-    "pvbus.actors.cpu.process",
-    "pvbus.actors.file.process",
-    "setproctitle",
-)
-STOP_DEADLINE_S = 5.0
-CALL_DEADLINE_S = 20.0
-WAITING_MAX = 1024  # calls of users that wait for a hypervisor's heir
-EXIT_BROKEN = 1
+    from pvbus.shm.pages import MachinePages
+
+EXIT_USAGE = 2
 EXIT_ENVIRONMENT = 3
+EXIT_TIMED_OUT = 4
+DETACH_S_MAX = 30.0  # a boot takes a fifth of a second
+DETACHED = "PVBUS_DETACHED"  # set for the process that `up --detach` leaves behind
 
 
-class OpenFile(NamedTuple):
-    """What the supervisor keeps of an open file, for the heirs of the processes that use it."""
-
-    slot: int
-    domain: int
-    name: str
-    page_fd: int
-    door: socket.socket
-
-
-class Supervisor(ProcessActor):
-    """Boots, keeps and stops one machine."""
-
-    def __init__(self, config: configuration.MachineConfig, ready: Callable[[], None]) -> None:
-        self.run_id = secrets.token_hex(6)
-        self.directory = rundir.create(config.name, self.run_id)
-        variants = Machine.VARIANT_DRIVER_WAKEUP if "driver-wakeup-order" in config.variants else 0
-        self.pages = MachinePages(self.run_id, {domain.id: domain.cpus for domain in config.domain}, variants)
-        clock = SharedClock(self.pages.machine, Machine.CLOCK_OFFSET_NS)
-        ours, self._own_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        super().__init__("supervisor", ours, clock)
-        self.config = config
-        self.announce_ready = ready
-        self.listener: socket.socket | None = None
-        self.doorbells = {
-            (domain.id, vcpu): os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            for domain in config.domain
-            for vcpu in range(domain.cpus)
-        }
-        self.table = ChildTable([ChildSpec("hypervisor", "pvbus.actors.hypervisor.process:HypervisorProcess")])
-        for domid, vcpu in self.doorbells:
-            self.table.add(ChildSpec(f"cpu/{domid}.{vcpu}", "pvbus.actors.cpu.process:CpuProcess"))
-        self.controls: dict[str, Peer] = {}
-        self.files: dict[str, OpenFile] = {}
-        self.free_slots = list(range(FILES_MAX - 1, -1, -1))
-        self.openings: dict[str, Opening] = {}
-        self.waiting: list[Callable[[], None]] = []
-        self.stopping = False
-        self.booted = False
-
-    # ---- boot
-
-    def on_ready(self) -> None:
-        """Give each domain's kernel its ports, then start the fork server and with it everything else."""
-        for domain in self.config.domain:
-            self._format(domain)
-        os.environ["PVBUS_RUN_ID"] = self.run_id
-        self.forkserver = ForkServer(self.inbox)
-        self.forkserver.preload(
-            PRELOAD, self._preloaded, directories=[str(self.directory)], shm_prefix=f"pvbus-{self.run_id}"
-        )
-
-    def _format(self, domain: configuration.DomainConfig) -> None:
-        memory = self.pages.domain(domain.id)
+def give_to_kernels(config: configuration.MachineConfig, pages: MachinePages) -> None:
+    """Bind what each domain's own kernel holds, before anything runs."""
+    for domain in config.domain:
+        memory = pages.domain(domain.id)
         states = {domain.id: DomainState(domain.id, domain.cpus, memory)}
-        path = EventPath(self.pages.machine, {domain.id: memory})
-        hardware = 0 if domain.id == 0 else -1
-        channels = EventChannels(states, path, lambda _domid, _vcpu: None, hardware)
+        path = EventPath(pages.machine, {domain.id: memory})
+        channels = EventChannels(states, path, lambda _domid, _vcpu: None)
         channels.give_to_kernel(domain.id, domain.kernel_ports, list(domain.kernel_virqs))
 
-    def _preloaded(self, reply: Message, _fds: list[int]) -> None:
-        if isinstance(reply, Failure):
-            self._give_up(f"the fork server cannot start: {reply.text}")
-        else:
-            self._start_next()
 
-    def _start_next(self) -> None:
-        child = self.table.next_to_start()
-        if child is not None and not self.stopping:
-            self._spawn(child)
-        elif not self.booted and all(child.state is State.UP for child in self.table):
-            self._open_for_users()
-
-    def _open_for_users(self) -> None:
-        self.booted = True
-        self.listener = rundir.bind_machine(self.directory)
-        self.inbox.add_listener(self.listener, self._accept)
-        self.pages.public.store32(PublicPage.MACHINE_STATE, PublicPage.READY)
-        self.announce_ready()
-
-    # ---- children
-
-    def _spawn(self, child: Child) -> None:
-        name = child.spec.name
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.table.starting(name, 0)
-        self.controls[name] = self.inbox.add_peer(ours, name)
-
-        def spawned(reply: Message, _fds: list[int]) -> None:
-            if isinstance(reply, Spawned):
-                self.table.starting(name, reply.pid)
-                self._send_start(child)
-            else:
-                self._give_up(f"{name} cannot be forked: {getattr(reply, 'text', reply)}")
-
-        self.forkserver.spawn(name, theirs, spawned)
-        theirs.close()
-
-    def _send_start(self, child: Child) -> None:
-        name = child.spec.name
-        role, _, place = name.partition("/")
-        if role == "hypervisor":
-            domains = [{"id": d.id, "cpus": d.cpus, "affinity": d.affinity} for d in self.config.domain]
-            self.ask_start(child, {"domains": domains}, self.pages.fds(), self._hypervisor_started)
-        elif role == "cpu":
-            domid, vcpu = (int(part) for part in place.split("."))
-            theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            fds = {
-                "machine": self.pages.fds()["machine"],
-                "domain": self.pages.fds()[f"domain{domid}"],
-                "hypervisor": theirs.fileno(),
-                "doorbell": self.doorbells[domid, vcpu],
-            }
-            then = lambda: self._cpu_started(name, domid, vcpu, hypervisors)  # noqa: E731
-            self.ask_start(child, {"domain": domid, "vcpu": vcpu}, fds, then)
-            theirs.close()
-        else:
-            self.openings[name].start(self.pages.fds()["machine"])
-
-    def ask_start(self, child: Child, arguments: dict[str, Any], fds: dict[str, int], then: Callable[[], None]) -> None:
-        """Tell a forked child what it is; `then` runs when it is up."""
-        name = child.spec.name
-
-        def started(reply: Message, _fds: list[int]) -> None:
-            if isinstance(reply, Started):
-                then()
-            elif name in self.files:
-                pass  # its exit is reported, and fails the open
-            elif not self.stopping and getattr(reply, "errno", 0) != errno.EPIPE:  # EPIPE: its exit is reported, too
-                self._give_up(f"{name} does not start: {getattr(reply, 'text', reply)}")
-
-        start = Start(name=name, entry=child.spec.entry, arguments=arguments, fds=list(fds))
-        self.controls[name].ask(start, started, child.spec.start_deadline_s, fds=tuple(fds.values()))
-
-    def _hypervisor_started(self) -> None:
-        self.table.started("hypervisor")
-        hypervisor = self.controls["hypervisor"]
-        for file in self.files.values():  # an heir: hand it what lives
-            if file.name in self.controls:
-                theirs, files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                up = m.FileUp(slot=file.slot, domain=file.domain, reborn=True)
-                hypervisor.ask(up, _ignore, CALL_DEADLINE_S, fds=(theirs.fileno(), file.page_fd, file.door.fileno()))
-                self.controls[file.name].ask(m.Rewire(), _ignore, CALL_DEADLINE_S, fds=(files_end.fileno(),))
-                theirs.close()
-                files_end.close()
-        hypervisor.ask(m.FilesKnown(), _ignore, CALL_DEADLINE_S)
-        waiting, self.waiting = self.waiting, []
-        for again in waiting:
-            again()
-        self._start_next()
-
-    def _cpu_started(self, name: str, domid: int, vcpu: int, hypervisors: socket.socket) -> None:
-        def connected(reply: Message, _fds: list[int]) -> None:
-            if isinstance(reply, Done):
-                self.table.started(name)
-                self._start_next()
-
-        doorbell = self.doorbells[domid, vcpu]
-        up = m.CpuUp(domain=domid, vcpu=vcpu)
-        self.controls["hypervisor"].ask(up, connected, CALL_DEADLINE_S, fds=(hypervisors.fileno(), doorbell))
-        hypervisors.close()
-
-    def _child_exited(self, exited: ChildExited) -> None:
-        name = exited.name
-        self.controls.pop(name, None)
-        if name in self.files:
-            self._forget_file(self.files.pop(name))
-            if name in self.openings:
-                self.openings[name].fail(Failure(errno=errno.EIO, text=f"{name} died while it started"))
-        if name not in self.table:
-            return
-        verdict = self.table.exited(name, self.inbox.clock.now_ns())
-        if self.stopping:
-            self._stop_next()
-        elif verdict is Verdict.GIVE_UP:
-            self._give_up(f"{name} died too often (last status {exited.status})")
-        elif verdict is Verdict.RESTART:
-            self._start_next()
-
-    # ---- users
-
-    def _accept(self, sock: socket.socket) -> None:
-        try:
-            rundir.check_peer_uid(sock)
-        except PermissionError:
-            sock.close()
-            return
-        self.inbox.add_peer(sock, "user")
-
-    def on_message(self, received: Received) -> Message | None:
-        """Answer the fork server and attached users."""
-        message = received.message
-        if received.peer is self.forkserver.peer:
-            if isinstance(message, ChildExited):
-                self._child_exited(message)
-            return None
-        answers: dict[type[Message], Callable[[Any, Received], Message | None]] = {
-            m.Hello: lambda _m, _r: m.Welcome(name=self.config.name, run_id=self.run_id),
-            m.OpenEvtchn: self._open_evtchn,
-            m.Status: lambda _m, _r: m.Report(data=self._status()),
-            m.Inspect: self._inspect,
-            m.InspectFile: self._inspect_file,
-            m.Settle: self._forward,
-            m.RaiseVirq: self._forward,
-            m.Advance: self._advance,
-            m.Shutdown: self._shut_down,
-        }
-        answer = answers.get(type(message))
-        if answer is None or received.peer in self.controls.values():
-            return super().on_message(received)
-        return answer(message, received)
-
-    def hypervisor(self) -> Peer | None:
-        """The hypervisor, while it is up."""
-        return self.controls.get("hypervisor") if self.table["hypervisor"].state is State.UP else None
-
-    def _forward(self, message: Message, received: Received) -> None:
-        hypervisor = self.hypervisor()
-        if hypervisor is None:
-            self._wait_for_heir(lambda: self._forward(message, received))
-            return
-        hypervisor.ask(message, lambda reply, _fds: _answer(received, reply), CALL_DEADLINE_S)
-
-    def _wait_for_heir(self, again: Callable[[], None]) -> None:
-        """What needs the hypervisor waits until its heir is up; users wait with a time limit of their own."""
-        if self.stopping or len(self.waiting) >= WAITING_MAX:
-            raise OSError(errno.EAGAIN, "there is no hypervisor")
-        self.waiting.append(again)
-
-    def _advance(self, message: m.Advance, _received: Received) -> Message:
-        if message.ns < 0:
-            raise OSError(errno.EINVAL, f"the clock cannot go back ({message.ns} ns)")
-        at = Machine.CLOCK_OFFSET_NS
-        self.pages.machine.store64(at, self.pages.machine.load64(at) + message.ns)
-        return Done()
-
-    def _shut_down(self, _message: Message, _received: Received) -> Message:
-        self.inbox.call_soon(self.begin_stop)
-        return Done()
-
-    def _inspect(self, _message: Message, received: Received) -> None:
-        fds = self.pages.fds()
-        report = m.Report(data={"name": self.config.name, "run_id": self.run_id}, segments=list(fds))
-        received.peer.reply(received.request, report, tuple(fds.values()))
-
-    def _inspect_file(self, message: m.InspectFile, received: Received) -> None:
-        file = next((file for file in self.files.values() if file.slot == message.slot), None)
-        if file is None:
-            raise OSError(errno.ENOENT, f"no open file in slot {message.slot}")
-        received.peer.reply(received.request, m.Report(data={}, segments=["page"]), (file.page_fd,))
-
-    def _status(self) -> dict[str, Any]:
-        processes = [{"name": "supervisor", "pid": os.getpid(), "restarts": 0, "state": "up"}]
-        processes.append({"name": "forkserver", "pid": self.forkserver.pid, "restarts": 0, "state": "up"})
-        processes += [
-            {"name": child.spec.name, "pid": child.pid, "restarts": child.restarts, "state": child.state.value}
-            for child in self.table
-        ]
-        return {
-            "schema": 1,
-            "name": self.config.name,
-            "run_id": self.run_id,
-            "state": "stopping" if self.stopping else "ready",
-            "variants": list(self.config.variants),
-            "undelivered": self.inbox.undelivered,
-            "foreign_frames": self.inbox.foreign_frames,
-            "processes": processes,
-            "domains": [
-                {"id": d.id, "cpus": d.cpus, "platforms": list(d.platforms), "abi": d.abi, "affinity": d.affinity}
-                for d in self.config.domain
-            ],
-        }
-
-    # ---- open files
-
-    def _open_evtchn(self, message: m.OpenEvtchn, received: Received) -> None:
-        domain = next((domain for domain in self.config.domain if domain.id == message.domain), None)
-        if domain is None or "xen" not in domain.platforms:
-            raise OSError(errno.ENODEV, f"domain {message.domain} is no Xen domain")
-        if self.stopping:
-            raise OSError(errno.ESHUTDOWN, "the machine is stopping")
-        if not self.free_slots:
-            raise OSError(errno.EMFILE, f"{FILES_MAX} files are open")
-        hypervisor = self.hypervisor()
-        if hypervisor is None:
-            self._wait_for_heir(lambda: self._open_evtchn(message, received))
-            return
-        slot = self.free_slots.pop()
-        name = f"file/{message.domain}.{slot}"
-        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES_2L)
-        users_door, door = socket.socketpair()
-        door.setblocking(False)
-        file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door)
-        child = self.table.add(ChildSpec(name, "pvbus.actors.file.process:FileProcess", "temporary"))
-        self.openings[name] = Opening(self, file, child, received, users_door)
-        self.openings[name].tell_hypervisor(hypervisor, message.comm)
-        self._spawn(child)
-
-    def _forget_file(self, file: OpenFile) -> None:
-        os.close(file.page_fd)
-        file.door.close()
-        self.free_slots.append(file.slot)
-
-    # ---- the end
-
-    def on_hangup(self, peer: Peer) -> None:
-        """Without its fork server a machine cannot keep what it promises."""
-        if peer is self.forkserver.peer and not self.stopping:
-            self._give_up("the fork server died")
-
-    def _give_up(self, why: str) -> None:
-        if not self.stopping:
-            print(f"pvbus: {why}", file=sys.stderr, flush=True)
-            self.exit_code = EXIT_BROKEN
-            self.begin_stop()
-
-    def begin_stop(self) -> None:
-        """Stop the children right to left, then ourselves."""
-        if self.stopping:
-            return
-        self.stopping = True
-        self.pages.public.store32(PublicPage.MACHINE_STATE, PublicPage.STOPPING)
-        if self.listener is not None:
-            self.inbox.remove_fd(self.listener.fileno())
-            self.listener.close()
-        self._stop_next()
-
-    def _stop_next(self) -> None:
-        child = self.table.next_to_stop()
-        if child is None:
-            if all(child.state is State.DOWN for child in self.table):
-                self.actor_stopped.set()
-            return
-        self.table.stopping(child.spec.name)
-        control = self.controls.get(child.spec.name)
-        if control is None:
-            return
-        pid = child.pid
-        kill_at = self.inbox.clock.now_ns() + int(STOP_DEADLINE_S * 1e9)
-        self.inbox.call_at(kill_at, lambda: self._kill_late(child, pid))
-        with contextlib.suppress(PeerGone):
-            control.ask(Stop(), _ignore, STOP_DEADLINE_S)
-
-    def _kill_late(self, child: Child, pid: int) -> None:
-        if child.pid == pid and pid:
-            self.forkserver.kill(pid, signal.SIGKILL)
-
-    def clean_up(self) -> None:
-        """Leave nothing behind: processes, segments, run directory."""
-        self.pages.close()
-        if hasattr(self, "forkserver"):
-            self.forkserver.close()
-        rundir.remove(self.config.name)
-
-    def run(self) -> int:
-        """Run until stopped; SIGINT and SIGTERM stop in order."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.inbox.call_soon(self.begin_stop))
-        self.inbox.wake_on_signals()
-        try:
-            self._start_actor_loop()
-        finally:
-            self.clean_up()
-        return self.exit_code
-
-
-class Opening:
-    """One `open` on its way: hypervisor and CPUs learn of the file while its process starts; the user hears when both are done."""
-
-    def __init__(self, supervisor: Supervisor, file: OpenFile, child: Child, received: Received, door: socket.socket) -> None:
-        self.supervisor, self.file, self.child, self.received, self.door = supervisor, file, child, received, door
-        self.missing = {"hypervisor", "process"}
-        self.arguments: dict[str, Any] = {"slot": file.slot, "domain": file.domain, "opener_pid": received.peer.pid}
-        self.user_end, self.connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.hypervisors_end, self.files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-    def tell_hypervisor(self, hypervisor: Peer, comm: str) -> None:
-        """Make the file known before its process is."""
-        self.arguments["comm"] = comm
-        up = m.FileUp(slot=self.file.slot, domain=self.file.domain)
-        fds = (self.hypervisors_end.fileno(), self.file.page_fd, self.file.door.fileno())
-        hypervisor.ask(up, lambda reply, _fds: self._done("hypervisor", reply), CALL_DEADLINE_S, fds=fds)
-        self.hypervisors_end.close()
-
-    def start(self, machine_fd: int) -> None:
-        """Tell the forked process which file it is."""
-        fds = {
-            "machine": machine_fd,
-            "page": self.file.page_fd,
-            "door": self.file.door.fileno(),
-            "hypervisor": self.files_end.fileno(),
-            "user": self.connection.fileno(),
-        }
-        self.supervisor.ask_start(self.child, self.arguments, fds, self._started)
-        self.files_end.close()
-        self.connection.close()
-
-    def _started(self) -> None:
-        self.supervisor.table.started(self.file.name)
-        self._done("process", Done())
-
-    def _done(self, what: str, reply: Message) -> None:
-        if isinstance(reply, Failure):
-            self.fail(reply)
-            return
-        self.missing.discard(what)
-        if not self.missing:
-            fds = (self.file.page_fd, self.door.fileno(), self.supervisor.pages.public_for_users, self.user_end.fileno())
-            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_2L), fds)
-
-    def fail(self, reply: Message) -> None:
-        """Answer the user with an error; the door closes, so whatever exists of the file is released."""
-        if "answered" not in self.missing:
-            self._answer(reply, ())
-            control = self.supervisor.controls.get(self.file.name)
-            if control is not None:
-                control.ask(Stop(), _ignore, STOP_DEADLINE_S)
-
-    def _answer(self, reply: Message, fds: Sequence[int]) -> None:
-        self.received.peer.reply(self.received.request, reply, tuple(fds))
-        self.missing = {"answered"}
-        self.supervisor.openings.pop(self.file.name, None)
-        self.door.close()
-        self.user_end.close()
-
-
-def _ignore(_reply: Message, _fds: list[int]) -> None:
-    """Failures of these asks show elsewhere: the process's exit is reported by the fork server."""
-
-
-def _answer(received: Received, reply: Message) -> None:
-    received.peer.reply(received.request, reply)
-
-
-def up(config_path: Path | None, name: str | None, ready: Callable[[], None]) -> int:
+def up(config: configuration.MachineConfig, ready: Callable[[], None]) -> int:
     """Run a machine until it is stopped; give the exit code."""
     try:
-        config = configuration.load(config_path, name)
-    except configuration.ConfigError as error:
-        print(f"pvbus: {error}", file=sys.stderr)
-        return 2
-    try:
-        supervisor = Supervisor(config, ready)
+        supervisor = Supervisor(config, give_to_kernels, ready)
     except OSError as error:
         print(f"pvbus: cannot start: {error.strerror or error} {error.filename or ''}".rstrip(), file=sys.stderr)
         return EXIT_ENVIRONMENT
     return supervisor.run()
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    try:
+        config = configuration.load(arguments.config, arguments.name)
+    except configuration.ConfigError as error:
+        print(f"pvbus: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if arguments.detach:
+        return _detach(arguments, config.name)
+    return up(config, lambda: _say_ready(config.name, as_json=arguments.json))
+
+
+def _say_ready(name: str, *, as_json: bool) -> None:
+    print(json.dumps({"schema": 1, "state": "ready", "name": name, "pid": os.getpid()}) if as_json else "ready", flush=True)
+    if os.environ.pop(DETACHED, None):  # nobody reads us any more: what we still have to say lies in the run directory
+        log = os.open(rundir.run_directory(name) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+
+
+def _detach(arguments: argparse.Namespace, name: str) -> int:
+    """Start the machine in a session of its own, wait until it is ready, leave it running."""
+    command = [sys.executable, "-P", "-m", "pvbus.supervisor", "up", "--name", name]
+    command += ["--config", str(Path(arguments.config).absolute())] if arguments.config else []
+    command += ["--json"] if arguments.json else []
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, DETACHED: "1", "PYTHONPATH": path}
+    child = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    deadline = time.monotonic() + DETACH_S_MAX
+    line = b""
+    while not line.endswith(b"\n"):
+        readable, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        piece = os.read(child.stdout.fileno(), 4096) if readable else b""
+        if not readable:
+            child.terminate()
+            print(f"pvbus: {name} was not ready after {DETACH_S_MAX:.0f} s", file=sys.stderr)
+            return EXIT_TIMED_OUT
+        if not piece:
+            return child.wait(DETACH_S_MAX)
+        line += piece
+    sys.stdout.write(line.decode())
+    child.returncode = 0  # it lives on, and is not ours to wait for
+    return 0
+
+
+def _stress(arguments: argparse.Namespace) -> int:
+    from pvbus.verify import stress
+
+    return stress.command(arguments.seconds, arguments.seed, arguments.name, as_json=arguments.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -502,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pvbus.view import cli
 
     arguments = cli.parser().parse_args(argv)
-    if arguments.verb == "up":
-        return up(arguments.config, arguments.name, lambda: print("ready", flush=True))
-    return cli.run(arguments)
+    with contextlib.suppress(KeyboardInterrupt):
+        if arguments.verb == "up":
+            return _up(arguments)
+        return cli.run(arguments, {"stress": _stress})
+    return 130
 
 
 if __name__ == "__main__":

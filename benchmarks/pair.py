@@ -71,10 +71,7 @@ def _serve(setup: Setup, page: Page, control: Connection, pipes: tuple[Connectio
         domain = evtchn.SENDER_DOMAIN if setup.is_sender else evtchn.RECEIVER_DOMAIN
         file = machine.open_evtchn(domain=domain, nonblock=False)
         stack.callback(file.close)
-        if setup.is_sender:
-            ports = evtchn.accept(file, control.recv())
-        else:
-            ports = evtchn.offer(file, setup.ports_max)
+        ports = evtchn.accept(file, control.recv()) if setup.is_sender else evtchn.offer(file, setup.ports_max)
         control.send(("ok", ports))
         if not setup.is_sender:
             ports = ports[: control.recv()]

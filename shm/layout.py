@@ -113,6 +113,7 @@ class Port:
     """Fields of a port word: the hypervisor's view of a port."""
 
     FREE, RESERVED, UNBOUND, INTERDOMAIN, PIRQ, VIRQ, IPI = range(7)
+    PEER_CLOSED: Final = 1 << 3  # on an unbound port: it had a peer; for those who ask why nothing arrives
 
     @staticmethod
     def pack(state: int, *, remote_domain: int = 0, remote_port: int = 0, vcpu: int = 0) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvbus.shm.layout import LAYOUT_VERSION
@@ -21,7 +22,7 @@ from pvbus.shm.memory import Memory
 if TYPE_CHECKING:
     from multiprocessing.shared_memory import SharedMemory
 
-SHM_ROOT = "/dev/shm"  # noqa: S108 - where Linux mounts POSIX shared memory
+SHM_ROOT = "/dev/shm"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -44,11 +45,11 @@ class Segment:
         os.close(self.fd)
         self._shared.close()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{SHM_ROOT}/{self.name}")
+            Path(SHM_ROOT, self.name).unlink()
 
 
 def _create_untracked(name: str, size: int) -> SharedMemory:
-    """Create a segment without the resource tracker: the fork server removes what a killed supervisor leaves, and says nothing."""
+    """Create a segment without the resource tracker: the fork server removes what a killed supervisor leaves."""
     from multiprocessing import resource_tracker  # the supervisor only: children never import multiprocessing
     from multiprocessing.shared_memory import SharedMemory
 

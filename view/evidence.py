@@ -72,6 +72,7 @@ class Evidence:
     domain: int
     port: int
     state: int
+    peer_closed: bool
     remote_domain: int
     remote_port: int  # of a VIRQ its number
     irq: int
@@ -99,12 +100,6 @@ class Evidence:
     def active(self) -> bool:
         """Whether it was delivered and not written back."""
         return bool(self.irq & Irq.ACTIVE)
-
-    @property
-    def raised_for_file(self) -> bool:
-        """Whether it was raised since its file was opened."""
-        opened = self.file.opened_ns if self.file is not None else 0
-        return self.pending_since_ns > opened
 
 
 def collect(machine: RunningMachine, domid: int, port: int) -> Evidence:
@@ -145,7 +140,8 @@ def _words(
     look: Inspector, known: dict[str, Process], file: OpenFile | None, domid: int, port: int
 ) -> Evidence:
     pages = look.domain_pages[domid]
-    state, remote_domain, remote_port, vcpu = Port.unpack(look.port_word(domid, port))
+    word = look.port_word(domid, port)
+    state, remote_domain, remote_port, vcpu = Port.unpack(word)
     irq = look.irq_word(domid, port)
     sender, sender_name = _sender(look, state, (remote_domain, remote_port), (domid, port))
     serving = [
@@ -159,6 +155,7 @@ def _words(
         domain=domid,
         port=port,
         state=state,
+        peer_closed=bool(word & Port.PEER_CLOSED),
         remote_domain=remote_domain,
         remote_port=remote_port,
         irq=irq,

@@ -293,19 +293,15 @@ def _without_peer(e: Evidence) -> _Answer | None:
     if e.state != Port.UNBOUND:
         return None
     bind = f"domain {e.remote_domain} binds it: bind_interdomain({e.domain}, {e.port})"
-    if e.raised_for_file:
-        ago = _for(e, e.pending_since_ns)
-        text = (
-            f"Port {e.name} is unbound: the peer in domain {e.remote_domain} that last raised it, "
-            f"{ago} ago, has closed its end."
-        )
+    if e.peer_closed:
+        text = f"Port {e.name} is unbound: its peer in domain {e.remote_domain} has closed its end."
         return _Answer("peer-closed", text, bind)
     text = f"Port {e.name} is unbound: domain {e.remote_domain} may bind it, and has no end of it now."
     return _Answer("unbound", text, bind)
 
 
 def _never_raised(e: Evidence) -> _Answer | None:
-    if e.raised_for_file:
+    if e.peer_closed:
         return None
     if e.state == Port.VIRQ:
         text = (

@@ -50,7 +50,7 @@ class _Shared:
         self.references = 0
         self.kick = -1
         self.page = Memory(page_fd, FilePage.BYTES_2L)
-        self.public = Memory(public_fd, PublicPage.BYTES, False)  # noqa: FBT003 - a native signature
+        self.public = Memory(public_fd, PublicPage.BYTES, False)
         os.close(page_fd)
         os.close(public_fd)
         try:
@@ -125,6 +125,7 @@ class EvtchnFile(UserFile):
 
     _shared: _Shared
     _fd: int
+    _mode: tuple[bool, bool]
 
     @classmethod
     def _open(cls, fds: list[int], ports_max: int, flags: int) -> Self:
@@ -145,7 +146,7 @@ class EvtchnFile(UserFile):
     # ---- the eight ioctls
 
     def ioctl(self, request: int, argument: Buffer | None = None) -> int:
-        """Mirror ioctl(2): the real request numbers, a buffer (None is the bad pointer). Gives the driver's value."""
+        """Mirror `ioctl`: the real request numbers, a buffer (None is the bad pointer). Gives the driver's value."""
         self._check_open()
         request &= 0xFFFFFFFF
         if request in _OF_THE_VFS:
@@ -195,7 +196,7 @@ class EvtchnFile(UserFile):
         return self._fd
 
     def dup(self) -> EvtchnFile:
-        """Mirror dup(2): a second reference to the same open file."""
+        """Mirror `dup`: a second reference to the same open file."""
         self._check_open()
         readable, writable = self._mode
         return self._reference(self._shared, readable=readable, writable=writable)

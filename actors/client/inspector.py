@@ -37,10 +37,10 @@ class Inspector:
 
     def __init__(self, fds: dict[str, int], facts: dict[str, Any]) -> None:
         self.facts = facts
-        self.machine = Memory(fds["machine"], Machine.BYTES, False)  # noqa: FBT003 - a native signature
-        self.public = Memory(fds["public"], PublicPage.BYTES, False)  # noqa: FBT003
+        self.machine = Memory(fds["machine"], Machine.BYTES, False)
+        self.public = Memory(fds["public"], PublicPage.BYTES, False)
         self.domain_pages = {
-            int(name.removeprefix("domain")): Memory(fd, Domain.BYTES, False)  # noqa: FBT003
+            int(name.removeprefix("domain")): Memory(fd, Domain.BYTES, False)
             for name, fd in fds.items()
             if name.startswith("domain")
         }
@@ -81,14 +81,12 @@ class Inspector:
 
     def submission_backlog(self, slot: int) -> list[tuple[int, int]]:
         """Give (index, entries taken so far) of a file's submission rings."""
-        found = []
-        for index in range(SUBMISSIONS_MAX):
-            if (
-                self.machine.load32(Machine.submission(index, Submission.STATE)) != Submission.FREE
-                and self.machine.load32(Machine.submission(index, Submission.SLOT)) == slot
-            ):
-                found.append((index, self.machine.load64(Machine.submission(index, Submission.TAKEN))))
-        return found
+        return [
+            (index, self.machine.load64(Machine.submission(index, Submission.TAKEN)))
+            for index in range(SUBMISSIONS_MAX)
+            if self.machine.load32(Machine.submission(index, Submission.STATE)) != Submission.FREE
+            and self.machine.load32(Machine.submission(index, Submission.SLOT)) == slot
+        ]
 
     # ---- tables
 
@@ -152,7 +150,8 @@ class Inspector:
 
     def counters(self) -> dict[str, int]:
         """Give the machine's counters."""
-        names = {"notifies": Machine.NOTIFIES, "enables": Machine.ENABLES, "refused": Machine.REFUSED, "poisoned": Machine.POISONED}
+        names = {"notifies": Machine.NOTIFIES, "enables": Machine.ENABLES, "refused": Machine.REFUSED}
+        names["poisoned"] = Machine.POISONED
         return {name: self.machine.load64(at) for name, at in names.items()}
 
     def domains(self, specs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -63,7 +63,8 @@ class Machine:
         try:
             self._socket: socket.socket | None = rundir.connect_machine(self._path)
         except (FileNotFoundError, ConnectionRefusedError):
-            raise MachineNotFoundError(f"no machine {self.name!r} is running; start it with: pvbus up --name {self.name}") from None
+            text = f"no machine {self.name!r} is running; start it with: pvbus up --name {self.name}"
+            raise MachineNotFoundError(text) from None
         self._pid = os.getpid()
         self._lock = threading.Lock()
         welcome = self._ask(m.Hello())[0]
@@ -131,7 +132,7 @@ class Machine:
             _, fds = self._ask(m.InspectFile(slot=slot))
         except FileNotFoundError:
             raise LookupError(f"no open file in slot {slot}") from None
-        page = Memory(fds[0], FilePage.BYTES_2L, False)  # noqa: FBT003 - a native signature
+        page = Memory(fds[0], FilePage.BYTES_2L, False)
         os.close(fds[0])
         return page
 

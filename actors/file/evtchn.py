@@ -162,7 +162,7 @@ class EvtchnFile:
     # ---- A2, A6, A7
 
     def _bind_to_user(self, port: int, *, static: bool = False) -> Generator[Message, int, int]:
-        """Mirror evtchn_bind_to_user (A7): record, room in the ring, then the handler: room exists before the first event fires."""
+        """Mirror evtchn_bind_to_user (A7): record, room in the ring, then the handler, whose first event may fire at once."""
         self.nr_evtchns += 1
         try:
             if port in self.ports:  # H1: nothing was inserted, so nothing may be erased
@@ -171,11 +171,15 @@ class EvtchnFile:
             if port < PORTS_2L:
                 self._mark(port, bound=True)
             yield m.BindIrq(port=port, static=static)
-        except OSError:
+        except OSError as error:
             self.nr_evtchns -= 1
             if port not in self.ports and port < PORTS_2L:
                 self._mark(port, bound=False)
-            if not static:  # closed once (H4), and not leaked (H3)
+            if error.errno == errno.EPIPE:
+                # The hypervisor died. Its heir has closed what had no handler, and may have given the number to another
+                # file since; so only a handler of ours goes, if the forerunner had bound it before it died.
+                yield m.UnbindIrq(port=port)
+            elif not static:  # closed once (H4), and not leaked (H3)
                 yield from self._close_quietly(port)
             raise
         self.ports.add(port)

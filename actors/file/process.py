@@ -43,7 +43,7 @@ REPEATS_MAX = 3  # hypervisors that may die under one call, before its user hear
 class User(NamedTuple):
     """A process that uses the file."""
 
-    index: int  # its submission ring
+    ring: int  # its submission ring's index
     ring_fd: int
     kick: int
     pid: int
@@ -180,7 +180,7 @@ class FileProcess(ProcessActor):
         self.hypervisor = self.inbox.add_peer(socket.socket(fileno=fd), "hypervisor")
         for user in self.users.values():
             if user is not None:
-                again = m.AttachSubmission(pid=user.pid, index=user.index)
+                again = m.AttachSubmission(pid=user.pid, index=user.ring)
                 self.hypervisor.ask(again, lambda _reply, _fds: None, CALL_DEADLINE_S, fds=(user.ring_fd, user.kick))
         if self.orphaned:
             self.orphaned = False
@@ -235,7 +235,7 @@ class FileProcess(ProcessActor):
         os.close(user.ring_fd)
         os.close(user.kick)
         with contextlib.suppress(PeerGone):
-            self.hypervisor.ask(m.DetachSubmission(index=user.index), lambda _reply, _fds: then(), CALL_DEADLINE_S)
+            self.hypervisor.ask(m.DetachSubmission(index=user.ring), lambda _reply, _fds: then(), CALL_DEADLINE_S)
             return
         then()
 

@@ -62,7 +62,9 @@ def unbind_irq(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wa
 
 def close_port(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wait, None, int]:
     """Close a port that the file could not bind (A7.3); a handler that a dead hypervisor bound and did not report goes, too."""
-    if irqs.word(domid, port) & Irq.SLOT == slot + 1:
+    word = irqs.word(domid, port)
+    # A static handler is an older binding of a number that Xen has handed out now (EEXIST): it stays.
+    if word & Irq.SLOT == slot + 1 and not word & Irq.STATIC:
         yield from _disable_all(irqs, domid, [port])
         irqs.unbind(domid, port)
     else:

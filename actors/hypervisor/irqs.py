@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from pvbus.actors.hypervisor.ports import HypercallError
+from pvbus.actors.hypervisor.ports import VIRQS_PER_VCPU, HypercallError
 from pvbus.shm.layout import PORTS_2L, Domain, Irq, Port, Vcpu
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class IrqLayer:
         return self._memory(domid).load64(Domain.table(Domain.IRQ_WORDS, port))
 
     def bind(self, domid: int, port: int, slot: int, *, static: bool) -> None:
-        """Mirror X2: ENOMEM for a port that the ABI does not have, EBUSY when it has a handler; unmasks, so a pending event fires now."""
+        """Mirror X2, then unmask, so that a pending event fires now. ENOMEM beyond the ABI, EBUSY when the port has a handler."""
         if not 0 < port < PORTS_2L:
             raise HypercallError(errno.ENOMEM, f"port {port}: the ABI has {PORTS_2L}")
         memory = self._memory(domid)
@@ -46,11 +46,14 @@ class IrqLayer:
             raise HypercallError(errno.EBUSY, f"port {port} has a handler")
         served = old & ~0xFFFFFFFF  # the count of services goes on: it tells an heir's events apart
         memory.store64_release(at, served | (slot + 1) | Irq.ENABLED | (Irq.STATIC if static else 0))
-        self.assign(domid, port, self._choose(domid))
+        self.assign(domid, port, self._choose(domid, port))
         self.channels.unmask(domid, port)
 
-    def _choose(self, domid: int) -> int:
-        """New bindings are served by vCPU 0 (X2), or by the one with the fewest ports."""
+    def _choose(self, domid: int, port: int) -> int:
+        """New bindings are served by vCPU 0 (X2), or by the one with the fewest ports; what cannot move, where it is raised."""
+        state, _, virq, raised_on = Port.unpack(self.channels.word(domid, port))
+        if state not in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ) or (state == Port.VIRQ and virq in VIRQS_PER_VCPU):
+            return raised_on
         if not self.spread.get(domid):
             return 0
         memory = self._memory(domid)
@@ -71,7 +74,7 @@ class IrqLayer:
             self.channels.bind_vcpu(domid, port, vcpu)
 
     def disable(self, domid: int, port: int) -> bool:
-        """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port any more; True while a handler runs."""
+        """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port; True while a handler runs."""
         memory = self._memory(domid)
         memory.fetch_or64(Domain.table(Domain.IRQ_WORDS, port), Irq.EXPLICIT)
         memory.test_and_set_bit(Domain.EVTCHN_MASK + port // 64 * 8, port % 64)

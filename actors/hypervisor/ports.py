@@ -114,7 +114,7 @@ class EventChannels:
     def alloc_unbound(self, caller: int, dom: int, remote_dom: int) -> int:
         """Mirror EVTCHNOP_alloc_unbound. ESRCH, EPERM (another domain, unless the hardware domain asks), ENOSPC."""
         domain = self._domain(caller, dom)
-        if domain.domid != caller and caller != self.hardware_domain:
+        if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
         port = self._lowest(domain.domid)
         remote = caller if remote_dom == DOMID_SELF else remote_dom
@@ -122,7 +122,7 @@ class EventChannels:
         return port
 
     def bind_interdomain(self, caller: int, remote_dom: int, remote_port: int) -> int:
-        """Mirror EVTCHNOP_bind_interdomain: ESRCH, ENOSPC, EINVAL. The new local port is born pending (sends may have been lost)."""
+        """Mirror EVTCHNOP_bind_interdomain: ESRCH, ENOSPC, EINVAL. The local port is born pending (sends may have been lost)."""
         remote = self._domain(caller, remote_dom)
         port = self._lowest(caller)
         if not 0 < remote_port < PORTS_2L:
@@ -197,7 +197,8 @@ class EventChannels:
             return
         state, back_domain, back_port, vcpu = Port.unpack(self.word(remote_domain, remote_port))
         if state == Port.INTERDOMAIN and (back_domain, back_port) == (caller, port):
-            self._set_word(remote_domain, remote_port, Port.pack(Port.UNBOUND, remote_domain=caller, vcpu=vcpu))
+            unbound = Port.pack(Port.UNBOUND, remote_domain=caller, vcpu=vcpu)
+            self._set_word(remote_domain, remote_port, unbound | Port.PEER_CLOSED)
 
     def send(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_send: EINVAL bad, VIRQ, PIRQ, free; to an unbound peer it is dropped, with success."""
@@ -222,7 +223,7 @@ class EventChannels:
         domain = self._domain(caller, dom)
         if not 0 <= port < PORTS_2L:
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
-        if domain.domid != caller and caller != self.hardware_domain:
+        if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
         state, remote_domain, remote_port, vcpu = Port.unpack(self.word(domain.domid, port))
         return PortStatus(_STATUS[state], vcpu, remote_domain, remote_port)
@@ -230,7 +231,7 @@ class EventChannels:
     def reset(self, caller: int, dom: int) -> None:
         """Mirror EVTCHNOP_reset: ESRCH, EPERM; closes every port of the domain."""
         domain = self._domain(caller, dom)
-        if domain.domid != caller and caller != self.hardware_domain:
+        if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
         if domain.domid != caller:
             raise HypercallError(errno.EINVAL, f"domain {domain.domid} is not paused")
@@ -270,7 +271,8 @@ class EventChannels:
         memory = self.domains[domid].memory
         for virq in kernel_virqs:
             self._kernel_irq(memory, self.bind_virq(domid, virq, 0))
-        while self._lowest(domid) <= kernel_ports:
+        taken = sum(port <= kernel_ports for port, _ in self.ports(domid))
+        for _ in range(kernel_ports - taken):
             self._kernel_irq(memory, self.bind_ipi(domid, 0))
 
     def _kernel_irq(self, memory: Memory, port: int) -> None:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import os
 import select
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pvbus.actors.hypervisor import calls, recovery
+from pvbus.actors.hypervisor import calls, records, recovery
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels, HypercallError
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
-    FILES_MAX,
     SUBMISSIONS_MAX,
     Domain,
     File,
@@ -98,7 +98,7 @@ class HypervisorProcess(ProcessActor):
         if born > 0:
             recovery.repair(self.channels, self.irqs)
         self.inbox.sleep_in(self._serve)
-        self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, lambda _events: self._look_for_hangups())
+        self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, self._on_doors)
 
     # ---- the event path
 
@@ -318,7 +318,7 @@ class HypervisorProcess(ProcessActor):
         peer = self.inbox.add_peer(socket.socket(fileno=sock), f"file/{message.domain}.{slot}")
         file = OpenFile(message.domain, page, socket.socket(fileno=door_fd), page_fd, peer)
         if not message.reborn:
-            self._format_record(slot, message.domain)
+            records.format_file(self.machine, slot, message.domain)
         self.files[slot] = file
         self.slots[peer] = slot
         self.path.attach_file(slot, page)
@@ -326,25 +326,16 @@ class HypervisorProcess(ProcessActor):
         self.doors.register(door_fd, 0)
         waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
 
-        def attached(vcpu: int) -> None:
+        def attached(vcpu: int, _reply: Message, _fds: list[int]) -> None:
             # A CPU that died meanwhile learns of the file when its heir comes up.
             waiting.discard(vcpu)
             if not waiting:
                 received.peer.reply(received.request, Done())
 
         for vcpu in tuple(waiting):
-            self._attach_to(self.cpus[message.domain, vcpu], slot, file, lambda _r, _f, vcpu=vcpu: attached(vcpu))
+            self._attach_to(self.cpus[message.domain, vcpu], slot, file, functools.partial(attached, vcpu))
         if not waiting:
             received.peer.reply(received.request, Done())
-
-    def _format_record(self, slot: int, domid: int) -> None:
-        for at in range(0, Machine.FILE_BYTES, 8):
-            if at not in (File.PROCESS_PID & ~7, File.OPENED_NS) and not File.NAME <= at < File.NAME + File.NAME_BYTES:
-                self.machine.store64(Machine.file(slot, at), 0)
-        self.machine.store32(Machine.file(slot, File.DOMAIN), domid)
-        self.machine.store32(Machine.file(slot, File.RESTRICTED), 0xFFFF)
-        self.machine.store64(Machine.file(slot, File.OPENED_NS), now_ns())
-        self.machine.store32_release(Machine.file(slot, File.STATE), File.OPEN)
 
     def _attach_submission(self, slot: int, message: m.AttachSubmission, fds: list[int]) -> Message:
         ring_fd, kick = fds
@@ -353,12 +344,7 @@ class HypervisorProcess(ProcessActor):
             index = next((i for i in range(SUBMISSIONS_MAX) if self._ring_is_free(i)), -1)
             if index < 0:
                 raise OSError(errno.EMFILE, f"all {SUBMISSIONS_MAX} submission rings are taken")
-            self.machine.store32(Machine.submission(index, Submission.HEAD), 0)
-            self.machine.store64(Machine.submission(index, Submission.CLAIM), 0)
-            self.machine.store64(Machine.submission(index, Submission.TAKEN), 0)
-            self.machine.store32(Machine.submission(index, Submission.SLOT), slot)
-            self.machine.store32(Machine.submission(index, Submission.PID), message.pid)
-            self.machine.store32_release(Machine.submission(index, Submission.STATE), Submission.ATTACHED)
+            records.format_submission(self.machine, index, slot, message.pid)
         self.path.attach_submission(index, Memory(ring_fd, SubmissionRing.BYTES), slot)
         os.close(ring_fd)
         self.rings[index] = slot
@@ -392,6 +378,9 @@ class HypervisorProcess(ProcessActor):
 
     # ---- the end of a file
 
+    def _on_doors(self, _events: int) -> None:
+        self._look_for_hangups()
+
     def _look_for_hangups(self) -> bool:
         """Find files whose last reference has gone; their release comes before any other call that waits."""
         found = False
@@ -418,16 +407,9 @@ class HypervisorProcess(ProcessActor):
 
     def _release_unknown(self) -> None:
         """An heir: files that died together with the forerunner left their ports behind."""
-        for slot in range(FILES_MAX):
-            if slot not in self.files and self.machine.load32(Machine.file(slot, File.STATE)) == File.OPEN:
-                domid = self.machine.load32(Machine.file(slot, File.DOMAIN))
-                self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
-                self._start(calls.release(self.irqs, domid, slot), lambda _reply: None)
-        for index in range(SUBMISSIONS_MAX):
-            at = Machine.submission(index, Submission.STATE)
-            owner = self.machine.load32(Machine.submission(index, Submission.SLOT))
-            if index not in self.rings and self.machine.load32(at) != Submission.FREE and owner not in self.files:
-                self.machine.store32(at, Submission.FREE)
+        for slot, domid in records.abandoned_files(self.machine, self.files):
+            self._start(calls.release(self.irqs, domid, slot), lambda _reply: None)
+        records.free_abandoned_rings(self.machine, self.rings, self.files)
 
     def _release(self, slot: int) -> Generator[calls.Wait, None, int]:
         file = self.files.get(slot)

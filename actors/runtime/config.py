@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from pvbus.actors.runtime import rundir
 from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, VCPUS_MAX
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 PLATFORMS = ("xen", "hyperv")
 VARIANTS = ("driver-wakeup-order",)
 DOMID_FIRST_RESERVED = 0x7FF0
+VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})
+VIRQS_PER_DOMAIN = frozenset({11})
 
 
 class ConfigError(ValueError):
@@ -90,21 +89,20 @@ def check(config: MachineConfig) -> None:
 
 def _check_domain(domain: DomainConfig) -> None:
     where = f"domain {domain.id}: "
-
-    def need(held: bool, key: str, why: Callable[[], str]) -> None:  # noqa: FBT001 - a condition
-        if not held:
-            raise ConfigError(f"{where}{key}: {why()}")
-
-    need(0 <= domain.id < DOMID_FIRST_RESERVED, "id", lambda: f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}")
-    need(1 <= domain.cpus <= VCPUS_MAX, "cpus", lambda: f"{domain.cpus} is not in 1..{VCPUS_MAX}")
-    for platform in domain.platforms:
-        need(platform in PLATFORMS, "platforms", lambda: f"{platform!r} is not one of {', '.join(PLATFORMS)}")
-    need(domain.abi == "2-level", "abi", lambda: f"{domain.abi!r} is not known here: '2-level'")
-    for virq in domain.kernel_virqs:
-        need(0 <= virq < NR_VIRQS, "kernel_virqs", lambda: f"{virq} is not in 0..{NR_VIRQS - 1}")
-    need(len(set(domain.kernel_virqs)) == len(domain.kernel_virqs), "kernel_virqs", lambda: "a VIRQ is given twice")
-    need(0 <= domain.kernel_ports < PORTS_2L, "kernel_ports", lambda: f"{domain.kernel_ports} is not in 0..{PORTS_2L - 1}")
-    if domain.id != 0:
-        per_vcpu_or_domain = {0, 1, 7, 11, 13}
-        foreign = [virq for virq in domain.kernel_virqs if virq not in per_vcpu_or_domain]
-        need(not foreign, "kernel_virqs", lambda: f"global VIRQ {foreign[0]} is handled by domain 0")
+    unknown = [platform for platform in domain.platforms if platform not in PLATFORMS]
+    impossible = [virq for virq in domain.kernel_virqs if not 0 <= virq < NR_VIRQS]
+    not_global = VIRQS_PER_VCPU | VIRQS_PER_DOMAIN
+    foreign = [virq for virq in domain.kernel_virqs if domain.id != 0 and virq not in not_global]
+    rules: tuple[tuple[bool, str, str], ...] = (
+        (not 0 <= domain.id < DOMID_FIRST_RESERVED, "id", f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}"),
+        (not 1 <= domain.cpus <= VCPUS_MAX, "cpus", f"{domain.cpus} is not in 1..{VCPUS_MAX}"),
+        (bool(unknown), "platforms", f"{unknown} not in {', '.join(PLATFORMS)}"),
+        (domain.abi != "2-level", "abi", f"{domain.abi!r} is not known here: '2-level'"),
+        (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),
+        (len(set(domain.kernel_virqs)) != len(domain.kernel_virqs), "kernel_virqs", "a VIRQ is given twice"),
+        (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by domain 0"),
+        (not 0 <= domain.kernel_ports < PORTS_2L, "kernel_ports", f"{domain.kernel_ports} is not in 0..{PORTS_2L - 1}"),
+    )
+    for broken, key, why in rules:
+        if broken:
+            raise ConfigError(f"{where}{key}: {why}")

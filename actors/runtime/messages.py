@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from pvbus.actors.runtime.wire import Message
+from pvbus.actors.runtime.wire import FDS_MAX, Message
 
 # ---- user -> supervisor
 
@@ -58,7 +58,7 @@ class Report(Message, frozen=True, kw_only=True):
     `segments`.
     """
 
-    fds_max: ClassVar[int | None] = 16
+    fds_max: ClassVar[int | None] = FDS_MAX
     data: dict[str, Any]
     segments: list[str] = msgspec.field(default_factory=list)
 

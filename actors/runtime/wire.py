@@ -29,7 +29,7 @@ FRAME_BYTES_MAX = 65536
 socket buffer.
 """
 
-FDS_MAX = 16
+FDS_MAX = 24
 """Descriptors with one frame: a process gets its segments, doorbells and rings in one; the kernel's own limit
 is 253.
 """

@@ -26,7 +26,8 @@ int64_t pv_ring_lock(MemoryObject *machine, uint32_t slot, uint32_t owner)
     for (uint32_t turn = 0;; turn++) {
         uint32_t seen = 0, state;
         int taken;
-        PV_CAS32(taken, machine, PV_FILE(slot, lock), seen, owner, "evr.lock");
+        /* SYNC(evr_lock): what the last owner did before its release is visible behind this exchange. */
+        PV_CAS32(taken, machine, PV_FILE(slot, lock), seen, owner, "evr_lock");
         if (taken)
             return 1;
         PV_LOAD32(state, machine, PV_FILE(slot, state), PV_RELAXED, "evr.lock.state");
@@ -108,13 +109,18 @@ static int64_t push_locked(MemoryObject *machine, uint32_t slot, MemoryObject *p
                            int driver_order, int *was_empty)
 {
     uint64_t prod, cons;
-    uint32_t size;
+    uint32_t size, door;
     int64_t r, result = 0;
     PV_LOAD64(prod, machine, PV_FILE(slot, prod), PV_RELAXED, "evr.prod");
+    PV_LOAD32(door, page, PV_PAGE(door), PV_RELAXED, "evr.door");
     PV_LOAD64(cons, machine, PV_FILE(slot, cons_seen), PV_RELAXED, "evr.seen");
     PV_LOAD32(size, machine, PV_FILE(slot, size), PV_RELAXED, "evr.size");
     uint32_t used = (uint32_t)prod - (uint32_t)cons;
-    if (driver_order || used >= size) { /* what we last saw of C is too old to say that there is room */
+    /*
+     * Look at C when what we last saw of it cannot tell that there is room, and when the reader has emptied the ring (the door
+     * is down): a wake-up follows then, which costs more.  While entries stream, C's cache line stays the reader's.
+     */
+    if (driver_order || !door || used >= size) {
         /* SYNC(evr_room): the reader has copied an entry before it moves C (compare-exchange); only then may we overwrite it. */
         PV_LOAD64(cons, page, PV_PAGE(cons), PV_ACQUIRE, "evr_room");
         PV_STORE64(machine, PV_FILE(slot, cons_seen), cons, PV_RELAXED, "evr.seen");

@@ -59,6 +59,7 @@ struct pv_vcpu {                     /* 1024 bytes */
 
 /* Port word: the hypervisor's view of a port; one store changes a port's state. */
 #define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
+#define PV_PORT_PEER_CLOSED (1ull << 3)                     /* on an unbound port: it had a peer */
 #define PV_PORT_REMOTE_DOMAIN(w) ((uint32_t)(((w) >> 8) & 0xffffu))
 #define PV_PORT_REMOTE_PORT(w) ((uint32_t)(((w) >> 24) & 0x1ffffu)) /* for a VIRQ its number */
 #define PV_PORT_VCPU(w) ((uint32_t)(((w) >> 48) & 0x3fu))   /* notify vCPU */

@@ -49,11 +49,12 @@ class World:
         self.bytes_in_the_door = 0
         self.kicks = 0
 
-    def step(self, site: str) -> None:
+    def step(self, site: str, *, writes: bool = False) -> None:
+        """Let others act; die, if it is time. To die before a load is to die before the next write."""
         act = self.before.pop(site, None)
         if act is not None:
             act()
-        if self.armed:
+        if self.armed and writes:
             self.steps += 1
             self.sites.append(site)
             if self.steps == self.dies_at:
@@ -62,7 +63,7 @@ class World:
 
     @contextlib.contextmanager
     def dying_at(self, step: int) -> Iterator[None]:
-        """Let the one who acts die at an access (0: never); how many there were is in `steps`."""
+        """Let the one who acts die before a write (0: never); how many there were is in `steps`."""
         self.armed, self.steps, self.dies_at, self.sites = True, 0, step, []
         with contextlib.suppress(Died):
             yield
@@ -81,17 +82,19 @@ class Model:
         return int.from_bytes(self.data[at:at + width], "little")
 
     def store(self, _memory: Any, at: int, width: int, value: int, _order: int, site: str) -> None:
-        self.world.step(site)
+        self.world.step(site, writes=True)
         self.data[at:at + width] = (value & (1 << 8 * width) - 1).to_bytes(width, "little")
 
-    def rmw(self, memory: Any, at: int, width: int, op: int, value: int, site: str) -> int:
-        old = self.load(memory, at, width, 0, site)
+    def rmw(self, _memory: Any, at: int, width: int, op: int, value: int, site: str) -> int:
+        self.world.step(site, writes=True)
+        old = int.from_bytes(self.data[at:at + width], "little")
         new = [old | value, old & value, value, old + value][op] & (1 << 8 * width) - 1
         self.data[at:at + width] = new.to_bytes(width, "little")
         return old
 
-    def cas(self, memory: Any, at: int, width: int, expected: int, desired: int, site: str) -> int:
-        old = self.load(memory, at, width, 0, site)
+    def cas(self, _memory: Any, at: int, width: int, expected: int, desired: int, site: str) -> int:
+        self.world.step(site, writes=True)
+        old = int.from_bytes(self.data[at:at + width], "little")
         if old == expected:
             self.data[at:at + width] = (desired & (1 << 8 * width) - 1).to_bytes(width, "little")
         return old
@@ -213,6 +216,7 @@ class Rig:
         self.machine.store64(Machine.file(slot, File.PROD), epoch << 34 | prod)
         page.store64(FilePage.PROD, epoch << 34 | prod)
         page.store64(FilePage.CONS, epoch << 34 | cons)
+        self.machine.store64(Machine.file(slot, File.CONS_SEEN), epoch << 34 | cons)
 
     def unread(self, slot: int) -> list[int]:
         """Give the unread entries, as the users' page has them."""

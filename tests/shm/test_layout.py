@@ -8,7 +8,7 @@ import re
 import pytest
 
 from pvbus.shm import _core, _core_explored, layout
-from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, PublicPage, Submission, SubmissionRing, Vcpu
+from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing, Vcpu
 
 # C structure -> the class that draws it. What has another name there stands in OTHER_NAMES.
 DRAWN = {
@@ -72,6 +72,8 @@ def drawn(name: str) -> int | None:
         number = getattr(DRAWN[struct], field.upper(), None) if struct in DRAWN else None
     elif name.startswith("PV_IRQ_"):
         number = getattr(Irq, name.removeprefix("PV_IRQ_"), None)
+    elif name.startswith("PV_PORT_"):
+        number = getattr(Port, name.removeprefix("PV_PORT_"), None)
     else:
         number = getattr(layout, name.removeprefix("PV_"), None)
     return number if isinstance(number, int) else None
@@ -145,6 +147,6 @@ def test_irq_fields_do_not_overlap() -> None:
 
 @pytest.mark.parametrize("state", range(7))
 def test_a_port_word_holds_what_was_packed(state: int) -> None:
-    word = layout.Port.pack(state, remote_domain=0xFFFF, remote_port=0x1FFFF, vcpu=63)
+    word = Port.pack(state, remote_domain=0xFFFF, remote_port=0x1FFFF, vcpu=63)
 
-    assert layout.Port.unpack(word) == (state, 0xFFFF, 0x1FFFF, 63)
+    assert Port.unpack(word) == (state, 0xFFFF, 0x1FFFF, 63)

@@ -242,10 +242,26 @@ def test_a_hypervisor_with_work_must_not_sleep(rig: Rig) -> None:
     rig.submit(0, NOTIFY, ours)
 
     assert not rig.path.hypervisor_may_sleep(rig.public)
-    assert rig.public.load32(PublicPage.HYPERVISOR_SLEEPING) == 0
+    assert rig.public.load32(PublicPage.HYPERVISOR_SLEEPING) % 2 == 0
     rig.path.drain(ALL)
     assert rig.path.hypervisor_may_sleep(rig.public)
-    assert rig.public.load32(PublicPage.HYPERVISOR_SLEEPING) == 1
+    assert rig.public.load32(PublicPage.HYPERVISOR_SLEEPING) % 2 == 1     # odd: announced
+
+
+def test_a_sleeping_hypervisor_is_rung_once_for_each_sleep_that_it_announces(rig: Rig) -> None:
+    ours, _ = two_files(rig)
+    sender = rig.user(0, 0)
+    rung = []
+    for _ in range(3):
+        assert rig.path.hypervisor_may_sleep(rig.public)
+        for _ in range(2):
+            sender.notify(ours)
+            rung.append(_rung(rig.descriptors[-1]) if rig.core is _core else rig.world.kicks)
+        word = rig.public.load32(PublicPage.HYPERVISOR_SLEEPING)
+        rig.public.store32(PublicPage.HYPERVISOR_SLEEPING, word + 1)     # awake
+        rig.path.drain(ALL)
+
+    assert rung == ([True, False] * 3 if rig.core is _core else [1, 1, 2, 2, 3, 3])
 
 
 # ------------------------------------------------------------------------------------------ heirs, by hand

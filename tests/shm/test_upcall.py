@@ -389,7 +389,7 @@ def test_events_of_a_file_that_has_gone_are_dropped_and_end_their_service(rig: R
 
 @pytest.mark.checklist("A11.1")
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(steps=st.lists(st.tuples(st.sampled_from("raise serve write read".split()), st.integers(1, 6)), max_size=60))
+@given(steps=st.lists(st.tuples(st.sampled_from(["raise", "serve", "write", "read"]), st.integers(1, 6)), max_size=60))
 def test_every_raise_after_the_last_unmask_is_seen(steps: list[tuple[str, int]]) -> None:
     rig = Rig(_core, (1,))
     rig.open(0)

@@ -197,6 +197,11 @@ class World:
     def hypervisor_may_sleep(self) -> object:
         return self.path.hypervisor_may_sleep(self.memory["public"])
 
+    def hypervisor_awake(self) -> object:
+        public = self.memory["public"]
+        word = public.load32(PublicPage.HYPERVISOR_SLEEPING)
+        return public.store32(PublicPage.HYPERVISOR_SLEEPING, (word | 1) + 1)
+
     def grow(self) -> object:
         return self.path.grow(SLOT)
 
@@ -298,7 +303,8 @@ OPERATIONS: list[tuple[str, int, Draw]] = [
     ("grow", 2, lambda r: ()),
     ("reset", 1, lambda r: ()),
     ("cpu_may_sleep", 3, lambda r: (r.randrange(VCPUS),)),
-    ("hypervisor_may_sleep", 3, lambda r: ()),
+    ("hypervisor_may_sleep", 4, lambda r: ()),
+    ("hypervisor_awake", 2, lambda r: ()),
     ("stray_byte", 1, lambda r: ()),
 ]
 RARE: list[tuple[str, int, Draw]] = [

@@ -34,6 +34,7 @@ IDLE = Evidence(
     domain=0,
     port=6,
     state=Port.INTERDOMAIN,
+    peer_closed=False,
     remote_domain=1,
     remote_port=7,
     irq=BOUND,

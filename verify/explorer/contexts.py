@@ -20,16 +20,17 @@ Operation = tuple[int, int, str]  # kind, location, site
 
 
 class ContextDied(BaseException):
-    """Thrown into a context that is given up; the gate of a dead context is closed, so it changes nothing
-    further.
+    """Thrown into a context whose execution is over: its C call returns at once. Pages are judged before and
+    reset after, so nothing that it still does counts. Not yet the death of a process, which is a choice.
     """
 
 
 class Context:
-    """One thread of control. `waits_for_ever` marks a server, which may sit in its wait when all is over."""
+    """One thread of control. A `server` may sit in its wait when all is over."""
 
     __slots__ = (
-        "bit", "buffer", "error", "finished", "greenlet", "mark", "name", "number", "operation", "seen", "server",
+        "bit", "buffer", "error", "finished", "greenlet", "mark",
+        "name", "number", "operation", "seen", "server",
     )
 
     def __init__(self, number: int, name: str, run: Callable[[], object], *, server: bool) -> None:

@@ -64,7 +64,8 @@ class Footprint:
         """Note an access; make the location shared once two contexts touch it and one of them writes."""
         granule, width = key >> 7, key & 15
         if self.widths.setdefault(granule, width) != width:
-            raise WidthError(f"{self.widths[granule]} and {width} bytes wide, around offset {key >> 4 & 0xFFFFFFFF:#x}")
+            at = key >> 4 & 0xFFFFFFFFF
+            raise WidthError(f"{self.widths[granule]} and {width} bytes wide, around offset {at:#x}")
         mask = self.touched[key] = self.touched.get(key, 0) | bit
         if writes:
             self.written.add(key)
@@ -210,7 +211,8 @@ class Model:
             self._observe(context, _PASSED)
             self._set(key, value)
         if self.trace is not None:
-            self.trace.append((context.name, f"{site} {self.where(key)} {'<- ' if self.tso else ':= '}{value:#x}"))
+            arrow = "<-" if self.tso else ":="
+            self.trace.append((context.name, f"{site} {self.where(key)} {arrow} {value:#x}"))
 
     def rmw(self, memory: Any, offset: int, width: int, op: int, value: int, site: str) -> int:
         """Answer a locked read-modify-write; give the old value."""

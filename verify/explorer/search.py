@@ -218,7 +218,8 @@ class Explorer:
                 return self._result("failed", executions, self.explained(end))
             too_long |= end.too_long
             prefix = self._backtrack()
-        return self._result(f"bounded ({STEPS_MAX} steps an execution)" if too_long else "complete", executions)
+        verdict = f"bounded ({STEPS_MAX} steps an execution)" if too_long else "complete"
+        return self._result(verdict, executions)
 
     def explained(self, end: _End) -> Failure:
         """Run a failed execution once more for its trace."""
@@ -232,8 +233,8 @@ class Explorer:
         return Failure(end.kind or "", end.message, tuple(end.choices), shared, trace)
 
     def _result(self, verdict: str, executions: int, failure: Failure | None = None) -> Result:
-        model = self.model
-        return Result(verdict, executions, model.steps, len(self.visited), failure, frozenset(model.dropped_seen))
+        steps, dropped = self.model.steps, frozenset(self.model.dropped_seen)
+        return Result(verdict, executions, steps, len(self.visited), failure, dropped)
 
 
 def explore(

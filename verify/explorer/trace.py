@@ -15,8 +15,8 @@ def columns(trace: Iterable[tuple[str, str]], names: Sequence[str]) -> str:
     widths = [max([len(name), *(len(text) for who, text in steps if who == name)]) for name in names]
     lines = ["  # " + "  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))]
     for number, (who, text) in enumerate(steps, 1):
-        cells = ((text if who == name else "").ljust(width) for name, width in zip(names, widths, strict=True))
-        lines.append(f"{number:3} " + "  ".join(cells))
+        cells = [(text if who == name else "", width) for name, width in zip(names, widths, strict=True)]
+        lines.append(f"{number:3} " + "  ".join(cell.ljust(width) for cell, width in cells))
     if len(lines) > LINES_MAX:
         lines[LINES_MAX:] = [f"… and {len(lines) - LINES_MAX} more"]
     return "\n".join(line.rstrip() for line in lines)

@@ -30,9 +30,9 @@ from pvbus.shm.layout import (
 )
 from pvbus.verify.explorer.model import FilePort, Model
 from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.scenarios import loops
 
 RING_ENTRIES: Final = 64
-DRAIN_BUDGET: Final = 256
 PORT_FIRST: Final = 1
 
 
@@ -43,15 +43,16 @@ class EventRing(Scenario):
     `upcall_budget` is how many events one upcall serves: with 1, each is an upcall of its own, as on
     hardware. With `sender` the ports are raised by a context of their own, and the CPUs sleep and are
     kicked; without, they are pending at the start. With `heir` each CPU's process dies when its work is
-    done, and its heir wakes every file that may have missed its byte; the reader then reads on for ever,
-    and has to fall asleep in the end.
+    done, and its heir wakes every file that may have missed its byte. Several `readers` are processes that
+    share the file, each with a submission ring of its own. With an heir or several readers they read on for
+    ever, and have to fall asleep in the end.
     """
 
     name = "event-ring"
 
     def __init__(
         self, *, events: int = 2, cpus: int = 1, batch: int = 16, upcall_budget: int = 1,
-        sender: bool = False, heir: bool = False,
+        sender: bool = False, heir: bool = False, readers: int = 1,
     ) -> None:
         self.events = events
         self.cpus = cpus
@@ -59,6 +60,8 @@ class EventRing(Scenario):
         self.upcall_budget = upcall_budget
         self.sender = sender
         self.heir = heir
+        self.readers = readers
+        self.endless = heir or readers > 1
         self.ports = list(range(PORT_FIRST, PORT_FIRST + events))
         self.read: list[int] = []
 
@@ -71,14 +74,17 @@ class EventRing(Scenario):
         self.machine = Memory(model, Machine.BYTES)
         self.domain = Memory(model, Domain.BYTES)
         self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES_2L)
-        self.ring = Memory(model, SubmissionRing.BYTES)
+        self.rings = [Memory(model, SubmissionRing.BYTES) for _ in range(self.readers)]
         self.public = Memory(model, PublicPage.BYTES)
-        for name in ("machine", "domain", "page", "ring", "public"):
+        for name in ("machine", "domain", "page", "public"):
             model.name(getattr(self, name), name)
+        for index, ring in enumerate(self.rings):
+            model.name(ring, f"ring{index}")
         self._bind_file(variants)
         self.path = EventPath(self.machine, {0: self.domain})
         self.path.attach_file(0, self.page)
-        self.path.attach_submission(0, self.ring, 0)
+        for index, ring in enumerate(self.rings):
+            self.path.attach_submission(index, ring, 0)
         for port in self.ports:
             self._bind_port(port)
             if not self.sender:
@@ -89,7 +95,8 @@ class EventRing(Scenario):
         machine.store32(Machine.VARIANTS, variants)
         machine.store32(Machine.file(0, File.STATE), File.OPEN)
         machine.store32(Machine.file(0, File.SIZE), RING_ENTRIES)
-        machine.store32(Machine.submission(0, Submission.STATE), Submission.ATTACHED)
+        for index in range(self.readers):
+            machine.store32(Machine.submission(index, Submission.STATE), Submission.ATTACHED)
         self.page.store32(FilePage.SIZE, RING_ENTRIES)
         self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 1)
 
@@ -104,11 +111,12 @@ class EventRing(Scenario):
     def start(self, model: Model) -> Iterable[Start]:
         """Give the CPUs, the reader, the hypervisor and perhaps the sender."""
         self.read = []
-        file = UserFile(Context(self.page, self.ring, self.public, -1, -1, 0, 4096))
         for vcpu in range(self.cpus):
             yield f"cpu{vcpu}", partial(self._cpu, model, vcpu), self.sender
-        yield "reader", partial(self._reader, file.read_ports), self.heir
-        yield "hypervisor", partial(self._hypervisor, model), True
+        for index, ring in enumerate(self.rings):
+            file = UserFile(Context(self.page, ring, self.public, -1, -1, 0, FilePage.BITMAP))
+            yield f"reader{index or ''}", partial(self._reader, file.read_ports), self.endless
+        yield "hypervisor", partial(loops.hypervisor, model, self.path, self.public, self.kick, self.door), True
         if self.sender:
             yield "sender", partial(self._sender, model), False
 
@@ -125,7 +133,7 @@ class EventRing(Scenario):
             if self.path.cpu_may_sleep(0, vcpu):
                 model.wait(self.doorbells[vcpu], "cpu.wait")
                 model.take(self.doorbells[vcpu], "cpu.take")
-                self.domain.store32(Domain.vcpu(vcpu, Vcpu.SLEEPING), 0)
+                self.domain.store32(Domain.vcpu(vcpu, Vcpu.SLEEPING), 0, "cpu.awake")
 
     def _wake_files(self, model: Model) -> None:
         """What CpuProcess does for an heir: the dead may have raised a door and not sent the byte."""
@@ -136,22 +144,8 @@ class EventRing(Scenario):
             model.ring(self.door, "door.send")
 
     def _reader(self, read_ports: Callable[[int], list[int]]) -> None:
-        while self.heir or len(self.read) < self.events:
+        while self.endless or len(self.read) < self.events:
             self.read += read_ports(self.batch)
-
-    def _hypervisor(self, model: Model) -> None:
-        """Sleep, drain when kicked, send the bytes that readers ask for."""
-        while True:
-            model.wait(self.kick, "hypervisor.wait")
-            model.take(self.kick, "hypervisor.take")
-            self.public.store32(PublicPage.HYPERVISOR_SLEEPING, 0, "sub.awake")
-            while True:
-                drained = self.path.drain(DRAIN_BUDGET)
-                if drained is not None:
-                    for _ in drained[2]:
-                        model.ring(self.door, "door.send")
-                elif self.path.hypervisor_may_sleep(self.public):
-                    break
 
     def _sender(self, model: Model) -> None:
         for port in self.ports:
@@ -174,6 +168,8 @@ class EventRing(Scenario):
         for vcpu in range(self.cpus):
             raised = self.ports[vcpu :: self.cpus]
             read = [port for port in self.read if (port - PORT_FIRST) % self.cpus == vcpu]
+            if self.readers > 1:  # they claim in order, and return in any
+                read.sort()
             if read != raised:
                 return f"ports read {self.read}, but raised {self.ports}"
         return None

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops of the machine's processes, as serve.c and their process.py run them, over modelled doorbells.
+
+They call the explored core for everything that touches a page; what stands here is only who is called when. A
+change of the real loops has to be made here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from pvbus.shm._core_explored import EventPath, Memory
+from pvbus.shm.layout import PublicPage
+from pvbus.verify.explorer.model import Model
+
+DRAIN_BUDGET: Final = 256
+
+
+def awake(public: Memory) -> None:
+    """Mirror pv_hypervisor_awake: an even number, so that the next announcement is another odd one."""
+    word = public.load32(PublicPage.HYPERVISOR_SLEEPING, "sub.word")
+    public.store32(PublicPage.HYPERVISOR_SLEEPING, (word | 1) + 1, "sub.awake")
+
+
+def hypervisor(
+    model: Model, path: EventPath, public: Memory, kick: int, door: int, wake: Callable[[Memory], None] = awake
+) -> None:
+    """Sleep, drain when kicked, send the bytes that readers ask for; begins asleep and announced."""
+    while True:
+        model.wait(kick, "hypervisor.wait")
+        model.take(kick, "hypervisor.take")
+        wake(public)
+        while True:
+            drained = path.drain(DRAIN_BUDGET)
+            if drained is not None:
+                for _ in drained[2]:
+                    model.ring(door, "door.send")
+            elif path.hypervisor_may_sleep(public):
+                break
