@@ -73,6 +73,7 @@ class BootedMachine:
     process: subprocess.Popen[bytes]
     machine: Machine = field(init=False)
     run_id: str = ""
+    exit_code_expected: int = 0  # for a test that makes the machine give up
     output: bytes = b""
     attachment: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -185,8 +186,8 @@ def shut_down(booted: BootedMachine) -> None:
         raise MachineError(text) from None
     log = booted.log
     _forget(booted)
-    if code != 0:
-        text = f"machine {booted.name} ended with exit code {code}, not 0\n{log}"
+    if code != booted.exit_code_expected:
+        text = f"machine {booted.name} ended with exit code {code}, not {booted.exit_code_expected}\n{log}"
         raise MachineError(text)
 
 

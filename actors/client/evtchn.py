@@ -54,12 +54,12 @@ class _Shared:
         os.close(page_fd)
         os.close(public_fd)
         try:
-            ring, self.kick = self._new_ring()
+            self.ring, self.kick = self._new_ring()
         except BaseException:
             self.connection.close()
             os.close(self.door)
             raise
-        self.context = Context(self.page, ring, self.public, self.door, self.kick, 0, ports_max)
+        self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, ports_max)
         self.context.set_hooks(self.finish, self.rejoin)
 
     def _new_ring(self) -> tuple[Memory, int]:
@@ -82,10 +82,10 @@ class _Shared:
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring."""
         self._reconnect()
-        ring, kick = self._new_ring()
+        self.ring, kick = self._new_ring()
         os.close(self.kick)
         self.kick = kick
-        self.context.rebind(ring, kick, 0)
+        self.context.rebind(self.ring, kick, 0)
 
     def call(self, message: Message) -> int:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""

@@ -24,7 +24,7 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiiII", names, &page, &ring, &public_page, &door, &kick, &tail, &ports_max))
         return NULL;
     if (pv_memory_check(page, PV_PAGE_RING, "a file page") < 0 || pv_memory_check(ring, PV_SUBMISSION_BYTES, "a submission ring") < 0 ||
-        pv_memory_check(public_page, 4096, "the public page") < 0)
+        pv_memory_check_readable(public_page, 4096, "the public page") < 0)
         return NULL;
     if (ports_max > 131072u)
         return PyErr_Format(PyExc_ValueError, "%u ports", ports_max);

@@ -7,7 +7,9 @@
 #include "layout.h"
 
 extern PyTypeObject *pv_memory_type;
+/* A page that is closed or cannot be written would end the process at the first access.  Who closes one in use answers for it. */
 int pv_memory_check(PyObject *object, size_t size_min, const char *what);
+int pv_memory_check_readable(PyObject *object, size_t size_min, const char *what);
 int pv_memory_init(PyObject *module);
 int pv_event_path_init(PyObject *module);
 int pv_user_file_init(PyObject *module);

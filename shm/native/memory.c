@@ -57,14 +57,27 @@ int pv_model_spin(MemoryObject *m, const char *site) { return CALL(NULL, "spin",
 
 #endif
 
-int pv_memory_check(PyObject *object, size_t size_min, const char *what)
+int pv_memory_check_readable(PyObject *object, size_t size_min, const char *what)
 {
     if (!PyObject_TypeCheck(object, pv_memory_type)) {
         PyErr_Format(PyExc_TypeError, "%s must be a Memory", what);
         return -1;
     }
-    if (((MemoryObject *)object)->size < size_min) {
-        PyErr_Format(PyExc_ValueError, "%s has %zu bytes, needs %zu", what, ((MemoryObject *)object)->size, size_min);
+    MemoryObject *m = (MemoryObject *)object;
+    if (m->base == NULL || m->size < size_min) {
+        PyErr_Format(PyExc_ValueError, "%s %s %zu bytes, needs %zu", what, m->base == NULL ? "is closed and had" : "has", m->size,
+                     size_min);
+        return -1;
+    }
+    return 0;
+}
+
+int pv_memory_check(PyObject *object, size_t size_min, const char *what)
+{
+    if (pv_memory_check_readable(object, size_min, what) < 0)
+        return -1;
+    if (!((MemoryObject *)object)->writable) {
+        PyErr_Format(PyExc_ValueError, "%s is mapped read-only", what);
         return -1;
     }
     return 0;

@@ -4,6 +4,7 @@
 A fault can be put into the way of the next message of a kind: the hypervisor's answer to it, or its death.
 """
 
+import contextlib
 import errno
 import os
 import struct
@@ -68,10 +69,7 @@ class Machine:
         failed: OSError | None = None
         while True:
             try:
-                if failed is not None:
-                    message = steps.throw(failed)
-                else:
-                    message = next(steps) if answer is None else steps.send(answer)
+                message = self._resume(steps, answer, failed)
             except StopIteration as stop:
                 value: int = stop.value
                 return value
@@ -80,6 +78,12 @@ class Machine:
                 answer = self._answer(file.slot, message)
             except OSError as error:
                 failed = error
+
+    @staticmethod
+    def _resume(steps: Generator[Any, int, int], answer: int | None, failed: OSError | None) -> Any:
+        if failed is not None:
+            return steps.throw(failed)
+        return next(steps) if answer is None else steps.send(answer)
 
     def _answer(self, slot: int, message: Any) -> int:
         kind = type(message).__name__
@@ -122,10 +126,8 @@ class Machine:
             case m.Barrier():
                 return self._run(calls.barrier(domid))
             case m.SendPort():
-                try:
+                with contextlib.suppress(OSError):      # A9.6: 0 whatever the hypervisor said
                     op.send(domid, message.port)
-                except OSError:
-                    pass        # A9.6: 0 whatever the hypervisor said
                 return 0
         raise AssertionError(message)
 

@@ -154,7 +154,7 @@ def test_a_killed_file_process_frees_its_ports_and_its_user_gets_eio(pair: Any) 
 
     wait_until("its ports are free", lambda: machine.ports(0) == [])
     assert {one["port"]: one["state"] for one in machine.ports(1)}[peer] == "unbound"
-    with pytest.raises(OSError, match="") as failed:
+    with pytest.raises(OSError) as failed:
         near.bind_unbound_port(remote_domain=0)
     assert failed.value.errno == errno.EIO
     assert near.poll(select.POLLIN, 1000) & (select.POLLERR | select.POLLHUP)
@@ -162,8 +162,9 @@ def test_a_killed_file_process_frees_its_ports_and_its_user_gets_eio(pair: Any) 
 
 def test_killing_a_process_too_often_stops_the_machine_with_a_clear_error(pvbus_boot: Any) -> None:
     booted = pvbus_boot('[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n')
+    booted.exit_code_expected = 1
     machine = booted.machine
-    with pytest.raises(OSError, match="") as stopped:
+    with pytest.raises(OSError) as stopped:
         for _ in range(64):
             kill_and_wait_for_heir(machine, "cpu/0.0")
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine as a whole: platforms, VIRQs, side by side, its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvbus.actors.client import MachineNotFoundError, attach
+
+BOUND_S = 20.0
+
+
+def pids_of(machine: Any) -> list[int]:
+    status = machine.status()
+    return [one["pid"] for one in status["processes"]] + [file["process_pid"] for file in status["files"]]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.checklist("A10.7", "X10b")
+def test_a_domain_without_the_xen_platform_answers_enodev(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["hyperv"]\n')
+
+    with pytest.raises(OSError) as refused:
+        booted.machine.open_evtchn(domain=0)
+    assert refused.value.errno == errno.ENODEV
+    with pytest.raises(OSError) as unknown:
+        booted.machine.open_evtchn(domain=7)
+    assert unknown.value.errno == errno.ENODEV
+
+
+@pytest.mark.checklist("A9.1", "X7")
+def test_virqs_reach_who_bound_them(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    port = file.bind_virq(3)
+
+    assert machine.raise_virq(3) == port
+
+    assert file.poll(select.POLLIN, 5000) & select.POLLIN
+    assert file.read_ports(4) == [port]
+    with pytest.raises(OSError) as unbound:
+        machine.raise_virq(5)
+    assert unbound.value.errno == errno.ENOENT
+    with pytest.raises(OSError) as bad:
+        machine.raise_virq(24)
+    assert bad.value.errno == errno.EINVAL
+    file.close()
+
+
+def test_a_virq_that_the_kernel_holds_is_taken_by_it(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\nkernel_virqs = [0, 2]\nkernel_ports = 5\n')
+    machine = booted.machine
+    with machine.open_evtchn(domain=0, nonblock=True) as file:
+        with pytest.raises(OSError) as held:
+            file.bind_virq(2)
+        assert held.value.errno == errno.EEXIST
+        assert file.bind_unbound_port(remote_domain=0) == 6
+
+        machine.raise_virq(0)
+        machine.settle()
+
+        assert [one["pending"] for one in machine.ports(0)] == [False] * 6
+    assert [one["file"] for one in machine.ports(0)] == ["kernel"] * 5
+
+
+def test_two_machines_run_side_by_side_and_know_nothing_of_each_other(pvbus_boot: Any) -> None:
+    first = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    second = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    with first.machine.open_evtchn(nonblock=True) as a, second.machine.open_evtchn(nonblock=True) as b:
+        assert a.bind_unbound_port(remote_domain=0) == 1
+        assert b.bind_unbound_port(remote_domain=0) == 1
+        os.kill(first.process.pid, signal.SIGTERM)
+        assert first.process.wait(20) == 0
+        assert b.bind_unbound_port(remote_domain=0) == 2
+        with pytest.raises(OSError) as dead:
+            a.bind_unbound_port(remote_domain=0)
+        assert dead.value.errno == errno.EIO
+        assert a.poll(select.POLLIN, 5000) & select.POLLHUP
+
+
+def test_a_killed_supervisor_takes_everything_with_it(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    booted.exit_code_expected = -signal.SIGKILL
+    machine = booted.machine
+    file = machine.open_evtchn(nonblock=True)
+    file.bind_unbound_port(remote_domain=0)
+    pids, run_id = pids_of(machine), machine.run_id
+
+    booted.process.kill()
+    booted.process.wait(20)
+
+    deadline = time.monotonic() + BOUND_S
+    leftovers: list[object] = ["not looked yet"]
+    while leftovers:
+        leftovers = [pid for pid in pids if not is_gone(pid)]
+        leftovers += list(Path("/dev/shm").glob(f"pvbus-{run_id}*"))
+        leftovers += [path for path in [Path(os.environ["XDG_RUNTIME_DIR"], "pvbus", booted.name)] if path.exists()]
+        assert time.monotonic() < deadline, leftovers
+        select.select([], [], [], 0.005)
+    with pytest.raises(OSError) as dead:
+        file.bind_unbound_port(remote_domain=0)
+    assert dead.value.errno == errno.EIO
+    file.close()
+    with pytest.raises(MachineNotFoundError, match="pvbus up"):
+        attach(booted.name)
+
+
+def test_the_clock_moves_only_forward(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    machine.advance(3600)
+    with pytest.raises(OSError) as refused:
+        machine.advance(-1)
+    assert refused.value.errno == errno.EINVAL
+    machine.settle()
+
+
+@pytest.mark.checklist("A12.7")
+def test_sixty_files_are_open_at_once_and_all_are_released(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    files = [machine.open_evtchn(nonblock=True) for _ in range(60)]
+    ports = [file.bind_unbound_port(remote_domain=0) for file in files]
+    assert ports == list(range(1, 61))
+    for file in files:
+        file.close()
+    assert machine.ports() == []
