@@ -8,9 +8,10 @@ import os
 import select
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from pvbus.actors.runtime import messages as m
@@ -195,9 +196,8 @@ def test_a_users_page_cannot_be_truncated(machine: Any, pair: Any) -> None:
     a = machine.open_evtchn(domain=0, nonblock=True)
     truncated = []
 
-    for fd in os.listdir("/proc/self/map_files"):
-        path = f"/proc/self/map_files/{fd}"
-        if "memfd:pvbus-" in os.readlink(path):
+    for path in Path("/proc/self/map_files").iterdir():
+        if "memfd:pvbus-" in str(path.readlink()):
             with pytest.raises(OSError) as sealed:
                 os.truncate(path, 0)
             truncated.append(sealed.value.errno)

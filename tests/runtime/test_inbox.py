@@ -248,7 +248,7 @@ def test_a_full_socket_is_waited_for_with_order_and_descriptors_kept(rig: Rig) -
 def test_a_peer_that_never_reads_is_closed_at_the_bound(rig: Rig) -> None:
     peer, _ = rig.connect()
     told = 0
-    with pytest.raises(PeerGone):  # noqa: PT012 -- how many were told before is the point
+    with pytest.raises(PeerGone):
         while told < 10 * PENDING_FRAMES_MAX:
             peer.tell(InboxCall(data=bytes(1000)))
             told += 1
