@@ -177,7 +177,7 @@ class Machine:
 class File:
     """An open file's record in the machine's segment. STATE by the hypervisor, the ring's words under the producer lock."""
 
-    FREE, OPEN, DEAD = range(3)
+    FREE, OPEN, DEAD, CLOSING = range(4)  # closing: its release is under way
     STATE: Final = 0
     DOMAIN: Final = 4
     LOCK: Final = 8

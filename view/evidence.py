@@ -101,6 +101,12 @@ class Evidence:
         """Whether it was delivered and not written back."""
         return bool(self.irq & Irq.ACTIVE)
 
+    @property
+    def raised_for_file(self) -> bool:
+        """Whether it was raised since its file was opened."""
+        opened = self.file.opened_ns if self.file is not None else 0
+        return self.pending_since_ns > opened
+
 
 def collect(machine: RunningMachine, domid: int, port: int) -> Evidence:
     """Read everything about a port; the domain and the port must exist."""

@@ -301,7 +301,7 @@ def _without_peer(e: Evidence) -> _Answer | None:
 
 
 def _never_raised(e: Evidence) -> _Answer | None:
-    if e.peer_closed:
+    if e.raised_for_file:
         return None
     if e.state == Port.VIRQ:
         text = (

@@ -173,7 +173,8 @@ class EventChannels:
         state, remote_domain, remote_port, _ = Port.unpack(self.word(caller, port))
         if state in (Port.FREE, Port.RESERVED, Port.IPI) or (state == Port.VIRQ and remote_port in VIRQS_PER_VCPU):
             raise HypercallError(errno.EINVAL, f"port {port} cannot move")
-        self._set_word(caller, port, Port.pack(state, remote_domain=remote_domain, remote_port=remote_port, vcpu=vcpu))
+        moved = Port.pack(state, remote_domain=remote_domain, remote_port=remote_port, vcpu=vcpu)
+        self._set_word(caller, port, moved | self.word(caller, port) & Port.PEER_CLOSED)
 
     def close(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_close: EINVAL for a port out of range, free or reserved. The peer becomes unbound, without an event."""

@@ -7,7 +7,6 @@ Consumer of every submission ring, writer of all port state. Its own state besid
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import errno
 import functools
@@ -17,6 +16,7 @@ import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pvbus.actors.hypervisor import calls, records, recovery
+from pvbus.actors.hypervisor.executor import Executor
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels, HypercallError
 from pvbus.actors.runtime import messages as m
@@ -53,13 +53,6 @@ class OpenFile(NamedTuple):
     peer: Peer
 
 
-class Running(NamedTuple):
-    """A call that is being executed, and who gets its result."""
-
-    steps: Generator[calls.Wait, None, int]
-    then: Callable[[Message], None]
-
-
 class HypervisorProcess(ProcessActor):
     """The hypervisor as an actor in a process of its own."""
 
@@ -81,8 +74,7 @@ class HypervisorProcess(ProcessActor):
         self.ring_kicks: dict[int, int] = {}
         self.cpus: dict[tuple[int, int], Peer] = {}
         self.doorbells: dict[int, int] = {}
-        self.queue: collections.deque[Running] = collections.deque()
-        self.active: Running | None = None
+        self.calls = Executor(self.inbox.call_soon, self._before_a_call, self._flush)
         self.flushing: set[tuple[int, int]] = set()
         self.flush_deadline_ns = 0
         self.doors = select.epoll()
@@ -98,7 +90,7 @@ class HypervisorProcess(ProcessActor):
         if born > 0:
             recovery.repair(self.channels, self.irqs)
         self.inbox.sleep_in(self._serve)
-        self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, self._on_doors)
+        self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, self._look_for_hangups)
 
     # ---- the event path
 
@@ -139,7 +131,7 @@ class HypervisorProcess(ProcessActor):
             raise OSError(errno.EPERM, f"{received.peer.name} may not call the hypervisor")
         if isinstance(message, m.AttachSubmission):
             return self._attach_submission(slot, message, received.fds)
-        self._start(self._call_of(slot, message), lambda reply: _reply(received, reply))
+        self.calls.start(self._call_of(slot, message), lambda reply: _reply(received, reply))
         return None
 
     def _from_supervisor(self, received: Received) -> Message | None:
@@ -152,7 +144,7 @@ class HypervisorProcess(ProcessActor):
             self._release_unknown()
             return Done()
         elif isinstance(message, m.Settle):
-            self._start(self._settle(), lambda reply: _reply(received, reply))
+            self.calls.start(self._settle(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.RaiseVirq):
             return Done(value=self.channels.raise_virq(message.domain, message.virq, message.vcpu))
         else:
@@ -195,43 +187,12 @@ class HypervisorProcess(ProcessActor):
 
     # ---- calls, one at a time
 
-    def _start(self, steps: Generator[calls.Wait, None, int], then: Callable[[Message], None]) -> None:
-        self.queue.append(Running(steps, then))
-        self._next_call()
-
-    def _next_call(self) -> None:
-        while self.active is None and self.queue:
-            self._drain_everything()
-            if self._look_for_hangups():
-                continue
-            self.active = self.queue.popleft()
-            self._resume()
-
-    def _drain_everything(self) -> None:
-        """A call sees every notify that had returned when it was made."""
+    def _before_a_call(self) -> None:
+        """A call sees every notify that had returned, and every last reference that had gone, when it was made."""
         drained = self.path.drain(2**31)
         if drained is not None:
             self._effects(drained)
-
-    def _resume(self, error: Exception | None = None) -> None:
-        running = self.active
-        if running is None:
-            return
-        try:
-            wait = running.steps.throw(error) if error is not None else next(running.steps)
-        except StopIteration as stop:
-            self.active = None
-            running.then(Done(value=stop.value))
-        except OSError as failed:
-            self.active = None
-            running.then(Failure(errno=failed.errno or errno.EIO, text=failed.strerror or ""))
-        else:
-            if isinstance(wait, calls.Flush):
-                self._flush(wait.domid)
-            else:
-                self.inbox.call_soon(self._resume)
-        if self.active is None:
-            self._next_call()
+        self._look_for_hangups()
 
     def _flush(self, domid: int) -> None:
         self.flush_deadline_ns = now_ns() + int(FLUSH_DEADLINE_S * 1e9)
@@ -240,7 +201,7 @@ class HypervisorProcess(ProcessActor):
         for key in tuple(self.flushing):
             self._ask_flush(key)
         if not self.flushing:
-            self.inbox.call_soon(self._resume)
+            self.inbox.call_soon(self.calls.resume)
 
     @staticmethod
     def _is_idle(domain: DomainState, vcpu: int) -> bool:
@@ -260,12 +221,12 @@ class HypervisorProcess(ProcessActor):
         if isinstance(reply, Failure):
             if now_ns() > self.flush_deadline_ns and key in self.flushing:
                 self.flushing.clear()
-                self._resume(HypercallError(errno.EIO, f"cpu/{key[0]}.{key[1]} does not answer"))
+                self.calls.resume(HypercallError(errno.EIO, f"cpu/{key[0]}.{key[1]} does not answer"))
             return
         if key in self.flushing:
             self.flushing.discard(key)
             if not self.flushing:
-                self._resume()
+                self.calls.resume()
 
     def _settle(self) -> Generator[calls.Wait, None, int]:
         """Wait until a whole round finds nothing to do: rings drained, every CPU asleep without an upcall."""
@@ -312,6 +273,14 @@ class HypervisorProcess(ProcessActor):
     # ---- open files
 
     def _file_up(self, message: m.FileUp, received: Received) -> None:
+        def steps() -> Generator[calls.Wait, None, int]:
+            yield from self._release(message.slot)  # of the slot's last file, should its end not have been noticed yet
+            self._connect_file(message, received)
+            return 0
+
+        self.calls.start(steps(), lambda reply: _reply(received, reply) if isinstance(reply, Failure) else None)
+
+    def _connect_file(self, message: m.FileUp, received: Received) -> None:
         sock, page_fd, door_fd = received.fds
         slot = message.slot
         page = Memory(page_fd, FilePage.BYTES_2L)
@@ -378,22 +347,14 @@ class HypervisorProcess(ProcessActor):
 
     # ---- the end of a file
 
-    def _on_doors(self, _events: int) -> None:
-        self._look_for_hangups()
-
-    def _look_for_hangups(self) -> bool:
+    def _look_for_hangups(self, _events: int = 0) -> None:
         """Find files whose last reference has gone; their release comes before any other call that waits."""
-        found = False
         for fd, _events in self.doors.poll(0):
             self.doors.unregister(fd)
             slot = next((slot for slot, file in self.files.items() if file.door.fileno() == fd), None)
             if slot is not None and slot not in self.releasing:
                 self.releasing.add(slot)
-                self.queue.appendleft(Running(self._release(slot), lambda _reply: None))
-                found = True
-        if found and self.active is None:
-            self._next_call()
-        return found
+                self.calls.start_first(self._release(slot))
 
     def on_hangup(self, peer: Peer) -> None:
         """A dead CPU is waited for; a dead file process is released on its behalf."""
@@ -403,19 +364,27 @@ class HypervisorProcess(ProcessActor):
         slot = self.slots.get(peer)
         if slot is not None and slot not in self.releasing:
             self.releasing.add(slot)
-            self._start(self._release(slot), lambda _reply: None)
+            self.calls.start(self._release(slot))
 
     def _release_unknown(self) -> None:
         """An heir: files that died together with the forerunner left their ports behind."""
         for slot, domid in records.abandoned_files(self.machine, self.files):
-            self._start(calls.release(self.irqs, domid, slot), lambda _reply: None)
+            self.calls.start(self._release_abandoned(slot, domid))
         records.free_abandoned_rings(self.machine, self.rings, self.files)
+
+    def _release_abandoned(self, slot: int, domid: int) -> Generator[calls.Wait, None, int]:
+        closed = yield from calls.release(self.irqs, domid, slot)
+        # Only now: an heir of ours that finds it closing goes on with it.
+        self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
+        return closed
 
     def _release(self, slot: int) -> Generator[calls.Wait, None, int]:
         file = self.files.get(slot)
         if file is None:
             return 0
         self.releasing.add(slot)
+        # A producer that waits for the lock of the file's dead process gives up at this word.
+        self.machine.store32_release(Machine.file(slot, File.STATE), File.CLOSING)
         closed = yield from calls.release(self.irqs, file.domain, slot)
         self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
         for index in [index for index, owner in self.rings.items() if owner == slot]:

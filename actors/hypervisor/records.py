@@ -36,10 +36,10 @@ def format_submission(machine: Memory, index: int, slot: int, pid: int) -> None:
 
 
 def abandoned_files(machine: Memory, known: Container[int]) -> Iterator[tuple[int, int]]:
-    """For an heir: mark files dead that the pages call open and nobody has handed over; give (slot, domain) of each."""
+    """For an heir: find files that the pages call open, or half released, and that nobody has handed over: (slot, domain)."""
     for slot in range(FILES_MAX):
-        if slot not in known and machine.load32(Machine.file(slot, File.STATE)) == File.OPEN:
-            machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
+        if slot not in known and machine.load32(Machine.file(slot, File.STATE)) in (File.OPEN, File.CLOSING):
+            machine.store32_release(Machine.file(slot, File.STATE), File.CLOSING)
             yield slot, machine.load32(Machine.file(slot, File.DOMAIN))
 
 

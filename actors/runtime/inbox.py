@@ -29,7 +29,7 @@ from pykka._envelope import Envelope
 from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.clock import NS_PER_S, Clock, Timer, Timers
 from pvbus.actors.runtime.peer import Hangup, Idle, Listener, NoIdle, Peer, PeerGone, Received, Reply
-from pvbus.actors.runtime.wire import Failure, WireError
+from pvbus.actors.runtime.wire import Done, Failure, WireError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -404,6 +404,9 @@ class Inbox:
             self._lose(item)
             return
         if isinstance(item.message, Received):
+            if item.message.message.moot_when_stopped and answer:
+                item.message.peer.reply(item.message.request, Done())
+                return
             self._lose(item.message)
             if answer:
                 item.message.peer.reply(item.message.request, Failure(errno=errno.ESHUTDOWN, text=self.name))

@@ -88,6 +88,7 @@ class Stop(Message, frozen=True, kw_only=True):
     """Ask a child to end in order; answered with Done after `on_stop`."""
 
     fds_max: ClassVar[int | None] = 0
+    moot_when_stopped: ClassVar[bool] = True
 
 
 class ProcessActor(pykka.Actor):

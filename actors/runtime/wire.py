@@ -70,6 +70,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     fds_max: ClassVar[int | None] = None
+    moot_when_stopped: ClassVar[bool] = False
+    """An actor that has stopped has done what this asks for: nothing is undelivered."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

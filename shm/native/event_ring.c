@@ -12,14 +12,30 @@
 #include <errno.h>
 #ifndef PVBUS_EXPLORED
 #include <sched.h>
+#include <stdio.h>
 #include <time.h>
+#include <unistd.h>
 #endif
 
 #define LOCK_SPINS_MAX 200u             /* a handler holds the lock for some 50 ns */
 #define LOCK_WAIT_NS_MAX 5000000000ull  /* an heir takes a dead owner's lock back within this time, or the machine is broken */
 #define TAKE_RETRIES_MAX 1000000u       /* each retry means that a rival or a RESET made progress */
 
-/* Take the producer lock.  1 = taken, 0 = the file is gone or the owner never came back. */
+#ifndef PVBUS_EXPLORED
+#define EXIT_BROKEN 70 /* as in actors/runtime/process.py */
+
+static _Noreturn void pv_broken(const char *what)
+{
+    fprintf(stderr, "pvbus: broken invariant: %s\n", what);
+    _exit(EXIT_BROKEN);
+}
+#endif
+
+/*
+ * Take the producer lock.  1 = taken, 0 = the file is being released: nobody waits for a process of it that died with the lock.
+ * The lock of a dead CPU is taken back by its heir; if that does not come, this process cannot keep what it promises and
+ * ends, with its port still in service: an heir of ours repeats it.
+ */
 int64_t pv_ring_lock(MemoryObject *machine, uint32_t slot, uint32_t owner)
 {
     uint64_t deadline = 0;
@@ -39,7 +55,7 @@ int64_t pv_ring_lock(MemoryObject *machine, uint32_t slot, uint32_t owner)
             if (deadline == 0)
                 deadline = pv_now_ns() + LOCK_WAIT_NS_MAX;
             else if (pv_now_ns() > deadline)
-                return 0;
+                pv_broken("the producer lock of an open file was not given back in five seconds");
             struct timespec pause = {0, turn < 2 * LOCK_SPINS_MAX ? 0 : 100000};
             if (pause.tv_nsec == 0)
                 sched_yield();

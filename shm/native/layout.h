@@ -116,7 +116,7 @@ struct pv_submission {               /* 64 bytes: one a process that uses a file
 #define PV_MACHINE_FILES 4096u
 #define PV_MACHINE_SUBMISSIONS (PV_MACHINE_FILES + PV_FILES_MAX * 256u)
 #define PV_MACHINE_BYTES (PV_MACHINE_SUBMISSIONS + PV_SUBMISSIONS_MAX * 64u)
-enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD };
+enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: its release is under way */
 #define PV_LOCK_FILE 0x8000u
 #define PV_CLAIM_VALID (1ull << 63)
 #define PV_VARIANT_DRIVER_WAKEUP 1u  /* H/zoo 1: the driver samples cons before it publishes */
