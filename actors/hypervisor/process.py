@@ -349,12 +349,13 @@ class HypervisorProcess(ProcessActor):
 
     def _look_for_hangups(self, _events: int = 0) -> None:
         """Find files whose last reference has gone; their release comes before any other call that waits."""
-        for fd, _events in self.doors.poll(0):
-            self.doors.unregister(fd)
+        for fd, _ in self.doors.poll(0):
             slot = next((slot for slot, file in self.files.items() if file.door.fileno() == fd), None)
-            if slot is not None and slot not in self.releasing:
-                self.releasing.add(slot)
-                self.calls.start_first(self._release(slot))
+            if slot is None or slot in self.releasing:
+                continue  # a release that this loop has started has found it, too
+            self.doors.unregister(fd)
+            self.releasing.add(slot)
+            self.calls.start_first(self._release(slot))
 
     def on_hangup(self, peer: Peer) -> None:
         """A dead CPU is waited for; a dead file process is released on its behalf."""

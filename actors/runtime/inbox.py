@@ -400,6 +400,10 @@ class Inbox:
     def _refuse(self, item: Envelope[Any] | Reply | Hangup, *, answer: bool) -> None:
         if isinstance(item, Hangup):
             return
+        if isinstance(item, Reply) and answer:
+            with contextlib.suppress(PeerGone):  # its continuation may want to go on asking
+                item.peer.complete(item.request, item.message, item.fds)
+            return
         if isinstance(item, Reply):
             self._lose(item)
             return

@@ -273,6 +273,9 @@ def _run_child(control: socket.socket, parent_pid: int | None) -> int:
     if not data:
         return EXIT_ORPHANED
     frame = wire.decode(data)
+    if isinstance(frame.message, Stop):  # not wanted any more
+        wire.send_frame(control, wire.encode(Done(), frame.request, reply=True))
+        return 0
     try:
         actor = _build(frame.message, control, fds)
     except BaseException as error:

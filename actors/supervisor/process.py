@@ -147,7 +147,11 @@ class Supervisor(ProcessActor):
             self.ask_start(child, {"domain": domid, "vcpu": vcpu}, fds, then)
             theirs.close()
         else:
-            self.openings[name].start(self.pages.fds()["machine"])
+            opening = self.openings.get(name)
+            if opening is None:  # the open has failed meanwhile
+                self.forkserver.kill(child.pid, signal.SIGKILL)
+            else:
+                opening.start(self.pages.fds()["machine"])
 
     def ask_start(self, child: Child, arguments: dict[str, Any], fds: dict[str, int], then: Callable[[], None]) -> None:
         """Tell a forked child what it is; `then` runs when it is up."""
