@@ -54,7 +54,8 @@ WIRE_FACTS = {
 }
 HEADERS = {"pv_domain_header": Domain.SHARED_INFO, "pv_machine_header": Machine.FILES}
 # Numbers of the drawing that are no offsets of a C structure, and have been compared under their C name above.
-NO_FIELDS = {"CLOSING", 
+NO_FIELDS = {
+    "CLOSING",
     "VCPU_INFO_BYTES", "UPCALL_PENDING", "UPCALL_MASK", "PENDING_SEL", "SHARED_INFO", "EVTCHN_PENDING", "EVTCHN_MASK",
     "VCPU_AREA", "VCPU_BYTES", "TABLES", "ARRIVALS", "ARRIVALS_ENTRIES", "BYTES", "PORT_WORDS", "IRQ_WORDS",
     "PENDING_SINCE", "SERVED_AT", "FILES", "FILE_BYTES", "SUBMISSIONS", "SUBMISSION_BYTES", "VARIANT_DRIVER_WAKEUP",
