@@ -2,7 +2,7 @@
 """What the heir of a dead hypervisor makes of the pages that it finds. Pure: a test leaves any half-done state and calls it.
 
 Submission rings are not here: an entry that the forerunner had claimed is resolved when its ring is attached
-(shm/native/event_path.c). Calls in flight are undone here and made again by the file's process.
+(pv_resolve_claim in shm/native/drain.c). Calls in flight are undone here and made again by the file's process.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P and an explicit path: the same modules as here, from a wheel, an editable install or the tree
         # itself.
-        path = [str(Path(entry).absolute()) for entry in sys.path]
+        # An entry that is no path stays as it is: editable installs put names there that their own hook knows.
+        path = [str(Path(entry).absolute()) if Path(entry).exists() else entry for entry in sys.path]
         code = (
             f"import sys; sys.path[:] = {path!r}; "
             f"from pvbus.actors.runtime.forkserver import main; main({theirs.fileno()})"

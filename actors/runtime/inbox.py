@@ -400,12 +400,9 @@ class Inbox:
     def _refuse(self, item: Envelope[Any] | Reply | Hangup, *, answer: bool) -> None:
         if isinstance(item, Hangup):
             return
-        if isinstance(item, Reply) and answer:
-            with contextlib.suppress(PeerGone):  # its continuation may want to go on asking
-                item.peer.complete(item.request, item.message, item.fds)
-            return
         if isinstance(item, Reply):
-            self._lose(item)
+            with contextlib.suppress(PeerGone):  # its continuation may want to go on asking
+                (item.peer.complete if answer else lambda *_: self._lose(item))(item.request, item.message, item.fds)
             return
         if isinstance(item.message, Received):
             if item.message.message.moot_when_stopped and answer:

@@ -365,7 +365,7 @@ class Supervisor(ProcessActor):
         child = self.table.next_to_stop()
         if child is None:
             if all(child.state is State.DOWN for child in self.table):
-                self.actor_stopped.set()
+                self.stop()  # a message to ourselves: it also wakes the loop, if nobody else is left to do so
             return
         self.table.stopping(child.spec.name)
         control = self.controls.get(child.spec.name)

@@ -87,7 +87,7 @@ int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi)
 
 /*
  * Ask whether the process of a vCPU sleeps.  The upcall flag was set before by a locked exchange, a full barrier: it is
- * SYNC(cpu_sleep), whose partner (announce, barrier, look at the flag) is event_path.c: either we see the announcement, or
+ * SYNC(cpu_sleep), whose partner (announce, barrier, look at the flag) is drain.c: either we see the announcement, or
  * it sees the flag.
  */
 int64_t pv_vcpu_kick(MemoryObject *domain, uint32_t vcpu)

@@ -7,6 +7,8 @@ import errno
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def pids_of(machine: Any) -> list[int]:
 def is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
@@ -117,6 +119,30 @@ def test_a_killed_supervisor_takes_everything_with_it(pvbus_boot: Any) -> None:
     file.close()
     with pytest.raises(MachineNotFoundError, match="pvbus up"):
         attach(booted.name)
+
+
+def test_the_installed_command_boots_a_machine_without_any_path_set() -> None:
+    command = Path(sys.executable).with_name("pvbus")
+    if not command.exists():
+        pytest.skip("pvbus is not installed in this environment; make test installs it")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    done = subprocess.run([command, "demo", "--seconds", "1"], env=environment, cwd="/", capture_output=True, timeout=60, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing lost, nothing twice" in done.stdout
+
+
+def test_a_machine_whose_fork_server_cannot_start_says_so_and_ends(tmp_path: Path) -> None:
+    broken = "import pvbus.actors.supervisor.process as p; p.PRELOAD = ('pvbus.no_such_room',); from pvbus.supervisor import main; "
+
+    done = subprocess.run(
+        [sys.executable, "-c", broken + "raise SystemExit(main(['up', '--name', 'broken']))"],
+        capture_output=True, timeout=60, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert "pvbus.no_such_room" in done.stderr
 
 
 def test_the_clock_moves_only_forward(pvbus_machine: Any) -> None:
