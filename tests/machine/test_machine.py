@@ -127,7 +127,7 @@ def test_the_installed_command_boots_a_machine_without_any_path_set() -> None:
         pytest.skip("pvbus is not installed in this environment; make test installs it")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    demo = [command, "demo", "--seconds", "1"]
+    demo = [str(command), "demo", "--seconds", "1"]
     done = subprocess.run(demo, env=environment, cwd="/", capture_output=True, timeout=60, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
