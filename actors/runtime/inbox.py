@@ -68,6 +68,7 @@ class Inbox:
         self.on_hangup: Callable[[Peer], None] = lambda _peer: None
         self.closed = False
         self.undelivered = 0
+        self.last_undelivered = ""
         self.foreign_frames = 0
         self._lock = threading.RLock()
         self._queue: collections.deque[Envelope[Any] | Reply | Hangup] = collections.deque()
@@ -345,6 +346,7 @@ class Inbox:
         wire.close_fds(received.fds)
         received.peer.undelivered += 1
         self.undelivered += 1
+        self.last_undelivered = type(received.message).__name__
 
     def close(self, *, answer: bool = True) -> int:
         """End the loop and return how many messages were never handled; they are counted and reported in one
@@ -376,7 +378,7 @@ class Inbox:
             peer.close()
         self.abandon()
         if self.undelivered:
-            _log.warning("%s stopped with %d messages undelivered", self.name, self.undelivered)
+            _log.warning("%s stopped with %d undelivered: %s", self.name, self.undelivered, self.last_undelivered)
         if failure is not None:
             raise failure
         return self.undelivered

@@ -41,7 +41,7 @@ def test_at_the_end_unread_and_unhandled_frames_are_counted_and_requests_answere
     assert [a.request for a in answers] == list(range(1, 21))
     assert all(isinstance(a.message, Failure) and a.message.errno == errno.ESHUTDOWN for a in answers)
     assert wire.recv_frame(theirs)[0] == b""
-    assert "rig stopped with 20 messages undelivered" in caplog.text
+    assert "rig stopped with 20 undelivered: " in caplog.text
     theirs.close()
 
 
