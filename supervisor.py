@@ -44,6 +44,10 @@ def give_to_kernels(config: configuration.MachineConfig, pages: MachinePages) ->
 
 def up(config: configuration.MachineConfig, ready: Callable[[], None]) -> int:
     """Run a machine until it is stopped; give the exit code."""
+    os.environ["SPT_NOENV"] = "1"  # setproctitle then leaves /proc/PID/environ alone, by which doctor knows whose a process is
+    from setproctitle import setproctitle
+
+    setproctitle(f"pvbus: supervisor/{config.name}")
     try:
         supervisor = Supervisor(config, give_to_kernels, ready)
     except OSError as error:

@@ -5,6 +5,7 @@ An event counts when the receiver has read it and written it back. A notify that
 pending is therefore worth nothing, and the sender holds back: it never has more under way than it has ports
 (two with one port: the second stays pending while the first is masked). When merging has let its count run
 ahead of the truth, the receiver stands still, and the sender starts counting anew from what was received.
+The receiver's word that it got on is an event on the same ports, the other way: a sender that is ahead blocks on it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import errno
 import select
 import time
 from itertools import repeat
-from os import sched_yield
 from time import perf_counter_ns
 
 from pvbus.benchmarks.page import DONE, RECEIVED, STOP, STRIDE, Feed, Page
@@ -21,8 +21,9 @@ from pvbus.verify.launch import Machine, OpenFile
 
 SENDER_DOMAIN, RECEIVER_DOMAIN = 1, 0
 PORTS_MAX = 4095  # of a domain with the two-level ABI: port 0 is never given out
-STANDSTILL_NS = 200_000  # some wake-ups long: no event in that time means that none is under way
+STANDSTILL_NS = 500_000  # some wake-ups long: no event in that time means that none is under way
 FEED_PAUSE_S = 0.0002
+CREDIT = 64  # events from one word of the receiver to the sender to the next
 BIRTH_S_MAX = 20.0
 
 
@@ -68,8 +69,9 @@ def drain(machine: Machine, file: OpenFile) -> None:
 class Pacer:
     """Holds a sender back to what its ports can carry."""
 
-    def __init__(self, page: Page, ports: int) -> None:
+    def __init__(self, page: Page, file: OpenFile, ports: int) -> None:
         self._words = page.words
+        self._file = file
         self._under_way_max = max(2, ports)
         self._sent = 0
 
@@ -83,8 +85,8 @@ class Pacer:
             while self._sent - (now := words[RECEIVED]) > limit and not words[STOP]:
                 if now != seen:
                     seen, since = now, perf_counter_ns()
-                else:
-                    sched_yield()  # a spinning sender would take the core that the machine needs
+                elif self._file.poll(select.POLLIN, timeout_ms=1) & select.POLLIN:  # the receiver says that it got on
+                    self._file.write(self._file.read(4096))
                 if perf_counter_ns() - since > STANDSTILL_NS:
                     self._sent = now
         self._sent += events
@@ -96,7 +98,7 @@ def send_single(page: Page, file: OpenFile, ports: list[int]) -> None:
     notify = file.notify
     step = min(STRIDE, len(ports))
     groups = [ports[at : at + step] for at in range(0, len(ports), step)]
-    pacer = Pacer(page, len(ports))
+    pacer = Pacer(page, file, len(ports))
     while not words[STOP]:
         for group in groups:
             pacer.step(len(group))
@@ -110,14 +112,15 @@ def send_single(page: Page, file: OpenFile, ports: list[int]) -> None:
 def receive_single(page: Page, file: OpenFile, ports: list[int]) -> None:
     """Read one port, write it back; every read blocks while there is nothing."""
     words = page.words
-    read, write = file.read, file.write
-    stride = max(1, min(STRIDE, len(ports) // 8))
+    read, write, notify = file.read, file.write, file.notify
+    stride = max(1, min(CREDIT, len(ports) // 4))
     count = 0
     while not words[STOP]:
         for _ in repeat(None, stride):
             write(read(4))
         count += stride
         words[RECEIVED] = count
+        notify(ports[0])  # the way back carries the credit, as between two drivers
     words[DONE] = 1
 
 
@@ -127,7 +130,7 @@ def send_batch(page: Page, file: OpenFile, ports: list[int], batch: int) -> None
     notify_many = file.notify_many
     step = min(batch, max(1, len(ports) // 4))  # so that four lists can be under way
     groups = [ports[at : at + step] for at in range(0, len(ports), step)]
-    pacer = Pacer(page, len(ports))
+    pacer = Pacer(page, file, len(ports))
     while not words[STOP]:
         for group in groups:
             pacer.step(len(group))
@@ -139,13 +142,14 @@ def send_batch(page: Page, file: OpenFile, ports: list[int], batch: int) -> None
 def receive_batch(page: Page, file: OpenFile, batch: int) -> None:
     """Read lists of ports, and enable them."""
     words = page.words
-    read_ports, enable = file.read_ports, file.enable
+    read_ports, enable, notify = file.read_ports, file.enable, file.notify
     count = 0
     while not words[STOP]:
         ports = read_ports(batch)
         enable(ports)
         count += len(ports)
         words[RECEIVED] = count
+        notify(ports[0])
     words[DONE] = 1
 
 

@@ -19,7 +19,8 @@ typedef struct {
     uint32_t rings_end; /* one past the highest ring attached */
     int doorbells[PV_DOMAINS_MAX][PV_VCPUS_MAX]; /* eventfds, -1 = none; sockets of open files: */
     int doors[PV_FILES_MAX];
-    int score, probe; /* does spinning pay? */
+    int score, probe;         /* does spinning pay? */
+    int nap_score, nap_probe; /* does a nap? */
 } PathObject;
 
 typedef struct {
