@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import threading
+import weakref
 from typing import TYPE_CHECKING, Self
 
 from pvbus.actors.runtime import messages as m
@@ -40,6 +41,17 @@ _OF_THE_VFS = frozenset({0x5421, 0x5450, 0x5451, 0x5452})  # FIONBIO, FIONCLEX, 
 _ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
 
 
+_all_shared: weakref.WeakSet[_Shared] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for shared in _all_shared:
+        shared._reset_locks()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class _Shared:
     """What the references of this process share: mappings, doorbell, connection."""
 
@@ -47,7 +59,9 @@ class _Shared:
         page_fd, self.door, public_fd, connection = fds
         self.connection = socket.socket(fileno=connection)
         self.lock = threading.Lock()
+        _all_shared.add(self)
         self.references = 0
+        self.calls = 0  # under way: like a blocked read, they keep the file open
         self.kick = -1
         self.page = Memory(page_fd, FilePage.BYTES_2L)
         self.public = Memory(public_fd, PublicPage.BYTES, False)
@@ -70,6 +84,11 @@ class _Shared:
         os.close(fds[0])
         return ring, fds[1]
 
+    def _reset_locks(self) -> None:
+        """In a forked child: who held them in the parent is not here."""
+        self.lock = threading.Lock()
+        self.calls = 0
+
     def _reconnect(self) -> None:
         """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -77,41 +96,57 @@ class _Shared:
         theirs.close()
         self.connection.close()
         self.connection = ours
-        self.lock = threading.Lock()
 
     def rejoin(self) -> None:
-        """Give a forked child its own connection and submission ring."""
-        self._reconnect()
-        self.ring, kick = self._new_ring()
-        os.close(self.kick)
-        self.kick = kick
-        self.context.rebind(self.ring, kick, 0)
+        """Give a forked child its own connection and submission ring; its threads may come here together."""
+        with self.lock:
+            if not self.context.stale:
+                return
+            try:
+                self._reconnect()
+                self.ring, kick = self._new_ring()
+            except (PeerGone, BrokenPipeError):
+                raise OSError(errno.EIO, "the file's process has died") from None
+            os.close(self.kick)
+            self.kick = kick
+            self.context.rebind(self.ring, kick, 0)
 
     def call(self, message: Message) -> int:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
-        if self.context.stale:
-            self.rejoin()
+        self.calls += 1
         try:
+            if self.context.stale:
+                self.rejoin()
             with self.lock:
                 reply, _ = ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)
+            if isinstance(message, m.Ioctl) and message.request == IOCTL_RESET:
+                self.context.drain_door()
         except PeerGone:
             raise OSError(errno.EIO, "the file's process has died") from None
+        finally:
+            self.calls -= 1
+            self.finish()
         if not isinstance(reply, Done):
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         return reply.value
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
-        if self.references > 0 or self.context.inflight > 0 or self.door < 0:
+        if self.references > 0 or self.calls > 0 or self.door < 0:
             return
-        if self.context.stale:
-            with contextlib.suppress(OSError):
+        if self.context.inflight > 0:
+            self.context.await_idle()
+            return
+        door, self.door = self.door, -1
+        own = not self.context.stale
+        if not own:
+            with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
                 self._reconnect()
-        os.close(self.door)
-        self.door = -1
-        # Synchronous: after the last close the ports are free, as on the device.
-        with contextlib.suppress(OSError):
-            ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
+                own = True
+        os.close(door)
+        if own:  # synchronous: after the last close the ports are free, as on the device
+            with contextlib.suppress(OSError):
+                ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
         self.connection.close()
         os.close(self.kick)
 
@@ -155,10 +190,7 @@ class EvtchnFile(UserFile):
         if request == IOCTL_NOTIFY and data is not None and len(data) >= 4:
             self.notify(struct.unpack("=I", data[:4])[0])
             return 0
-        value = self._shared.call(m.Ioctl(request=request, argument=data))
-        if request == IOCTL_RESET:
-            self._shared.context.drain_door()
-        return value
+        return self._shared.call(m.Ioctl(request=request, argument=data))
 
     def bind_virq(self, virq: int) -> int:
         """Mirror IOCTL_EVTCHN_BIND_VIRQ; give the port."""

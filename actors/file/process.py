@@ -33,10 +33,11 @@ from pvbus.shm.memory import EventPath, Memory
 from pvbus.shm.segment import sealed_memfd, stamp, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 CALLS_WAITING_MAX = 1024  # users wait for their reply, so this is how many processes and threads share a file
 CALL_DEADLINE_S = 20.0
+USERS_MAX = 256  # each costs a submission ring, of which the machine has 2,048
 REPEATS_MAX = 3  # hypervisors that may die under one call, before its user hears EPIPE
 
 
@@ -77,6 +78,8 @@ class FileProcess(ProcessActor):
         self.active: Call | None = None
         self.detaching: list[Received] = []
         self.orphaned = False
+        self.attaching: set[Peer] = set()
+        self.leaving: list[tuple[User, Callable[[], None]]] = []
         self._format(arguments)
 
     def _format(self, arguments: dict[str, Any]) -> None:
@@ -115,6 +118,8 @@ class FileProcess(ProcessActor):
         elif isinstance(message, m.Adopt):
             if len(received.fds) != 1:
                 raise OSError(errno.EBADMSG, "Adopt comes with a connection")
+            if len(self.users) >= USERS_MAX:
+                raise OSError(errno.EMFILE, f"{USERS_MAX} processes use this file")
             self._add_user(received.fds[0])
         elif isinstance(message, m.Detach):
             self.detaching.append(received)
@@ -162,16 +167,14 @@ class FileProcess(ProcessActor):
             self._ask(request)
 
     def _ask(self, request: Message) -> None:
-        try:
-            self.hypervisor.ask(request, self._answered, CALL_DEADLINE_S)
-        except PeerGone:
-            self.orphaned = True  # goes on in _rewire
+        peer = self.hypervisor
+        peer.ask(request, lambda reply, _fds: self._answered(peer, reply), CALL_DEADLINE_S)
 
-    def _answered(self, reply: Message, _fds: list[int]) -> None:
+    def _answered(self, peer: Peer, reply: Message) -> None:
         if isinstance(reply, Done):
             self._step(reply.value, None)
-        elif isinstance(reply, Failure) and reply.errno == errno.EPIPE:
-            self.orphaned = True
+        elif isinstance(reply, Failure) and reply.errno == errno.EPIPE and peer is self.hypervisor:
+            self.orphaned = True  # goes on in _rewire
         elif isinstance(reply, Failure):
             self._step(None, reply.as_oserror())
 
@@ -182,6 +185,13 @@ class FileProcess(ProcessActor):
             if user is not None:
                 again = m.AttachSubmission(pid=user.pid, index=user.ring)
                 self.hypervisor.ask(again, lambda _reply, _fds: None, CALL_DEADLINE_S, fds=(user.ring_fd, user.kick))
+        leaving, self.leaving = self.leaving, []
+        for user, then in leaving:
+            again = m.AttachSubmission(pid=user.pid, index=user.ring)
+            self.hypervisor.ask(again, lambda _reply, _fds: None, CALL_DEADLINE_S, fds=(user.ring_fd, user.kick))
+            self._forget(user, then)
+        with contextlib.suppress(PeerGone):  # the heir died, too: the next one is told
+            self.hypervisor.tell(m.Rejoined())
         if self.orphaned:
             self.orphaned = False
             self._step(None, OSError(errno.EPIPE, "the hypervisor died"))
@@ -199,7 +209,7 @@ class FileProcess(ProcessActor):
 
     def _attach(self, received: Received, message: m.Attach) -> None:
         """Give a process its submission ring and doorbell, once the hypervisor drains it."""
-        if self.users[received.peer] is not None:
+        if self.users[received.peer] is not None or received.peer in self.attaching:
             raise OSError(errno.EALREADY, "this connection has its submission ring")
         ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
         ring = Memory(ring_fd, SubmissionRing.BYTES)
@@ -208,7 +218,10 @@ class FileProcess(ProcessActor):
         ring.close()
         kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
+        self.attaching.add(received.peer)
+
         def attached(reply: Message, _fds: list[int]) -> None:
+            self.attaching.discard(received.peer)
             if not isinstance(reply, Done):
                 os.close(ring_fd)
                 os.close(kick)
@@ -222,7 +235,7 @@ class FileProcess(ProcessActor):
 
         self.hypervisor.ask(m.AttachSubmission(pid=message.pid), attached, CALL_DEADLINE_S, fds=(ring_fd, kick))
 
-    def _drop_user(self, peer: Peer, then: Any) -> None:
+    def _drop_user(self, peer: Peer, then: Callable[[], None]) -> None:
         """Forget the submission ring of a process. Its connection stays: forked children share it, and adopt through it."""
         user = self.users.get(peer)
         self.users[peer] = None
@@ -231,16 +244,23 @@ class FileProcess(ProcessActor):
         else:
             self._forget(user, then)
 
-    def _forget(self, user: User, then: Any) -> None:
-        os.close(user.ring_fd)
-        os.close(user.kick)
-        with contextlib.suppress(PeerGone):
-            self.hypervisor.ask(m.DetachSubmission(index=user.ring), lambda _reply, _fds: then(), CALL_DEADLINE_S)
-            return
-        then()
+    def _forget(self, user: User, then: Callable[[], None]) -> None:
+        """Have a ring drained a last time and forgotten; if the hypervisor dies under that, by its heir."""
+
+        def gone(reply: Message, _fds: list[int]) -> None:
+            if isinstance(reply, Failure) and reply.errno == errno.EPIPE:
+                self.leaving.append((user, then))
+                return
+            os.close(user.ring_fd)
+            os.close(user.kick)
+            then()
+
+        self.hypervisor.ask(m.DetachSubmission(index=user.ring), gone, CALL_DEADLINE_S)
 
     def _detached(self, received: Received) -> None:
         """Release now if that was the last reference: the doorbell has hung up; otherwise others have it."""
+        if received not in self.detaching:
+            return  # looked at already, after a hypervisor died
         if not self._door_has_hung_up():
             self.detaching.remove(received)
             _answer(received, Done())

@@ -27,6 +27,7 @@ from pvbus.shm.layout import (
     Domain,
     File,
     FilePage,
+    Irq,
     Machine,
     PublicPage,
     Submission,
@@ -79,6 +80,7 @@ class HypervisorProcess(ProcessActor):
         self.flush_deadline_ns = 0
         self.doors = select.epoll()
         self.releasing: set[int] = set()
+        self.unclaimed: dict[int, set[int]] = {}  # ports handed out to a file and not bound by it yet
         self.kick_bitmap = bytearray(8)  # which descriptors of the epoll set are doorbells
 
     def on_ready(self) -> None:
@@ -131,7 +133,10 @@ class HypervisorProcess(ProcessActor):
             raise OSError(errno.EPERM, f"{received.peer.name} may not call the hypervisor")
         if isinstance(message, m.AttachSubmission):
             return self._attach_submission(slot, message, received.fds)
-        self.calls.start(self._call_of(slot, message), lambda reply: _reply(received, reply))
+        if isinstance(message, m.Rejoined):
+            self.doors.register(self.files[slot].door.fileno(), 0)
+            return None
+        self.calls.start(self._call_of(slot, received.peer, message), lambda reply: _reply(received, reply))
         return None
 
     def _from_supervisor(self, received: Received) -> Message | None:
@@ -141,8 +146,7 @@ class HypervisorProcess(ProcessActor):
         elif isinstance(message, m.FileUp):
             self._file_up(message, received)
         elif isinstance(message, m.FilesKnown):
-            self._release_unknown()
-            return Done()
+            self.calls.start(self._files_known(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.Settle):
             self.calls.start(self._settle(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.RaiseVirq):
@@ -151,9 +155,10 @@ class HypervisorProcess(ProcessActor):
             return super().on_message(received)
         return None
 
-    def _call_of(self, slot: int, message: Message) -> Generator[calls.Wait, None, int]:
+    def _call_of(self, slot: int, caller: Peer, message: Message) -> Generator[calls.Wait, None, int]:
+        """Find the steps of a file's call; they run once its turn comes, if the file still is there then."""
         domid = self.files[slot].domain
-        channels, irqs = self.channels, self.irqs
+        irqs = self.irqs
         if isinstance(message, m.UnbindIrq):
             return calls.unbind_irq(irqs, domid, slot, message.port)
         if isinstance(message, m.ClosePort):
@@ -161,29 +166,40 @@ class HypervisorProcess(ProcessActor):
         if isinstance(message, m.Barrier):
             return calls.barrier(domid)
         if isinstance(message, m.ReleaseFile):
-            return self._release(slot)
+            return self._release(slot, self.files[slot])
 
         def run() -> Generator[calls.Wait, None, int]:
-            if isinstance(message, m.AllocUnbound):
-                value = channels.alloc_unbound(domid, 0x7FF0, message.remote_domain)
-            elif isinstance(message, m.BindInterdomain):
-                value = channels.bind_interdomain(domid, message.remote_domain, message.remote_port)
-            elif isinstance(message, m.BindVirq):
-                value = channels.bind_virq(domid, message.virq, message.vcpu)
-            elif isinstance(message, m.BindIrq):
-                value = calls.bind_irq(irqs, domid, slot, message.port, static=message.static)
-            elif isinstance(message, m.SendPort):
-                with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
-                    channels.send(domid, message.port)
-                value = 0
-            elif isinstance(message, m.DetachSubmission):
-                value = self._detach_submission(slot, message.index)
-            else:
-                raise HypercallError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
             yield from ()
-            return value
+            if self.slots.get(caller) != slot:
+                raise HypercallError(errno.EPERM, "the file was released meanwhile")
+            return self._at_once(slot, domid, message)
 
         return run()
+
+    def _at_once(self, slot: int, domid: int, message: Message) -> int:
+        """Execute a call that has nothing to wait for."""
+        channels = self.channels
+        unclaimed = self.unclaimed.setdefault(slot, set())
+        if isinstance(message, m.AllocUnbound):
+            value = channels.alloc_unbound(domid, 0x7FF0, message.remote_domain)
+        elif isinstance(message, m.BindInterdomain):
+            value = channels.bind_interdomain(domid, message.remote_domain, message.remote_port)
+        elif isinstance(message, m.BindVirq):
+            value = channels.bind_virq(domid, message.virq, message.vcpu)
+        elif isinstance(message, m.BindIrq):
+            value = calls.bind_irq(self.irqs, domid, slot, message.port, static=message.static)
+            unclaimed.discard(message.port)
+            return value
+        elif isinstance(message, m.SendPort):
+            with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
+                channels.send(domid, message.port)
+            return 0
+        elif isinstance(message, m.DetachSubmission):
+            return self._detach_submission(slot, message.index)
+        else:
+            raise HypercallError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
+        unclaimed.add(value)  # nobody's, until BindIrq: a file that dies in between must not leak it
+        return value
 
     # ---- calls, one at a time
 
@@ -258,14 +274,11 @@ class HypervisorProcess(ProcessActor):
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
 
-        def up(reply: Message, _fds: list[int]) -> None:
-            received.peer.reply(received.request, reply)
-            if isinstance(reply, Done):
-                self.cpus[key] = peer
-                if key in self.flushing:
-                    self._ask_flush(key)
-
-        peer.ask(m.Go(), up)
+        peer.ask(m.Go(), lambda reply, _fds: received.peer.reply(received.request, reply))
+        # From here on it hears of every file that is opened, and of flushes, behind Go: its socket keeps their order.
+        self.cpus[key] = peer
+        if key in self.flushing:
+            self._ask_flush(key)
 
     def _attach_to(self, peer: Peer, slot: int, file: OpenFile, then: Callable[[Message, list[int]], None]) -> None:
         peer.ask(m.AttachFile(slot=slot), then, fds=(file.page_fd, file.door.fileno()))
@@ -274,7 +287,8 @@ class HypervisorProcess(ProcessActor):
 
     def _file_up(self, message: m.FileUp, received: Received) -> None:
         def steps() -> Generator[calls.Wait, None, int]:
-            yield from self._release(message.slot)  # of the slot's last file, should its end not have been noticed yet
+            if message.slot in self.files:  # its last file, whose end was not noticed yet
+                yield from self._release(message.slot, self.files[message.slot])
             self._connect_file(message, received)
             return 0
 
@@ -292,14 +306,18 @@ class HypervisorProcess(ProcessActor):
         self.slots[peer] = slot
         self.path.attach_file(slot, page)
         self.path.set_door(slot, door_fd)
-        self.doors.register(door_fd, 0)
+        if not message.reborn:  # a reborn file's users are looked for once its submission rings are back (Rejoined)
+            self.doors.register(door_fd, 0)
         waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
 
-        def attached(vcpu: int, _reply: Message, _fds: list[int]) -> None:
-            # A CPU that died meanwhile learns of the file when its heir comes up.
+        failed: list[Failure] = []
+
+        def attached(vcpu: int, reply: Message, _fds: list[int]) -> None:
             waiting.discard(vcpu)
+            if isinstance(reply, Failure) and reply.errno != errno.EPIPE:  # EPIPE: it died; its heir learns of the file
+                failed.append(reply)
             if not waiting:
-                received.peer.reply(received.request, Done())
+                received.peer.reply(received.request, failed[0] if failed else Done())
 
         for vcpu in tuple(waiting):
             self._attach_to(self.cpus[message.domain, vcpu], slot, file, functools.partial(attached, vcpu))
@@ -354,8 +372,8 @@ class HypervisorProcess(ProcessActor):
             if slot is None or slot in self.releasing:
                 continue  # a release that this loop has started has found it, too
             self.doors.unregister(fd)
-            self.releasing.add(slot)
-            self.calls.start_first(self._release(slot))
+            self._begin_release(slot)
+            self.calls.start_first(self._release(slot, self.files[slot]))
 
     def on_hangup(self, peer: Peer) -> None:
         """A dead CPU is waited for; a dead file process is released on its behalf."""
@@ -364,14 +382,22 @@ class HypervisorProcess(ProcessActor):
                 del self.cpus[key]
         slot = self.slots.get(peer)
         if slot is not None and slot not in self.releasing:
-            self.releasing.add(slot)
-            self.calls.start(self._release(slot))
+            self._begin_release(slot)
+            self.calls.start(self._release(slot, self.files[slot]))
 
-    def _release_unknown(self) -> None:
-        """An heir: files that died together with the forerunner left their ports behind."""
+    def _begin_release(self, slot: int) -> None:
+        self.releasing.add(slot)
+        # At once, not when its turn comes: a producer that waits for the lock of the file's dead process gives up at this
+        # word, and the call that runs may be waiting for that producer.
+        self.machine.store32_release(Machine.file(slot, File.STATE), File.CLOSING)
+
+    def _files_known(self) -> Generator[calls.Wait, None, int]:
+        """An heir: files that died together with the forerunner left their ports behind. Behind every FileUp in the queue."""
+        yield from ()
         for slot, domid in records.abandoned_files(self.machine, self.files):
             self.calls.start(self._release_abandoned(slot, domid))
         records.free_abandoned_rings(self.machine, self.rings, self.files)
+        return 0
 
     def _release_abandoned(self, slot: int, domid: int) -> Generator[calls.Wait, None, int]:
         closed = yield from calls.release(self.irqs, domid, slot)
@@ -379,17 +405,20 @@ class HypervisorProcess(ProcessActor):
         self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
         return closed
 
-    def _release(self, slot: int) -> Generator[calls.Wait, None, int]:
-        file = self.files.get(slot)
-        if file is None:
+    def _release(self, slot: int, file: OpenFile) -> Generator[calls.Wait, None, int]:
+        """Mirror evtchn_release of this very file: its slot may have gone to another one meanwhile."""
+        if self.files.get(slot) is not file:
             return 0
-        self.releasing.add(slot)
-        # A producer that waits for the lock of the file's dead process gives up at this word.
-        self.machine.store32_release(Machine.file(slot, File.STATE), File.CLOSING)
+        self._begin_release(slot)
         closed = yield from calls.release(self.irqs, file.domain, slot)
+        for port in self.unclaimed.pop(slot, ()):
+            if not self.irqs.word(file.domain, port) & Irq.SLOT:
+                with contextlib.suppress(HypercallError):  # closed already
+                    self.channels.close(file.domain, port)
         self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)
         for index in [index for index, owner in self.rings.items() if owner == slot]:
             self._detach_submission(slot, index)
+        records.free_rings_of(self.machine, slot)
         self.path.attach_file(slot, None)
         self.path.set_door(slot, -1)
         for (domid, _), cpu in self.cpus.items():

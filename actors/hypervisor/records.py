@@ -50,3 +50,10 @@ def free_abandoned_rings(machine: Memory, attached: Container[int], files: Conta
         owner = machine.load32(Machine.submission(index, Submission.SLOT))
         if index not in attached and owner not in files and machine.load32(at) != Submission.FREE:
             machine.store32(at, Submission.FREE)
+
+
+def free_rings_of(machine: Memory, slot: int) -> None:
+    """Free every record of a submission ring of this slot's file, also one that never came back after a rebirth."""
+    for index in range(SUBMISSIONS_MAX):
+        if machine.load32(Machine.submission(index, Submission.SLOT)) == slot:
+            machine.store32(Machine.submission(index, Submission.STATE), Submission.FREE)

@@ -241,6 +241,12 @@ class Barrier(Message, frozen=True, kw_only=True):
     """Done when everything notified before is in the rings: RESET must throw it away, as on the device."""
 
     fds_max: ClassVar[int | None] = 0
+class Rejoined(Message, frozen=True, kw_only=True):
+    """Tell a hypervisor's heir that all submission rings of the file are attached again: now its users may be missed."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
 class ReleaseFile(Message, frozen=True, kw_only=True):
     """Mirror evtchn_release: unbind every port of the file, forget it; Done."""
 

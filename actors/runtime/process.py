@@ -184,6 +184,7 @@ class ProcessActor(pykka.Actor):
             reply = self.on_message(received)
         except OSError as error:
             reply = failure_of(error)
+            wire.close_fds(received.fds)  # refused: what came along is nobody's
             if received.request == 0:
                 print(f"{self.name}: {type(received.message).__name__}: {error}", file=sys.stderr, flush=True)
         if reply is not None:

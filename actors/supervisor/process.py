@@ -122,6 +122,11 @@ class Supervisor(ProcessActor):
             if isinstance(reply, Spawned):
                 self.table.starting(name, reply.pid)
                 self._send_start(child)
+            elif name in self.openings:  # only this open fails
+                self.table.remove(name)
+                self.controls.pop(name).close()
+                self.openings[name].fail(reply)
+                self._forget_file(self.files.pop(name))
             else:
                 self._give_up(f"{name} cannot be forked: {getattr(reply, 'text', reply)}")
 
@@ -160,8 +165,8 @@ class Supervisor(ProcessActor):
         def started(reply: Message, _fds: list[int]) -> None:
             if isinstance(reply, Started):
                 then()
-            elif name in self.files:
-                pass  # its exit is reported, and fails the open
+            elif name in self.files:  # its exit is reported, and fails the open
+                self.forkserver.kill(child.pid, signal.SIGKILL)
             elif not self.stopping and getattr(reply, "errno", 0) != errno.EPIPE:  # EPIPE: its exit is reported, too
                 self._give_up(f"{name} does not start: {getattr(reply, 'text', reply)}")
 
@@ -191,9 +196,14 @@ class Supervisor(ProcessActor):
                 self.table.started(name)
                 self._start_next()
 
+        hypervisor = self.hypervisor()
+        if hypervisor is None:  # it died meanwhile: this CPU is started again behind its heir
+            hypervisors.close()
+            self.forkserver.kill(self.table[name].pid, signal.SIGKILL)
+            return
         doorbell = self.doorbells[domid, vcpu]
         up = m.CpuUp(domain=domid, vcpu=vcpu)
-        self.controls["hypervisor"].ask(up, connected, CALL_DEADLINE_S, fds=(hypervisors.fileno(), doorbell))
+        hypervisor.ask(up, connected, CALL_DEADLINE_S, fds=(hypervisors.fileno(), doorbell))
         hypervisors.close()
 
     def _child_exited(self, exited: ChildExited) -> None:
@@ -321,10 +331,11 @@ class Supervisor(ProcessActor):
         if hypervisor is None:
             self._wait_for_heir(lambda: self._open_evtchn(message, received))
             return
-        slot = self.free_slots.pop()
+        slot = self.free_slots[-1]
         name = f"file/{message.domain}.{slot}"
-        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES_2L)
         users_door, door = socket.socketpair()
+        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES_2L)
+        self.free_slots.pop()  # not before: an EMFILE up to here must not cost a slot
         door.setblocking(False)
         file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door)
         child = self.table.add(ChildSpec(name, "pvbus.actors.file.process:FileProcess", "temporary"))

@@ -64,6 +64,7 @@ static PyObject *context_rebind(ContextObject *c, PyObject *args)
     c->tail = tail;
     c->head = tail;
     c->rung = 0;
+    c->inflight = 0;
     c->fork_generation = pv_fork_generation;
     Py_RETURN_NONE;
 }
@@ -103,7 +104,20 @@ static PyObject *context_hooks(ContextObject *c, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *context_get_inflight(ContextObject *c, void *closure) { (void)closure; return PyLong_FromLong(c->inflight); }
+/* In a forked child the threads that were in a call are not there. */
+static PyObject *context_get_inflight(ContextObject *c, void *closure)
+{
+    (void)closure;
+    return PyLong_FromLong(c->fork_generation == pv_fork_generation ? c->inflight : 0);
+}
+
+static PyObject *context_await_idle(ContextObject *c, PyObject *ignored)
+{
+    (void)ignored;
+    c->closing = 1;
+    Py_RETURN_NONE;
+}
+
 static PyObject *context_get_stale(ContextObject *c, void *closure)
 {
     (void)closure;
@@ -112,6 +126,7 @@ static PyObject *context_get_stale(ContextObject *c, void *closure)
 
 static PyMethodDef context_methods[] = {
     {"rebind", (PyCFunction)context_rebind, METH_VARARGS, "rebind(ring, kick, tail): a forked child's own submission ring."},
+    {"await_idle", (PyCFunction)context_await_idle, METH_NOARGS, "await_idle(): a close waits; call on_idle when the last call leaves."},
     {"set_hooks", (PyCFunction)context_hooks, METH_VARARGS, "set_hooks(on_idle, on_fork)."},
     {"drain_door", (PyCFunction)context_drain_door, METH_NOARGS, "Take the byte out of the doorbell if the ring is empty (after a RESET)."},
     {NULL, NULL, 0, NULL},

@@ -181,7 +181,7 @@ static PyObject *path_attach_submission(PathObject *self, PyObject *args)
     static PyObject *path_##name(PathObject *self, PyObject *arg) \
     { \
         unsigned long slot = PyLong_AsUnsignedLong(arg); \
-        if (PyErr_Occurred() || !slot_in_range((unsigned int)slot, PV_FILES_MAX, "file slot")) \
+        if (PyErr_Occurred() || !slot_in_range(slot > PV_FILES_MAX ? PV_FILES_MAX : (unsigned int)slot, PV_FILES_MAX, "file slot")) \
             return NULL; \
         if (self->pages[slot] == NULL) \
             return PyErr_Format(PyExc_LookupError, "file slot %lu is not attached", slot); \

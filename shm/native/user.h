@@ -11,7 +11,8 @@ typedef struct {
     int door, kick;
     uint32_t tail, head, rung, ports_max, fork_generation;
     int score, probe;
-    int inflight;       /* blocked calls: the last one to leave finishes a close */
+    int inflight;       /* calls under way: the last one to leave finishes a close, if one waits */
+    int closing;
     PyObject *on_idle, *on_fork;
 } ContextObject;
 

@@ -43,10 +43,18 @@ static int enter(FileObject *f, int mode_ok)
     return 0;
 }
 
-/* A blocking call keeps the context alive; the last to leave finishes a close that came meanwhile. */
-static int64_t leave(ContextObject *c, int64_t result)
+/* A call keeps the context alive; gives the fork generation, for leave. */
+static uint32_t begin(ContextObject *c)
 {
-    if (--c->inflight == 0 && c->on_idle != NULL) {
+    Py_INCREF((PyObject *)c);
+    c->inflight++;
+    return pv_fork_generation;
+}
+
+/* The last to leave finishes a close that came meanwhile.  Not in a child that a signal handler forked: rebind counted anew. */
+static int64_t leave(ContextObject *c, uint32_t generation, int64_t result)
+{
+    if (generation == pv_fork_generation && --c->inflight == 0 && c->closing && c->on_idle != NULL) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
         PyObject *r = PyObject_CallFunctionObjArgs(c->on_idle, NULL);
@@ -62,12 +70,18 @@ static int64_t leave(ContextObject *c, int64_t result)
 static int64_t blocking_read(FileObject *f, uint32_t *out, uint32_t max)
 {
     ContextObject *c = f->context;
-    Py_INCREF((PyObject *)c);
-    c->inflight++;
+    uint32_t generation = begin(c);
     int64_t n = pv_file_read(c, out, max);
     if (n == -EINTR && PyErr_CheckSignals() < 0)
         n = PV_DEAD;
-    return leave(c, n);
+    return leave(c, generation, n);
+}
+
+/* Notify or enable: may wait for room, and lets other threads run meanwhile. */
+static int64_t submit_all(ContextObject *c, const uint32_t *ports, size_t n, int64_t (*all)(ContextObject *, const uint32_t *, size_t))
+{
+    uint32_t generation = begin(c);
+    return leave(c, generation, all(c, ports, n));
 }
 
 static PyObject *file_read_method(FileObject *f, PyObject *count)
@@ -122,7 +136,7 @@ static PyObject *file_write(FileObject *f, PyObject *data)
     size_t n = (size_t)view.len / 4 > PORTS_A_CALL ? PORTS_A_CALL : (size_t)view.len / 4;
     memcpy(ports, view.buf, n * 4);
     PyBuffer_Release(&view);
-    int64_t r = n == 0 ? 0 : pv_file_enable(f->context, ports, n);
+    int64_t r = n == 0 ? 0 : submit_all(f->context, ports, n, pv_file_enable);
     return r < 0 ? failed(r) : PyLong_FromLongLong(r * 4);
 }
 
@@ -133,7 +147,7 @@ static PyObject *file_notify(FileObject *f, PyObject *number)
         return NULL;
     if (enter(f, 1) < 0)
         return NULL;
-    int64_t r = pv_file_notify(f->context, &port, 1);
+    int64_t r = submit_all(f->context, &port, 1, pv_file_notify);
     if (r < 0)
         return failed(r);
     Py_RETURN_NONE;
@@ -181,7 +195,7 @@ static PyObject *many(FileObject *f, PyObject *source, int mode_ok, int64_t (*al
     uint32_t *ports = ports_of(source, &n);
     if (ports == NULL)
         return NULL;
-    int64_t r = all(f->context, ports, n);
+    int64_t r = submit_all(f->context, ports, n, all);
     PyMem_Free(ports);
     return r < 0 ? failed(r) : PyLong_FromLongLong(r);
 }
@@ -202,12 +216,11 @@ static PyObject *file_poll_method(FileObject *f, PyObject *args, PyObject *kwarg
     if (PyErr_Occurred())
         return NULL;
     ContextObject *c = f->context;
-    Py_INCREF((PyObject *)c);
-    c->inflight++;
+    uint32_t generation = begin(c);
     int64_t mask = pv_file_poll(c, events, timeout_ms);
     if (mask == -EINTR && PyErr_CheckSignals() < 0)
         mask = PV_DEAD;
-    mask = leave(c, mask);
+    mask = leave(c, generation, mask);
     return mask < 0 ? failed(mask) : PyLong_FromLongLong(mask);
 }
 

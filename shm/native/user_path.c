@@ -19,6 +19,7 @@
 
 #define SPIN_NS 20000u                        /* a blocked wake costs 13-15 us: spin about that long, if it has paid lately */
 #define SCORE_MAX 16
+#define TIMEOUT_MS_MAX 2147483647 /* poll(2) has an int */
 #define PUSHBACK_NS_MAX 10000000000ull        /* a hypervisor that takes nothing for ten seconds is gone */
 
 /* ---- the few things that touch the kernel: call-outs in the explorer ---- */
@@ -186,6 +187,8 @@ int64_t pv_file_read(ContextObject *c, uint32_t *out, uint32_t max)
             return r;
         woken = 1;
     }
+    if (taken < 0 && lowered) /* an error for us; another sleeper still needs the byte */
+        PV_TRY(r, rearm(c));
     if (taken < 0)
         return taken;
     if (emptied)
@@ -211,6 +214,8 @@ int64_t pv_file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
     PV_TRY(state, pv_ring_state(c->page));
     return mask_of(state) & (events | POLLERR);
 #else
+    if (timeout_ms > TIMEOUT_MS_MAX)
+        timeout_ms = TIMEOUT_MS_MAX;
     uint64_t deadline = pv_now_ns() + (timeout_ms > 0 ? (uint64_t)timeout_ms * 1000000u : 0);
     int woken = 0;
     for (;;) {
