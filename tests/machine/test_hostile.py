@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -203,7 +204,9 @@ def test_a_users_page_cannot_be_truncated(machine: Any, pair: Any) -> None:
     truncated = []
 
     for path in Path("/proc/self/map_files").iterdir():
-        name = str(path.readlink())
+        name = ""
+        with contextlib.suppress(FileNotFoundError):  # unmapped meanwhile: a forgotten file of another test
+            name = str(path.readlink())
         if f"memfd:pvbus-{machine.run_id}" in name or "-submission" in name:
             with pytest.raises(OSError) as sealed:
                 os.truncate(path, 0)
