@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
     from pvbus.shm.pages import MachinePages
 
+EXIT_BROKEN = 1
 EXIT_USAGE = 2
 EXIT_ENVIRONMENT = 3
 EXIT_TIMED_OUT = 4
+BROKEN = 70  # of actors/runtime/process.py: a broken invariant, its traceback on standard error
 DETACH_S_MAX = 30.0  # a boot takes a fifth of a second
 DETACHED = "PVBUS_DETACHED"  # set for the process that `up --detach` leaves behind
 
@@ -43,34 +46,45 @@ def give_to_kernels(config: configuration.MachineConfig, pages: MachinePages) ->
 
 
 def up(config: configuration.MachineConfig, ready: Callable[[], None]) -> int:
-    """Run a machine until it is stopped; give the exit code."""
+    """Run a machine until it is stopped; give the exit code. OSError when it cannot start here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a thousand open files are some thousand descriptors
     os.environ["SPT_NOENV"] = "1"  # setproctitle then leaves /proc/PID/environ alone, by which doctor knows whose a process is
     from setproctitle import setproctitle
 
     setproctitle(f"pvbus: supervisor/{config.name}")
-    try:
-        supervisor = Supervisor(config, give_to_kernels, ready)
-    except OSError as error:
-        print(f"pvbus: cannot start: {error.strerror or error} {error.filename or ''}".rstrip(), file=sys.stderr)
-        return EXIT_ENVIRONMENT
-    return supervisor.run()
+    supervisor = Supervisor(config, give_to_kernels, ready)
+    if os.environ.get(DETACHED):  # nobody reads our descriptors: what the machine has to say lies in the run directory
+        log = rundir.run_directory(config.name) / "log"
+        supervisor.output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    code = supervisor.run()
+    return EXIT_BROKEN if code == BROKEN else code
 
 
 def _up(arguments: argparse.Namespace) -> int:
     try:
         config = configuration.load(arguments.config, arguments.name)
     except configuration.ConfigError as error:
-        print(f"pvbus: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return _failed(arguments, EXIT_USAGE, str(error))
     if arguments.detach:
         return _detach(arguments, config.name)
-    return up(config, lambda: _say_ready(config.name, as_json=arguments.json))
+    try:
+        return up(config, lambda: _say_ready(config.name, as_json=arguments.json))
+    except OSError as error:
+        return _failed(arguments, EXIT_ENVIRONMENT, f"cannot start: {error.strerror or error} {error.filename or ''}".rstrip())
+
+
+def _failed(arguments: argparse.Namespace, code: int, why: str) -> int:
+    print(f"pvbus up: {why}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"schema": 1, "error": why, "exit_code": code}))
+    return code
 
 
 def _say_ready(name: str, *, as_json: bool) -> None:
     print(json.dumps({"schema": 1, "state": "ready", "name": name, "pid": os.getpid()}) if as_json else "ready", flush=True)
-    if os.environ.pop(DETACHED, None):  # nobody reads us any more: what we still have to say lies in the run directory
-        log = os.open(rundir.run_directory(name) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    if os.environ.pop(DETACHED, None):
+        log = os.open(rundir.run_directory(name) / "log", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         os.dup2(log, 1)
         os.dup2(log, 2)
 
@@ -111,10 +125,10 @@ def _stress(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Be the command `pvbus`."""
-    from pvbus.view import cli
-
-    arguments = cli.parser().parse_args(argv)
     with contextlib.suppress(KeyboardInterrupt):
+        from pvbus.view import cli
+
+        arguments = cli.parser().parse_args(argv)
         if arguments.verb == "up":
             return _up(arguments)
         return cli.run(arguments, {"stress": _stress})

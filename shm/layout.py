@@ -221,6 +221,7 @@ class FilePage:
     BITMAP_AT: Final = 16
     RING_AT: Final = 20
     DOMAIN: Final = 24
+    RELEASED: Final = 28
     PROD: Final = 64
     SIZE: Final = 72
     PRODUCER_CPU: Final = 76

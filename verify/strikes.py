@@ -170,6 +170,9 @@ class Striker:
         else:
             self._violations += [f"{text} after {FREE_S_MAX:.0f} s" for text in left]
         self._judge_victim()
+        # What its last notifies still set in motion must not wait in our ring for the next victim with the same port (H13).
+        self._machine.settle()
+        self._end.drain()
         for port in self._bound:
             self._file.notify(port)  # its peer is gone: accepted, and no effect
             self._file.unbind(port)

@@ -37,7 +37,7 @@ def attach(name: str | None = None) -> Machine:
 
     Raises MachineNotFoundError when there is none, or several and no name; ValueError for a name that is none.
     """
-    wanted = name or os.environ.get("PVBUS_MACHINE")
+    wanted = name or os.environ.get("PVBUS_MACHINE") or None
     if wanted is None:
         running = [found.name for found in rundir.list_machines() if found.alive]
         if not running:

@@ -428,6 +428,7 @@ class HypervisorProcess(ProcessActor):
         with contextlib.suppress(FileNotFoundError):
             self.doors.unregister(file.door.fileno())
         del self.files[slot]
+        file.page.store32(FilePage.RELEASED, 1)  # whoever still holds a dead file hears it from notify and write, too
         file.door.close()
         os.close(file.page_fd)
         file.page.close()

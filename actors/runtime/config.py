@@ -97,6 +97,8 @@ def _check_domain(domain: DomainConfig) -> None:
         (not 0 <= domain.id < DOMID_FIRST_RESERVED, "id", f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}"),
         (not 1 <= domain.cpus <= VCPUS_MAX, "cpus", f"{domain.cpus} is not in 1..{VCPUS_MAX}"),
         (bool(unknown), "platforms", f"{unknown} not in {', '.join(PLATFORMS)}"),
+        (not domain.platforms, "platforms", "a domain needs at least one"),
+        (len(set(domain.platforms)) != len(domain.platforms), "platforms", "one is given twice"),
         (domain.abi != "2-level", "abi", f"{domain.abi!r} is not known here: '2-level'"),
         (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),
         (len(set(domain.kernel_virqs)) != len(domain.kernel_virqs), "kernel_virqs", "a VIRQ is given twice"),

@@ -114,7 +114,8 @@ class ForkServer:
     hang-up.
     """
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: Inbox, output: int | None = None) -> None:
+        """Start the server; it and its children write to the descriptor `output`, or where we do."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P and an explicit path: the same modules as here, from a wheel, an editable install or the tree
         # itself.
@@ -129,6 +130,8 @@ class ForkServer:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
             env={**os.environ, "SPT_NOENV": "1"},

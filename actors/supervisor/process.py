@@ -78,6 +78,7 @@ class Supervisor(ProcessActor):
         self.waiting: list[Callable[[], None]] = []
         self.stopping = False
         self.booted = False
+        self.output: int | None = None  # where children write what they have to say; None: where we do
 
     # ---- boot
 
@@ -85,7 +86,7 @@ class Supervisor(ProcessActor):
         """Give each domain's kernel its ports, then start the fork server and with it everything else."""
         self.give_to_kernels(self.config, self.pages)
         os.environ["PVBUS_RUN_ID"] = self.run_id
-        self.forkserver = ForkServer(self.inbox)
+        self.forkserver = ForkServer(self.inbox, self.output)
         self.forkserver.preload(
             PRELOAD, self._preloaded, directories=[str(self.directory)], shm_prefix=f"pvbus-{self.run_id}"
         )
@@ -108,7 +109,10 @@ class Supervisor(ProcessActor):
         self.listener = rundir.bind_machine(self.directory)
         self.inbox.add_listener(self.listener, self._accept)
         self.pages.public.store32(PublicPage.MACHINE_STATE, PublicPage.READY)
-        self.announce_ready()
+        try:
+            self.announce_ready()
+        except OSError as error:
+            self._give_up(f"cannot say that it is ready: {error.strerror}")
 
     # ---- children
 
@@ -352,7 +356,13 @@ class Supervisor(ProcessActor):
 
     def on_hangup(self, peer: Peer) -> None:
         """Without its fork server a machine cannot keep what it promises."""
-        if peer is self.forkserver.peer and not self.stopping:
+        if peer is not self.forkserver.peer:
+            return
+        for child in self.table:  # the kernel has killed them with it, and nobody reports that any more
+            child.state, child.pid = State.DOWN, 0
+        if self.stopping:
+            self.stop()
+        else:
             self._give_up("the fork server died")
 
     def _give_up(self, why: str) -> None:

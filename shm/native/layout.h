@@ -123,7 +123,8 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {
-    uint32_t version, magic, capacity, ports_max, bitmap, ring, domain, pad0;
+    uint32_t version, magic, capacity, ports_max, bitmap, ring, domain;
+    uint32_t released;               /* @28 1 = the machine has released the file: nothing of it goes anywhere any more */
     uint8_t pad1[32];
     uint64_t prod;                   /* @64 P: epoch << 34 | poisoned << 33 | overflow << 32 | producer index.  Machine writes. */
     uint32_t size;                   /* event ring size.  Machine writes. */

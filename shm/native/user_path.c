@@ -91,6 +91,9 @@ static int64_t spin_for_entry(ContextObject *c)
 static int64_t push_back(ContextObject *c, uint64_t *deadline)
 {
     uint64_t now = pv_now_ns();
+    char byte;
+    if (recv(c->door, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
+        return -EIO; /* hung up: the machine has died */
     if (*deadline == 0)
         *deadline = now + PUSHBACK_NS_MAX;
     else if (now > *deadline)
@@ -126,6 +129,14 @@ static int64_t flush(ContextObject *c)
     int64_t must;
     PV_TRY(must, pv_submission_must_kick(c->public_page, &c->rung));
     return must ? ring_doorbell(c) : 0;
+}
+
+/* -EIO when the file was released under us: its process has died. */
+static int64_t is_alive(ContextObject *c)
+{
+    uint32_t released;
+    PV_LOAD32(released, c->page, PV_PAGE(released), PV_RELAXED, "file.released");
+    return released ? -EIO : 0;
 }
 
 static int64_t is_mine(ContextObject *c, uint32_t port)
@@ -255,14 +266,15 @@ int64_t pv_file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
 
 int64_t pv_file_enable(ContextObject *c, const uint32_t *ports, size_t n)
 {
-    int64_t mine, r = 0;
-    for (size_t i = 0; i < n; i++) {
+    int64_t mine, r;
+    PV_TRY(r, is_alive(c));
+    for (size_t i = 0; i < n && r == 0; i++) {
         PV_TRY(mine, is_mine(c, ports[i]));
         if (mine)
             PV_TRY(r, submit(c, PV_SUB_ENABLE, ports[i]));
-        if (r < 0)
-            return r;
     }
+    if (r < 0)
+        return r;
     PV_TRY(r, flush(c));
     return r < 0 ? r : (int64_t)n;
 }
@@ -270,6 +282,9 @@ int64_t pv_file_enable(ContextObject *c, const uint32_t *ports, size_t n)
 int64_t pv_file_notify(ContextObject *c, const uint32_t *ports, size_t n)
 {
     int64_t mine, r;
+    PV_TRY(r, is_alive(c));
+    if (r < 0)
+        return r;
     for (size_t i = 0; i < n; i++) {
         PV_TRY(mine, is_mine(c, ports[i]));
         if (!mine)

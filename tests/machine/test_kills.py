@@ -147,7 +147,7 @@ def test_a_call_that_the_hypervisor_dies_under_is_made_again_by_its_heir(pair: A
 
 @pytest.mark.checklist("A11.5")
 def test_a_killed_file_process_frees_its_ports_and_its_user_gets_eio(pair: Any) -> None:
-    machine, near, _far, _port, peer = pair
+    machine, near, _far, port, peer = pair
     file = next(one for one in machine.status()["files"] if one["domain"] == 0)
 
     os.kill(file["process_pid"], signal.SIGKILL)
@@ -157,6 +157,10 @@ def test_a_killed_file_process_frees_its_ports_and_its_user_gets_eio(pair: Any) 
     with pytest.raises(OSError) as failed:
         near.bind_unbound_port(remote_domain=0)
     assert failed.value.errno == errno.EIO
+    for call, argument in ((near.notify, port), (near.write, port.to_bytes(4, "little")), (near.enable, [port])):
+        with pytest.raises(OSError) as dead:
+            call(argument)
+        assert dead.value.errno == errno.EIO
     assert near.poll(select.POLLIN, 1000) & (select.POLLERR | select.POLLHUP)
 
 
@@ -171,3 +175,37 @@ def test_killing_a_process_too_often_stops_the_machine_with_a_clear_error(pvbus_
     assert isinstance(stopped.value, ConnectionError)
     assert booted.process.wait(20) == 1
     assert "cpu/0.0 died too often" in booted.log
+
+
+def test_a_killed_fork_server_ends_the_machine_with_a_clear_error(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    booted.exit_code_expected = 1
+    machine = booted.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+
+    os.kill(process(machine, "forkserver")["pid"], signal.SIGKILL)
+
+    assert booted.process.wait(BOUND_S) == 1
+    assert "the fork server died" in booted.log
+    assert file.poll(select.POLLIN, 5000) & select.POLLHUP
+    with pytest.raises(OSError) as dead:
+        file.bind_unbound_port(remote_domain=0)
+    assert dead.value.errno == errno.EIO
+
+
+def test_notifying_a_dead_machine_ends_in_eio_as_soon_as_there_is_no_room(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    booted.exit_code_expected = -signal.SIGKILL
+    file = booted.machine.open_evtchn(domain=0, nonblock=True)
+    port = file.bind_unbound_port(remote_domain=0)
+    booted.process.kill()
+    booted.process.wait(BOUND_S)
+    assert file.poll(select.POLLIN, 5000) & select.POLLHUP
+
+    begin = time.monotonic()
+    with pytest.raises(OSError) as dead:
+        for _ in range(3 * 8192):
+            file.notify(port)
+
+    assert dead.value.errno == errno.EIO
+    assert time.monotonic() - begin < 5  # not the ten seconds that a live hypervisor is waited for

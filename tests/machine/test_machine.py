@@ -165,3 +165,17 @@ def test_sixty_files_are_open_at_once_and_all_are_released(pvbus_machine: Any) -
     for file in files:
         file.close()
     assert machine.ports() == []
+
+
+def test_a_detached_machine_holds_no_descriptor_of_who_started_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pvbus.supervisor"]
+
+    up = [*command, "up", "--detach", "--name", "detached"]
+    done = subprocess.run(up, capture_output=True, timeout=30, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+    with attach("detached") as machine:
+        assert machine.status()["state"] == "ready"
+        assert (Path(os.environ["XDG_RUNTIME_DIR"]) / "pvbus" / "detached" / "log").exists()
+    down = subprocess.run([*command, "down", "--name", "detached"], capture_output=True, timeout=30, text=True, check=False)
+    assert down.returncode == 0, down.stderr
