@@ -250,11 +250,13 @@ class EventChannels:
         """Raise a VIRQ as Xen does itself; give the port. ESRCH, EINVAL, ENOENT (vCPU, or nobody has bound it)."""
         if not 0 <= virq < NR_VIRQS:
             raise HypercallError(errno.EINVAL, f"VIRQ {virq}: there are {NR_VIRQS}")
+        if domid not in self.domains:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
         if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN:
-            domid = self.hardware_domain
+            domid = self.hardware_domain  # a global one goes to its handler, whoever it was meant for
         domain = self.domains.get(domid)
         if domain is None:
-            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+            raise HypercallError(errno.ESRCH, f"no domain {domid}, which handles global VIRQs")
         if not 0 <= vcpu < domain.vcpus:
             raise HypercallError(errno.ENOENT, f"domain {domid} has no vCPU {vcpu}")
         port = domain.memory.load32(Domain.virq(self._virq_row(virq, vcpu), virq))
