@@ -390,6 +390,7 @@ class HypervisorProcess(ProcessActor):
         # At once, not when its turn comes: a producer that waits for the lock of the file's dead process gives up at this
         # word, and the call that runs may be waiting for that producer.
         self.machine.store32_release(Machine.file(slot, File.STATE), File.CLOSING)
+        self.files[slot].page.store32(FilePage.RELEASED, 1)  # whoever still holds a dead file hears it from notify and write
 
     def _files_known(self) -> Generator[calls.Wait, None, int]:
         """An heir: files that died together with the forerunner left their ports behind. Behind every FileUp in the queue."""
@@ -428,7 +429,6 @@ class HypervisorProcess(ProcessActor):
         with contextlib.suppress(FileNotFoundError):
             self.doors.unregister(file.door.fileno())
         del self.files[slot]
-        file.page.store32(FilePage.RELEASED, 1)  # whoever still holds a dead file hears it from notify and write, too
         file.door.close()
         os.close(file.page_fd)
         file.page.close()
