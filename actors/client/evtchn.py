@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Self
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import PeerGone, ask_blocking
 from pvbus.actors.runtime.wire import Done, Message, encode, send_frame
-from pvbus.shm.layout import FilePage, PublicPage, SubmissionRing
+from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile
+from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -82,6 +83,9 @@ class _Shared:
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         ring = Memory(fds[0], SubmissionRing.BYTES)
         os.close(fds[0])
+        check(ring, MAGIC_SUBMISSION, "the submission ring")
+        check(self.page, MAGIC_FILE, "the file's page")  # its process has written it before it answered
+        check(self.public, MAGIC_PUBLIC, "the public page")
         return ring, fds[1]
 
     def _reset_locks(self) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Message
-from pvbus.shm.layout import Domain, FilePage, Machine, Vcpu
+from pvbus.shm.layout import MAGIC_DOMAIN, MAGIC_MACHINE, Domain, FilePage, Machine, Vcpu
 from pvbus.shm.memory import EventPath, Memory
+from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
     from pvbus.actors.runtime.process import Peer
@@ -35,7 +36,10 @@ class CpuProcess(ProcessActor):
         self.domid: int = arguments["domain"]
         self.vcpu: int = arguments["vcpu"]
         self.memory = Memory(fds["domain"], Domain.BYTES)
-        self.path = EventPath(Memory(fds["machine"], Machine.BYTES), {self.domid: self.memory})
+        machine = Memory(fds["machine"], Machine.BYTES)
+        check(self.memory, MAGIC_DOMAIN, f"the segment of domain {self.domid}")
+        check(machine, MAGIC_MACHINE, "the machine's segment")
+        self.path = EventPath(machine, {self.domid: self.memory})
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.doorbell = fds["doorbell"]
         self.doors: dict[int, socket.socket] = {}

@@ -23,6 +23,8 @@ from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
+    MAGIC_DOMAIN,
+    MAGIC_MACHINE,
     SUBMISSIONS_MAX,
     Domain,
     File,
@@ -35,6 +37,7 @@ from pvbus.shm.layout import (
     Vcpu,
 )
 from pvbus.shm.memory import EventPath, Memory, now_ns
+from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -65,6 +68,9 @@ class HypervisorProcess(ProcessActor):
             spec["id"]: DomainState(spec["id"], spec["cpus"], Memory(fds[f"domain{spec['id']}"], Domain.BYTES))
             for spec in arguments["domains"]
         }
+        check(self.machine, MAGIC_MACHINE, "the machine's segment")
+        for domid, state in domains.items():
+            check(state.memory, MAGIC_DOMAIN, f"the segment of domain {domid}")
         self.path = EventPath(self.machine, {domid: domain.memory for domid, domain in domains.items()})
         self.channels = EventChannels(domains, self.path, self._kick, arguments.get("hardware_domain", 0))
         spread = {spec["id"]: spec["affinity"] == "spread" for spec in arguments["domains"]}
