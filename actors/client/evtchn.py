@@ -189,7 +189,8 @@ class EvtchnFile(UserFile):
         self._check_open()
         request &= 0xFFFFFFFF
         if request in _OF_THE_VFS:
-            return fcntl.ioctl(self._fd, request, bytes(argument or b"\0\0\0\0"))[0] * 0
+            fcntl.ioctl(self._fd, request, bytes(argument or b"\0\0\0\0"))
+            return 0
         data = None if argument is None else bytes(argument)[:_ARGUMENT_BYTES_MAX]
         if request == IOCTL_NOTIFY and data is not None and len(data) >= 4:
             self.notify(struct.unpack("=I", data[:4])[0])

@@ -359,6 +359,7 @@ int64_t pv_ring_recover(MemoryObject *machine, uint32_t slot, MemoryObject *page
         uint32_t port = (uint32_t)(claim >> 32) & 0x1ffffu;
         if ((uint32_t)claim == (uint32_t)prod) {
             PV_STORE32(page, PV_PAGE_RING + 4u * (size_t)((uint32_t)prod & (size - 1)), port, PV_RELAXED, "evr.entry");
+            /* SYNC(evr_publish): as in push_locked, whose work this finishes. */
             PV_SMP_WMB(page, "evr_publish");
             prod = (prod & ~0xffffffffull) | (uint32_t)(prod + 1);
         }
