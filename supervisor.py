@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pvbus.actors.hypervisor import kernel
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.actors.runtime import config as configuration
 from pvbus.actors.runtime import rundir
@@ -41,8 +42,8 @@ def give_to_kernels(config: configuration.MachineConfig, pages: MachinePages) ->
         memory = pages.domain(domain.id)
         states = {domain.id: DomainState(domain.id, domain.cpus, memory)}
         path = EventPath(pages.machine, {domain.id: memory})
-        channels = EventChannels(states, path, lambda _domid, _vcpu: None)
-        channels.give_to_kernel(domain.id, domain.kernel_ports, list(domain.kernel_virqs))
+        channels = EventChannels(states, path, lambda _domid, _vcpu: None, machine=pages.machine)
+        kernel.boot(channels, domain.id, abi=domain.abi, kernel_ports=domain.kernel_ports, kernel_virqs=domain.kernel_virqs)
 
 
 def up(config: configuration.MachineConfig, ready: Callable[[], None]) -> int:

@@ -4,9 +4,11 @@
 Three kinds of segment belong to the machine and are mapped by its own processes only::
 
     pvbus-<run>-m   machine    0 header | 4096 open files, 256 B each | submission rings, 64 B each
-    pvbus-<run>-dN  domain N   0 header, VIRQ map | 4096 shared info | 8192 vCPUs, 1 KiB each | 40960 tables of 64-bit words:
-                               port words | irq words | pending since (ns) | served at (ns),
-                               172032 arrivals: for each vCPU a log of 4096 ports (u32) in the order in which they were raised
+    pvbus-<run>-dN  domain N   0 header, VIRQ map, 3584 event array (page numbers) | 4096 shared info | 8192 vCPUs, 1 KiB each |
+                               40960 tables of 131072 64-bit words: port words | irq words | pending since (ns) | served at (ns) |
+                               FIFO queue words | late EOI at (ns) | late-EOI words,
+                               7380992 arrivals (2-level): for each vCPU a log of 4096 ports (u32) in the order in which they were
+                               raised, 7905280 bitmap of late EOIs that wait, 7921664 guest pages: control blocks, event array
 
 Two are sealed memfds, handed to the users of a file; what users write there is read once and checked::
 
@@ -20,15 +22,18 @@ Words that carry the event path::
     port word   63      54 53   48 47 41 40          24 23            8 7    3 2   0
                 |  unused  | vCPU |      | remote port |  remote domain |      |state|
     irq word    63               32 31 30 29  24 23 22 21 20 19 18 17 16 15 12 11     0
-                | times served     |     | CPU  |K |S |V |P |T |X |A |E |     | file + 1|
+                | times served     |L |D | CPU  |K |S |V |P |T |X |A |E |     | file + 1|
+                L late EOI waits, D by an upcall loop that ran too long,
                 K kernel's own, S static, V in service, P/T/X mask reasons EOI_PENDING/TEMPORARY/EXPLICIT, A active, E enabled
+    event word  31 30 29 28 27   17 16                0     (FIFO; u32, in the guest's event array)
+                |P |M |L |B |       |    next port     |     pending, masked, linked, busy
     P           63                34 33 32 31                                         0      (C: the same, without flags)
                 |     epoch         |po|ov|              producer index               |
 """
 
 from typing import Final
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 VCPUS_MAX: Final = 32
 NR_VIRQS: Final = 24
 FILES_MAX: Final = 1024
@@ -36,6 +41,11 @@ SUBMISSIONS_MAX: Final = 2048
 SUBMISSION_ENTRIES: Final = 8192
 DOMAINS_MAX: Final = 16
 PORTS_2L: Final = 4096
+PORTS_FIFO: Final = 131072
+PORTS_MAX: Final = PORTS_FIFO
+ABI_2L: Final = 0
+ABI_FIFO: Final = 1
+TICK_NS: Final = 4_000_000  # HZ = 250
 
 MAGIC_DOMAIN: Final = 0x444F4D31
 MAGIC_MACHINE: Final = 0x4D414331
@@ -53,7 +63,11 @@ class Domain:
     VCPUS: Final = 12
     DOMID: Final = 16
     ABI: Final = 20
+    VALID_EVTCHNS: Final = 24  # one past the highest port ever handed out
+    ARRAY_PAGES: Final = 28
+    EOI_NEXT_NS: Final = 32
     VIRQ: Final = 512
+    ARRAY: Final = 3584
     SHARED_INFO: Final = 4096
     VCPU_INFO_BYTES: Final = 64
     UPCALL_PENDING: Final = 0
@@ -64,10 +78,13 @@ class Domain:
     VCPU_AREA: Final = 8192
     VCPU_BYTES: Final = 1024
     TABLES: Final = VCPU_AREA + VCPUS_MAX * VCPU_BYTES
-    PORT_WORDS, IRQ_WORDS, PENDING_SINCE, SERVED_AT = range(4)
-    ARRIVALS: Final = TABLES + 4 * 8 * PORTS_2L
+    PORT_WORDS, IRQ_WORDS, PENDING_SINCE, SERVED_AT, QUEUE_WORDS, EOI_AT, EOI_WORDS, TABLE_COUNT = range(8)
+    ARRIVALS: Final = TABLES + TABLE_COUNT * 8 * PORTS_FIFO
     ARRIVALS_ENTRIES: Final = 4096
-    BYTES: Final = ARRIVALS + VCPUS_MAX * ARRIVALS_ENTRIES * 4
+    EOI_WAITING: Final = ARRIVALS + VCPUS_MAX * ARRIVALS_ENTRIES * 4
+    GUEST: Final = EOI_WAITING + PORTS_FIFO // 8
+    GUEST_PAGES: Final = VCPUS_MAX + 128 + 32
+    BYTES: Final = GUEST + GUEST_PAGES * 4096
 
     @staticmethod
     def virq(vcpu: int, virq: int) -> int:
@@ -76,8 +93,13 @@ class Domain:
 
     @staticmethod
     def table(which: int, port: int) -> int:
-        """Give the offset of `port`'s 64-bit word in one of the four tables."""
-        return Domain.TABLES + (which * PORTS_2L + port) * 8
+        """Give the offset of `port`'s 64-bit word in one of the tables."""
+        return Domain.TABLES + (which * PORTS_FIFO + port) * 8
+
+    @staticmethod
+    def guest_page(gfn: int) -> int:
+        """Give the offset of a page of the guest: what it gives to Xen by its number, and reaches at the same place."""
+        return Domain.GUEST + gfn * 4096
 
     @staticmethod
     def vcpu_info(vcpu: int, field: int) -> int:
@@ -91,7 +113,10 @@ class Domain:
 
 
 class Vcpu:
-    """The guest's per-vCPU area. Written by the vCPU's process; SLEEPING is taken back by the hypervisor when it rings."""
+    """The guest's per-vCPU area. Written by the vCPU's process; SLEEPING is taken back by the hypervisor when it rings.
+
+    From ARRIVALS_TAIL on the hypervisor's own: what both write in turn would travel between their caches with every event.
+    """
 
     EVTCHN_MASK: Final = 0
     SLEEPING: Final = 512
@@ -106,7 +131,47 @@ class Vcpu:
     MIGRATIONS: Final = 568
     HEARTBEAT_NS: Final = 576
     ARRIVALS_HEAD: Final = 584
-    ARRIVALS_TAIL: Final = 588
+    IRQ_EPOCH: Final = 588
+    LOOP_STARTED_NS: Final = 592
+    LOOP_EVENTS: Final = 600
+    FIFO_READY: Final = 604
+    FIFO_HEAD: Final = 608
+    ARRIVALS_TAIL: Final = 704
+    ARRIVALS_SEEN: Final = 708
+    CONTROL: Final = 712
+    FIFO_DROPPED: Final = 720
+    FIFO_TAIL: Final = 768
+
+
+class Fifo:
+    """The FIFO ABI: bits of an event word, the control block, and the hypervisor's queue word of a port."""
+
+    PENDING: Final = 1 << 31
+    MASKED: Final = 1 << 30
+    LINKED: Final = 1 << 29
+    BUSY: Final = 1 << 28
+    LINK: Final = 0x1FFFF
+    LINK_BITS: Final = 17
+    PRIORITIES: Final = 16
+    PRIORITY_DEFAULT: Final = 7
+    WORDS_A_PAGE: Final = 1024
+    PAGES_MAX: Final = 128
+    CONTROL_BYTES: Final = 72
+    READY: Final = 0
+    HEAD: Final = 8
+    QUEUE_LINKED: Final = 1 << 12
+    QUEUE_PENDING: Final = 1 << 13
+
+    @staticmethod
+    def queue(word: int) -> tuple[int, int, int]:
+        """Split a queue word into (priority, and of the last time it was linked: vCPU, priority)."""
+        set_to = word >> 16 & 0x1F
+        return set_to - 1 if set_to else Fifo.PRIORITY_DEFAULT, word & 0xFF, word >> 8 & 0xF
+
+    @staticmethod
+    def with_priority(word: int, priority: int) -> int:
+        """Give the queue word with another priority."""
+        return word & ~(0x1F << 16) | priority + 1 << 16
 
 
 class Port:
@@ -139,6 +204,8 @@ class Irq:
     IN_SERVICE: Final = 1 << 21
     STATIC: Final = 1 << 22
     KERNEL: Final = 1 << 23
+    DEFER: Final = 1 << 30
+    DELAYED: Final = 1 << 31
     SERVED_ONE: Final = 1 << 32
 
 
@@ -156,6 +223,7 @@ class Machine:
     POISONED: Final = 48
     KICKS: Final = 56
     DRAINS: Final = 64
+    VIRQ_HANDLER: Final = 128
     FILES: Final = 4096
     FILE_BYTES: Final = 256
     SUBMISSIONS: Final = FILES + FILES_MAX * FILE_BYTES
@@ -229,7 +297,7 @@ class FilePage:
     DOOR: Final = 192
     BITMAP: Final = 4096
     RING: Final = 20480
-    BYTES_2L: Final = RING + 4 * PORTS_2L
+    BYTES: Final = RING + 4 * PORTS_FIFO  # the largest ring; the page is sparse
     OVERFLOW: Final = 1 << 32
     POISONED: Final = 1 << 33
     EPOCH_SHIFT: Final = 34

@@ -46,6 +46,7 @@ class MachinePages:
             segment.memory.store32(Domain.PORTS_MAX, PORTS_2L)
             segment.memory.store32(Domain.VCPUS, vcpus)
             segment.memory.store32(Domain.DOMID, domid)
+            segment.memory.store32(Domain.VALID_EVTCHNS, 64)
             for word in range(64):  # a guest boots with every port masked
                 segment.memory.store64(Domain.EVTCHN_MASK + 8 * word, 2**64 - 1)
             segment.memory.store64(Domain.table(Domain.PORT_WORDS, 0), Port.pack(Port.RESERVED))

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from pvbus.actors.client import Machine as RunningMachine
 from pvbus.actors.client.inspector import Inspector
+from pvbus.shm import channel
 from pvbus.shm.layout import (
     SUBMISSIONS_MAX,
     VCPUS_MAX,
     Domain,
+    Fifo,
     File,
     FilePage,
     Irq,
@@ -142,6 +144,18 @@ def _page(machine: RunningMachine, slot: int) -> Memory | None:
         return None
 
 
+def _serving(pages: Memory, port: int, vcpu: int) -> list[int]:
+    """2-level: who looks at the port's bit. FIFO: on whose queue it is, or will be."""
+    if channel.is_fifo(pages):
+        queue = pages.load64(Domain.table(Domain.QUEUE_WORDS, port))
+        return [Fifo.queue(queue)[1] if channel.state(pages, port).linked else vcpu]
+    return [
+        number
+        for number in range(min(pages.load32(Domain.VCPUS) or VCPUS_MAX, VCPUS_MAX))
+        if pages.load64(Domain.vcpu(number, Vcpu.EVTCHN_MASK) + port // 64 * 8) >> port % 64 & 1
+    ]
+
+
 def _words(
     look: Inspector, known: dict[str, Process], file: OpenFile | None, domid: int, port: int
 ) -> Evidence:
@@ -150,11 +164,7 @@ def _words(
     state, remote_domain, remote_port, vcpu = Port.unpack(word)
     irq = look.irq_word(domid, port)
     sender, sender_name = _sender(look, state, (remote_domain, remote_port), (domid, port))
-    serving = [
-        number
-        for number in range(min(pages.load32(Domain.VCPUS) or VCPUS_MAX, VCPUS_MAX))
-        if pages.load64(Domain.vcpu(number, Vcpu.EVTCHN_MASK) + port // 64 * 8) >> port % 64 & 1
-    ]
+    serving = _serving(pages, port, vcpu)
     first = serving[0] if serving else vcpu
     in_service = processes.named(known, f"cpu/{domid}.{irq >> 24 & 0x3F}") if irq & Irq.IN_SERVICE else None
     return Evidence(

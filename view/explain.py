@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from pvbus.actors.client import Machine
-from pvbus.shm.layout import PORTS_2L, Irq, Port
+from pvbus.shm.layout import Domain, Irq, Port
 from pvbus.view import processes
 from pvbus.view.evidence import Evidence, collect
 from pvbus.view.route import duration, hops
@@ -57,8 +57,9 @@ def explain(machine: Machine, domain: int, port: int) -> Explanation:
         listed = ", ".join(str(domid) for domid in known)
         text = f"There is no domain {domain}: the machine has {listed}."
         return Explanation(domain, port, "no-domain", text, "name one of these domains", found=False)
-    if not 0 <= port < PORTS_2L:
-        text = f"There is no port {port}: a domain has ports 1 to {PORTS_2L - 1}."
+    ports_max = machine.inspector().domain_pages[domain].load32(Domain.PORTS_MAX)
+    if not 0 <= port < ports_max:
+        text = f"There is no port {port}: domain {domain} has ports 1 to {ports_max - 1}."
         return Explanation(domain, port, "out-of-range", text, "name one of these ports", found=False)
     evidence = collect(machine, domain, port)
     answer = judge(evidence)

@@ -64,7 +64,7 @@ class _Shared:
         self.references = 0
         self.calls = 0  # under way: like a blocked read, they keep the file open
         self.kick = -1
-        self.page = Memory(page_fd, FilePage.BYTES_2L)
+        self.page = Memory(page_fd, FilePage.BYTES)
         self.public = Memory(public_fd, PublicPage.BYTES, False)
         os.close(page_fd)
         os.close(public_fd)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from pvbus.shm import channel
 from pvbus.shm.layout import (
     FILES_MAX,
-    PORTS_2L,
     SUBMISSIONS_MAX,
     Domain,
     File,
@@ -64,11 +64,11 @@ class Inspector:
 
     def is_pending(self, domid: int, port: int) -> bool:
         """Read the port's pending bit."""
-        return bool(self.domain_pages[domid].load64(Domain.EVTCHN_PENDING + port // 64 * 8) >> port % 64 & 1)
+        return channel.state(self.domain_pages[domid], port).pending
 
     def is_masked(self, domid: int, port: int) -> bool:
         """Read the port's mask bit."""
-        return bool(self.domain_pages[domid].load64(Domain.EVTCHN_MASK + port // 64 * 8) >> port % 64 & 1)
+        return channel.state(self.domain_pages[domid], port).masked
 
     def file_field(self, slot: int, field: int, width: int = 4) -> int:
         """Read a field of an open file's record."""
@@ -98,7 +98,7 @@ class Inspector:
             self.port(domid, port)
             for domid in self.domain_pages
             if domain is None or domid == domain
-            for port in range(1, PORTS_2L)
+            for port in range(1, self.domain_pages[domid].load32(Domain.VALID_EVTCHNS))
             if self.port_word(domid, port) & 7 != Port.FREE or self.irq_word(domid, port) & Irq.SLOT
         ]
 

@@ -132,7 +132,7 @@ class Machine:
             _, fds = self._ask(m.InspectFile(slot=slot))
         except FileNotFoundError:
             raise LookupError(f"no open file in slot {slot}") from None
-        page = Memory(fds[0], FilePage.BYTES_2L, False)
+        page = Memory(fds[0], FilePage.BYTES, False)
         os.close(fds[0])
         return page
 

@@ -83,7 +83,7 @@ class CpuProcess(ProcessActor):
         if isinstance(message, m.AttachFile):
             page_fd, door_fd = received.fds
             self._detach(message.slot)
-            self.pages[message.slot] = Memory(page_fd, FilePage.BYTES_2L)
+            self.pages[message.slot] = Memory(page_fd, FilePage.BYTES)
             os.close(page_fd)
             self.path.attach_file(message.slot, self.pages[message.slot])
             self.doors[message.slot] = socket.socket(fileno=door_fd)

@@ -16,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from pvbus.actors.runtime import messages as m
-from pvbus.shm.layout import PORTS_2L, FilePage
+from pvbus.shm.layout import PORTS_MAX, FilePage
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -121,10 +121,9 @@ class EvtchnFile:
 
     def _unbind(self, argument: bytes | None) -> Generator[Message, int, int]:
         (port,) = copy_from_user(argument, "=I")
-        if port >= PORTS_2L:  # xen_evtchn_nr_channels() of the 2-level ABI
-            raise _error(errno.EINVAL)
-        if port not in self.ports:
-            raise _error(errno.ENOTCONN)
+        if port not in self.ports:  # a port of ours lies below the limit, which on FIFO moves: only now it is asked for
+            limit = yield m.NrChannels()
+            raise _error(errno.EINVAL if port >= limit else errno.ENOTCONN)
         yield m.UnbindIrq(port=port)
         self._delete(port)
         return 0
@@ -168,12 +167,12 @@ class EvtchnFile:
             if port in self.ports:  # H1: nothing was inserted, so nothing may be erased
                 raise _error(errno.EEXIST)
             self._resize()
-            if port < PORTS_2L:
+            if port < PORTS_MAX:
                 self._mark(port, bound=True)
             yield m.BindIrq(port=port, static=static)
         except OSError as error:
             self.nr_evtchns -= 1
-            if port not in self.ports and port < PORTS_2L:
+            if port not in self.ports and port < PORTS_MAX:
                 self._mark(port, bound=False)
             if error.errno == errno.EPIPE:
                 # The hypervisor died. Its heir has closed what had no handler, and may have given the number to another

@@ -22,7 +22,7 @@ from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
     MAGIC_FILE,
     MAGIC_SUBMISSION,
-    PORTS_2L,
+    PORTS_MAX,
     SUBMISSION_ENTRIES,
     File,
     FilePage,
@@ -65,7 +65,7 @@ class FileProcess(ProcessActor):
     def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
         super().__init__(name, control)
         self.slot: int = arguments["slot"]
-        self.page = Memory(fds["page"], FilePage.BYTES_2L)
+        self.page = Memory(fds["page"], FilePage.BYTES)
         self.machine = Memory(fds["machine"], Machine.BYTES)
         path = EventPath(self.machine, {})
         path.attach_file(self.slot, self.page)
@@ -85,7 +85,7 @@ class FileProcess(ProcessActor):
     def _format(self, arguments: dict[str, Any]) -> None:
         stamp(self.page, MAGIC_FILE)
         for at, value in (
-            (FilePage.CAPACITY, PORTS_2L), (FilePage.PORTS_MAX, PORTS_2L), (FilePage.BITMAP_AT, FilePage.BITMAP),
+            (FilePage.CAPACITY, PORTS_MAX), (FilePage.PORTS_MAX, PORTS_MAX), (FilePage.BITMAP_AT, FilePage.BITMAP),
             (FilePage.RING_AT, FilePage.RING), (FilePage.DOMAIN, arguments["domain"]),
         ):  # fmt: skip
             self.page.store32(at, value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, NamedTuple
 
-from pvbus.actors.hypervisor.ports import HypercallError
+from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.shm.layout import Irq
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pvbus.actors.hypervisor.irqs import IrqLayer
 
+UNBINDS_A_TURN = 256
 HANDLER_ROUNDS_MAX = 1_000_000  # a handler takes a microsecond; a dead CPU's heir finishes it within the restart time
 
 
@@ -45,9 +46,23 @@ def _disable_all(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait
     for _ in range(HANDLER_ROUNDS_MAX):
         running = [port for port in running if irqs.disable(domid, port)]
         if not running:
+            break
+        yield Again()
+    else:
+        raise HypercallError(errno.EIO, f"the handler of port {running[0]} does not end")
+    yield from _wait_until_unlinked(irqs, domid, ports)
+    return 0
+
+
+def _wait_until_unlinked(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait, None, int]:
+    """FIFO: a word that is linked is taken out by its CPU, which has been told; its number is free only then."""
+    linked = ports
+    for _ in range(HANDLER_ROUNDS_MAX):
+        linked = [port for port in linked if irqs.is_linked(domid, port)]
+        if not linked:
             return 0
         yield Again()
-    raise HypercallError(errno.EIO, f"the handler of port {running[0]} does not end")
+    raise HypercallError(errno.EIO, f"port {linked[0]} stays in its queue")
 
 
 def unbind_irq(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wait, None, int]:
@@ -76,8 +91,10 @@ def release(irqs: IrqLayer, domid: int, slot: int) -> Generator[Wait, None, int]
     """Mirror evtchn_release: every port of the file, in any order; give their number."""
     ports = list(irqs.ports_of(domid, slot))
     yield from _disable_all(irqs, domid, ports)
-    for port in ports:
+    for at, port in enumerate(ports):
         irqs.unbind(domid, port)
+        if at % UNBINDS_A_TURN == UNBINDS_A_TURN - 1:  # a file may have 131,071: others' notifies go on meanwhile
+            yield Again()
     return len(ports)
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from pvbus.actors.hypervisor.ports import VIRQS_PER_VCPU, HypercallError
-from pvbus.shm.layout import PORTS_2L, Domain, Irq, Port, Vcpu
+from pvbus.actors.hypervisor import kernel
+from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.actors.hypervisor.ports import VIRQS_PER_VCPU
+from pvbus.shm import channel
+from pvbus.shm.layout import Domain, Irq, Port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +30,7 @@ class IrqLayer:
     def __init__(self, channels: EventChannels, *, spread: dict[int, bool] | None = None) -> None:
         self.channels = channels
         self.spread = spread or {}
+        self._load: dict[int, list[int]] = {}  # with spread: how many handlers each vCPU serves; counted when first asked
 
     def _memory(self, domid: int) -> Memory:
         return self.channels.domains[domid].memory
@@ -37,16 +41,22 @@ class IrqLayer:
 
     def bind(self, domid: int, port: int, slot: int, *, static: bool) -> None:
         """Mirror X2, then unmask, so that a pending event fires now. ENOMEM beyond the ABI, EBUSY when the port has a handler."""
-        if not 0 < port < PORTS_2L:
-            raise HypercallError(errno.ENOMEM, f"port {port}: the ABI has {PORTS_2L}")
+        if not 0 < port < self.channels.ports_max(domid):
+            raise HypercallError(errno.ENOMEM, f"port {port}: the ABI has {self.channels.ports_max(domid)}")
         memory = self._memory(domid)
         at = Domain.table(Domain.IRQ_WORDS, port)
         old = memory.load64(at)
         if old & (Irq.SLOT | Irq.KERNEL):
             raise HypercallError(errno.EBUSY, f"port {port} has a handler")
+        kernel.give_word(self.channels, domid, port)
+        vcpu = self._choose(domid, port)
+        if memory.load32(Domain.VALID_EVTCHNS) <= port:  # a static number that Xen has not handed out
+            memory.store32_release(Domain.VALID_EVTCHNS, port + 1)
         served = old & ~0xFFFFFFFF  # the count of services goes on: it tells an heir's events apart
+        memory.store64(Domain.table(Domain.EOI_WORDS, port), 0)
         memory.store64_release(at, served | (slot + 1) | Irq.ENABLED | (Irq.STATIC if static else 0))
-        self.assign(domid, port, self._choose(domid, port))
+        self._count(domid, vcpu, 1)
+        self.assign(domid, port, vcpu)
         self.channels.unmask(domid, port)
 
     def _choose(self, domid: int, port: int) -> int:
@@ -56,29 +66,62 @@ class IrqLayer:
             return raised_on
         if not self.spread.get(domid):
             return 0
-        memory = self._memory(domid)
-        vcpus = range(self.channels.domains[domid].vcpus)
-        return min(vcpus, key=lambda vcpu: sum(_mask_word(memory, vcpu, word).bit_count() for word in range(64)))
+        load = self._loads(domid)
+        return load.index(min(load))
+
+    def _loads(self, domid: int) -> list[int]:
+        if domid not in self._load:
+            self._load[domid] = [0] * self.channels.domains[domid].vcpus
+            for port in self._handled(domid):
+                self._count(domid, Port.unpack(self.channels.word(domid, port))[3], 1)
+        return self._load[domid]
+
+    def _count(self, domid: int, vcpu: int, change: int) -> None:
+        load = self._load.get(domid)
+        if load is not None and vcpu < len(load):
+            load[vcpu] += change
 
     def assign(self, domid: int, port: int, vcpu: int) -> None:
         """Have `vcpu`, and no other, serve the port."""
-        memory = self._memory(domid)
-        for other in range(self.channels.domains[domid].vcpus):
-            at = Domain.vcpu(other, Vcpu.EVTCHN_MASK) + port // 64 * 8
-            if other == vcpu:
-                memory.test_and_set_bit(at, port % 64)
-            else:
-                memory.test_and_clear_bit(at, port % 64)
+        kernel.serve_on(self._memory(domid), port, vcpu, range(self.channels.domains[domid].vcpus))
         state, _, _, now = Port.unpack(self.channels.word(domid, port))
         if vcpu != now and state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ):
             self.channels.bind_vcpu(domid, port, vcpu)
+
+    def set_affinity(self, domid: int, port: int, vcpu: int) -> None:
+        """Mirror a write to smp_affinity: mask (TEMPORARY), bind_vcpu, unmask, so that a pending event is raised there.
+
+        ESRCH, ENOENT without the vCPU, EINVAL for a port without a handler and for one that cannot move (per-vCPU VIRQ, IPI).
+        """
+        if domid not in self.channels.domains:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+        if not 0 < port < self.channels.ports_max(domid) or not self.word(domid, port) & (Irq.SLOT | Irq.KERNEL):
+            raise HypercallError(errno.EINVAL, f"port {port} has no handler")
+        memory = self._memory(domid)
+        before = Port.unpack(self.channels.word(domid, port))[3]
+        at = Domain.table(Domain.IRQ_WORDS, port)
+        memory.fetch_or64(at, Irq.TEMPORARY)
+        self.channels.path.mask(domid, port)
+        try:
+            self.channels.bind_vcpu(domid, port, vcpu)
+            kernel.serve_on(memory, port, vcpu, range(self.channels.domains[domid].vcpus))
+            self._count(domid, before, -1)
+            self._count(domid, vcpu, 1)
+        finally:
+            left = memory.fetch_and64(at, ~Irq.TEMPORARY & 2**64 - 1) & ~Irq.TEMPORARY
+            if not left & Irq.REASONS:
+                self.channels.unmask_and_raise(domid, port)
 
     def disable(self, domid: int, port: int) -> bool:
         """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port; True while a handler runs."""
         memory = self._memory(domid)
         memory.fetch_or64(Domain.table(Domain.IRQ_WORDS, port), Irq.EXPLICIT)
-        memory.test_and_set_bit(Domain.EVTCHN_MASK + port // 64 * 8, port % 64)
+        self.channels.path.mask(domid, port)
         return bool(self.word(domid, port) & Irq.IN_SERVICE)
+
+    def is_linked(self, domid: int, port: int) -> bool:
+        """Tell whether the port's word is in a FIFO queue: its number cannot be handed out until a CPU takes it out."""
+        return channel.state(self._memory(domid), port).linked
 
     def unbind(self, domid: int, port: int) -> None:
         """Mirror X5 after `disable` said False: forget the handler; close the port unless it was bound as static."""
@@ -86,18 +129,20 @@ class IrqLayer:
         at = Domain.table(Domain.IRQ_WORDS, port)
         word = memory.load64(at)
         memory.store64_release(at, word & ~0xFFFFFFFF)
-        for vcpu in range(self.channels.domains[domid].vcpus):
-            memory.test_and_clear_bit(Domain.vcpu(vcpu, Vcpu.EVTCHN_MASK) + port // 64 * 8, port % 64)
+        kernel.serve_on(memory, port, -1, range(self.channels.domains[domid].vcpus))
+        self._count(domid, Port.unpack(self.channels.word(domid, port))[3], -1)
         if not word & Irq.STATIC and self.channels.word(domid, port) & 7 not in (Port.FREE, Port.RESERVED):
             self.channels.close(domid, port)
+
+    def _handled(self, domid: int) -> Iterator[int]:
+        memory = self._memory(domid)
+        for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):
+            if memory.load64(Domain.table(Domain.IRQ_WORDS, port)) & Irq.SLOT:
+                yield port
 
     def ports_of(self, domid: int, slot: int) -> Iterator[int]:
         """Give the ports whose handler is this open file's."""
         memory = self._memory(domid)
-        for port in range(1, PORTS_2L):
+        for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):
             if memory.load64(Domain.table(Domain.IRQ_WORDS, port)) & Irq.SLOT == slot + 1:
                 yield port
-
-
-def _mask_word(memory: Memory, vcpu: int, word: int) -> int:
-    return memory.load64(Domain.vcpu(vcpu, Vcpu.EVTCHN_MASK) + word * 8)

@@ -11,10 +11,12 @@ Errors are raised as `HypercallError` in the order in which Xen tests for them (
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from pvbus.shm.layout import NR_VIRQS, PORTS_2L, Domain, Irq, Port, Vcpu
+from pvbus.actors.hypervisor import fifo
+from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.shm import channel
+from pvbus.shm.layout import NR_VIRQS, Domain, Fifo, Machine, Port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +25,11 @@ if TYPE_CHECKING:
 
 DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
+NR_PIRQS = 256  # interrupt lines a domain may name; none of them is there, and no domain has access to one
+VALID_STEP = 64  # valid_evtchns grows by so many, as Xen's grows by a bucket
 
 VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})  # TIMER, DEBUG, XENOPROF, XENPMU
 VIRQS_PER_DOMAIN = frozenset({11})  # ARGO; all others are global: delivered to their handler domain
-
-
-class HypercallError(OSError):
-    """Answer of a hypercall that failed, with Xen's errno (the same numbers as Linux's)."""
-
-    def __init__(self, number: int, text: str = "") -> None:
-        super().__init__(number, text or os.strerror(number))
 
 
 class PortStatus(NamedTuple):
@@ -42,6 +39,11 @@ class PortStatus(NamedTuple):
     vcpu: int
     remote_domain: int
     remote_port: int
+
+
+def is_global(virq: int) -> bool:
+    """Tell whether a VIRQ is delivered to its one handler domain."""
+    return virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN
 
 
 class DomainState(NamedTuple):
@@ -58,7 +60,10 @@ _STATUS = {
 
 
 class EventChannels:
-    """The EVTCHNOP operations. `hardware_domain` handles the global VIRQs."""
+    """The EVTCHNOP operations. `hardware_domain` is privileged, and handles the global VIRQs that nobody else was given.
+
+    `limits` {domain id: number of ports} is the toolstack's max_event_channels; without one the ABI is the limit.
+    """
 
     def __init__(
         self,
@@ -66,11 +71,15 @@ class EventChannels:
         path: EventPath,
         kick: Callable[[int, int], None],
         hardware_domain: int = 0,
+        machine: Memory | None = None,
+        limits: Mapping[int, int] | None = None,
     ) -> None:
         self.domains = dict(domains)
         self.path = path
         self.kick = kick
         self.hardware_domain = hardware_domain
+        self.machine = machine
+        self.limits = dict(limits or {})
         self._lowest_free = dict.fromkeys(self.domains, 1)
 
     # ---- words
@@ -79,13 +88,21 @@ class EventChannels:
         """Read a port word."""
         return self.domains[domid].memory.load64(Domain.table(Domain.PORT_WORDS, port))
 
+    def ports_max(self, domid: int) -> int:
+        """Give the number of ports of the ABI that the domain has now; port 0 is none."""
+        return self.domains[domid].memory.load32(Domain.PORTS_MAX)
+
     def _set_word(self, domid: int, port: int, word: int) -> None:
-        self.domains[domid].memory.store64_release(Domain.table(Domain.PORT_WORDS, port), word, "port.set")
+        memory = self.domains[domid].memory
+        if port >= memory.load32(Domain.VALID_EVTCHNS):  # before the port: whoever looks at all ports must not miss it
+            valid = (port // VALID_STEP + 1) * VALID_STEP
+            memory.store32_release(Domain.VALID_EVTCHNS, valid)
+        memory.store64_release(Domain.table(Domain.PORT_WORDS, port), word, "port.set")
 
     def ports(self, domid: int) -> Iterator[tuple[int, int]]:
         """Give (port, word) of every port that is not free."""
         memory = self.domains[domid].memory
-        for port in range(1, PORTS_2L):
+        for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):
             word = memory.load64(Domain.table(Domain.PORT_WORDS, port))
             if word & 7 != Port.FREE:
                 yield port, word
@@ -96,18 +113,54 @@ class EventChannels:
             raise HypercallError(errno.ESRCH, f"no domain {domid}")
         return found
 
-    def _lowest(self, domid: int) -> int:
-        """Find the lowest free port (A12.14); ENOSPC without one."""
+    def _allocate(self, domid: int) -> int:
+        """Find the lowest free port (A12.14); ENOSPC without one. Ports that are still linked in a FIFO queue are passed over."""
         memory = self.domains[domid].memory
-        for port in range(self._lowest_free[domid], PORTS_2L):
-            if memory.load64(Domain.table(Domain.PORT_WORDS, port)) & 7 == Port.FREE:
-                self._lowest_free[domid] = port
-                return port
-        self._lowest_free[domid] = PORTS_2L
+        end = min(self.ports_max(domid), self.limits.get(domid, self.ports_max(domid)))
+        fifo = channel.is_fifo(memory)
+        first_free = 0
+        for port in range(self._lowest_free[domid], end):
+            if memory.load64(Domain.table(Domain.PORT_WORDS, port)) & 7 != Port.FREE:
+                continue
+            first_free = first_free or port
+            if fifo and self._is_linked(memory, port):
+                continue
+            self._lowest_free[domid] = first_free
+            self._forget_queue(memory, port)
+            return port
+        self._lowest_free[domid] = first_free or end
         raise HypercallError(errno.ENOSPC, f"domain {domid} has no free port")
+
+    @staticmethod
+    def _is_linked(memory: Memory, port: int) -> bool:
+        at = channel.event_word_at(memory, port)
+        return bool(at and memory.load32(at) & (Fifo.LINKED | Fifo.BUSY))
+
+    @staticmethod
+    def _forget_queue(memory: Memory, port: int) -> None:
+        """A port that is handed out has the default priority, and is not pending; which queue it was linked on last stays."""
+        at = Domain.table(Domain.QUEUE_WORDS, port)
+        word = memory.load64(at)
+        if word:
+            memory.store64(at, word & (Fifo.QUEUE_LINKED | 0xFFF))
 
     def _virq_row(self, virq: int, vcpu: int) -> int:
         return vcpu if virq in VIRQS_PER_VCPU else 0
+
+    def virq_handler(self, virq: int) -> int:
+        """Give the domain that handles a global VIRQ."""
+        word = self.machine.load32(Machine.VIRQ_HANDLER + 4 * virq) if self.machine is not None else 0
+        return word - 1 if word else self.hardware_domain
+
+    def set_virq_handler(self, virq: int, domid: int) -> None:
+        """Mirror XEN_DOMCTL_set_virq_handler: EINVAL for a VIRQ that is not global, ESRCH. A port bound elsewhere is silent."""
+        if not 0 <= virq < NR_VIRQS or not is_global(virq):
+            raise HypercallError(errno.EINVAL, f"VIRQ {virq} is not a global one")
+        if domid not in self.domains:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+        if self.machine is None:
+            raise HypercallError(errno.ENODEV, "these event channels have no machine")
+        self.machine.store32(Machine.VIRQ_HANDLER + 4 * virq, domid + 1)
 
     # ---- operations
 
@@ -116,7 +169,7 @@ class EventChannels:
         domain = self._domain(caller, dom)
         if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
-        port = self._lowest(domain.domid)
+        port = self._allocate(domain.domid)
         remote = caller if remote_dom == DOMID_SELF else remote_dom
         self._set_word(domain.domid, port, Port.pack(Port.UNBOUND, remote_domain=remote))
         return port
@@ -124,8 +177,8 @@ class EventChannels:
     def bind_interdomain(self, caller: int, remote_dom: int, remote_port: int) -> int:
         """Mirror EVTCHNOP_bind_interdomain: ESRCH, ENOSPC, EINVAL. The local port is born pending (sends may have been lost)."""
         remote = self._domain(caller, remote_dom)
-        port = self._lowest(caller)
-        if not 0 < remote_port < PORTS_2L:
+        port = self._allocate(caller)
+        if not 0 < remote_port < self.ports_max(remote.domid):
             raise HypercallError(errno.EINVAL, f"remote port {remote_port} is none")
         state, reserved_for, _, vcpu = Port.unpack(self.word(remote.domid, remote_port))
         if state != Port.UNBOUND or reserved_for != caller:
@@ -146,12 +199,12 @@ class EventChannels:
             raise HypercallError(errno.EINVAL, f"VIRQ {virq} is not per vCPU: bind it on vCPU 0")
         if not 0 <= vcpu < domain.vcpus:
             raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
-        if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN and caller != self.hardware_domain:
-            raise HypercallError(errno.EBUSY, f"global VIRQ {virq} is handled by domain {self.hardware_domain}")
+        if is_global(virq) and caller != self.virq_handler(virq):
+            raise HypercallError(errno.EBUSY, f"global VIRQ {virq} is handled by domain {self.virq_handler(virq)}")
         at = Domain.virq(self._virq_row(virq, vcpu), virq)
         if domain.memory.load32(at) != 0:
             raise HypercallError(errno.EEXIST, f"VIRQ {virq} is bound")
-        port = self._lowest(caller)
+        port = self._allocate(caller)
         self._set_word(caller, port, Port.pack(Port.VIRQ, remote_port=virq, vcpu=vcpu))
         domain.memory.store32(at, port)
         return port
@@ -160,15 +213,21 @@ class EventChannels:
         """Mirror EVTCHNOP_bind_ipi: ENOENT, ENOSPC."""
         if not 0 <= vcpu < self.domains[caller].vcpus:
             raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
-        port = self._lowest(caller)
+        port = self._allocate(caller)
         self._set_word(caller, port, Port.pack(Port.IPI, vcpu=vcpu))
         return port
+
+    def bind_pirq(self, caller: int, pirq: int) -> int:
+        """Mirror EVTCHNOP_bind_pirq on a domain without hardware: EINVAL beyond the lines that there may be, else EPERM."""
+        if not 0 <= pirq < NR_PIRQS:
+            raise HypercallError(errno.EINVAL, f"pirq {pirq}: there are {NR_PIRQS}")
+        raise HypercallError(errno.EPERM, f"domain {caller} has no access to pirq {pirq}")
 
     def bind_vcpu(self, caller: int, port: int, vcpu: int) -> None:
         """Mirror EVTCHNOP_bind_vcpu: ENOENT, EINVAL (range, free, per-vCPU VIRQ, IPI). A pending port is not raised again."""
         if not 0 <= vcpu < self.domains[caller].vcpus:
             raise HypercallError(errno.ENOENT, f"domain {caller} has no vCPU {vcpu}")
-        if not 0 < port < PORTS_2L:
+        if not 0 < port < self.ports_max(caller):
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
         state, remote_domain, remote_port, _ = Port.unpack(self.word(caller, port))
         if state in (Port.FREE, Port.RESERVED, Port.IPI) or (state == Port.VIRQ and remote_port in VIRQS_PER_VCPU):
@@ -178,7 +237,7 @@ class EventChannels:
 
     def close(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_close: EINVAL for a port out of range, free or reserved. The peer becomes unbound, without an event."""
-        if not 0 < port < PORTS_2L:
+        if not 0 < port < self.ports_max(caller):
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
         state, remote_domain, remote_port, vcpu = Port.unpack(self.word(caller, port))
         if state in (Port.FREE, Port.RESERVED):
@@ -189,7 +248,7 @@ class EventChannels:
         elif state == Port.INTERDOMAIN:
             self._unbind_peer(caller, port, remote_domain, remote_port)
         # Pending goes after the peer cannot send any more, and before the number can be handed out again.
-        memory.test_and_clear_bit(Domain.EVTCHN_PENDING + port // 64 * 8, port % 64)
+        self.path.clear_pending(caller, port)
         self._set_word(caller, port, 0)
         self._lowest_free[caller] = min(self._lowest_free[caller], port)
 
@@ -203,7 +262,7 @@ class EventChannels:
 
     def send(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_send: EINVAL bad, VIRQ, PIRQ, free; to an unbound peer it is dropped, with success."""
-        if not 0 < port < PORTS_2L:
+        if not 0 < port < self.ports_max(caller):
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
         state, remote_domain, remote_port, _ = Port.unpack(self.word(caller, port))
         if state == Port.INTERDOMAIN:
@@ -215,14 +274,18 @@ class EventChannels:
 
     def unmask(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_unmask: EINVAL only when out of range. A pending port is raised again."""
-        if not 0 <= port < PORTS_2L:
+        if not 0 <= port < self.ports_max(caller):
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
         self._ring(caller, self.path.unmask(caller, port))
+
+    def unmask_and_raise(self, caller: int, port: int) -> None:
+        """Unmask at the end of an interrupt, or of a move: a pending port is raised even if it was not masked any more."""
+        self._ring(caller, self.path.unmask(caller, port, 1))
 
     def status(self, caller: int, dom: int, port: int) -> PortStatus:
         """Mirror EVTCHNOP_status: ESRCH, EINVAL, EPERM. For a VIRQ `remote_port` is its number."""
         domain = self._domain(caller, dom)
-        if not 0 <= port < PORTS_2L:
+        if not 0 <= port < self.ports_max(domain.domid):
             raise HypercallError(errno.EINVAL, f"port {port} is out of range")
         if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
@@ -230,7 +293,7 @@ class EventChannels:
         return PortStatus(_STATUS[state], vcpu, remote_domain, remote_port)
 
     def reset(self, caller: int, dom: int) -> None:
-        """Mirror EVTCHNOP_reset: ESRCH, EPERM; closes every port of the domain."""
+        """Mirror EVTCHNOP_reset: ESRCH, EPERM, EINVAL; closes every port of the domain, which is on the 2-level ABI again."""
         domain = self._domain(caller, dom)
         if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
@@ -239,6 +302,7 @@ class EventChannels:
         for port, word in list(self.ports(domain.domid)):
             if word & 7 != Port.RESERVED:
                 self.close(domain.domid, port)
+        fifo.leave(domain)
 
     # ---- events
 
@@ -252,8 +316,8 @@ class EventChannels:
             raise HypercallError(errno.EINVAL, f"VIRQ {virq}: there are {NR_VIRQS}")
         if domid not in self.domains:
             raise HypercallError(errno.ESRCH, f"no domain {domid}")
-        if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN:
-            domid = self.hardware_domain  # a global one goes to its handler, whoever it was meant for
+        if is_global(virq):
+            domid = self.virq_handler(virq)  # a global one goes to its handler, whoever it was meant for
         domain = self.domains.get(domid)
         if domain is None:
             raise HypercallError(errno.ESRCH, f"no domain {domid}, which handles global VIRQs")
@@ -268,17 +332,3 @@ class EventChannels:
     def _ring(self, domid: int, vcpu: int) -> None:
         if vcpu >= 0:
             self.kick(domid, vcpu)
-
-    def give_to_kernel(self, domid: int, kernel_ports: int, kernel_virqs: list[int]) -> None:
-        """Bind what the domain's own kernel holds: its VIRQs on the lowest ports, then IPIs up to `kernel_ports`."""
-        memory = self.domains[domid].memory
-        for virq in kernel_virqs:
-            self._kernel_irq(memory, self.bind_virq(domid, virq, 0))
-        taken = sum(port <= kernel_ports for port, _ in self.ports(domid))
-        for _ in range(kernel_ports - taken):
-            self._kernel_irq(memory, self.bind_ipi(domid, 0))
-
-    def _kernel_irq(self, memory: Memory, port: int) -> None:
-        memory.store64(Domain.table(Domain.IRQ_WORDS, port), Irq.KERNEL)
-        memory.test_and_set_bit(Domain.vcpu(0, Vcpu.EVTCHN_MASK) + port // 64 * 8, port % 64)
-        memory.test_and_clear_bit(Domain.EVTCHN_MASK + port // 64 * 8, port % 64)

@@ -16,12 +16,14 @@ import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pvbus.actors.hypervisor import calls, records, recovery
+from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.executor import Executor
 from pvbus.actors.hypervisor.irqs import IrqLayer
-from pvbus.actors.hypervisor.ports import DomainState, EventChannels, HypercallError
+from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.shm import channel
 from pvbus.shm.layout import (
     MAGIC_DOMAIN,
     MAGIC_MACHINE,
@@ -72,7 +74,8 @@ class HypervisorProcess(ProcessActor):
         for domid, state in domains.items():
             check(state.memory, MAGIC_DOMAIN, f"the segment of domain {domid}")
         self.path = EventPath(self.machine, {domid: domain.memory for domid, domain in domains.items()})
-        self.channels = EventChannels(domains, self.path, self._kick, arguments.get("hardware_domain", 0))
+        limits = {spec["id"]: spec["ports_max"] for spec in arguments["domains"] if spec["ports_max"]}
+        self.channels = EventChannels(domains, self.path, self._kick, machine=self.machine, limits=limits)
         spread = {spec["id"]: spec["affinity"] == "spread" for spec in arguments["domains"]}
         self.irqs = IrqLayer(self.channels, spread=spread)
         self.files: dict[int, OpenFile] = {}
@@ -196,6 +199,8 @@ class HypervisorProcess(ProcessActor):
             value = calls.bind_irq(self.irqs, domid, slot, message.port, static=message.static)
             unclaimed.discard(message.port)
             return value
+        elif isinstance(message, m.NrChannels):
+            return channel.nr_channels(channels.domains[domid].memory)
         elif isinstance(message, m.SendPort):
             with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
                 channels.send(domid, message.port)
@@ -276,6 +281,7 @@ class HypervisorProcess(ProcessActor):
         self.doorbells[message.domain << 8 | message.vcpu] = doorbell
         self.path.set_doorbell(message.domain, message.vcpu, doorbell)
         peer = self.inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
+        self.path.fifo_rebuild(message.domain, message.vcpu)  # what its forerunner, or ours, left half done; it does not run yet
         for slot, file in self.files.items():
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
@@ -303,7 +309,7 @@ class HypervisorProcess(ProcessActor):
     def _connect_file(self, message: m.FileUp, received: Received) -> None:
         sock, page_fd, door_fd = received.fds
         slot = message.slot
-        page = Memory(page_fd, FilePage.BYTES_2L)
+        page = Memory(page_fd, FilePage.BYTES)
         peer = self.inbox.add_peer(socket.socket(fileno=sock), f"file/{message.domain}.{slot}")
         file = OpenFile(message.domain, page, socket.socket(fileno=door_fd), page_fd, peer)
         if not message.reborn:

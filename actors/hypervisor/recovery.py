@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pvbus.shm.layout import PORTS_2L, Domain, Irq, Port
+from pvbus.shm.layout import Domain, Irq, Port
 
 if TYPE_CHECKING:
     from pvbus.actors.hypervisor.irqs import IrqLayer
@@ -33,7 +33,7 @@ def repair(channels: EventChannels, irqs: IrqLayer) -> int:
 def _finish_unmasks(channels: EventChannels, irqs: IrqLayer, domid: int) -> None:
     """A port with a handler and no reason to be masked is unmasked, and raised again if it is pending."""
     memory = channels.domains[domid].memory
-    for port in range(1, PORTS_2L):
+    for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):
         irq = memory.load64(Domain.table(Domain.IRQ_WORDS, port))
         if irq & Irq.SLOT and not irq & (Irq.REASONS | Irq.IN_SERVICE):
             irqs.assign(domid, port, Port.unpack(channels.word(domid, port))[3])

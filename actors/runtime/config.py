@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from pvbus.actors.runtime import rundir
-from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, VCPUS_MAX
+from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, PORTS_FIFO, VCPUS_MAX
 
 PLATFORMS = ("xen", "hyperv")
 VARIANTS = ("driver-wakeup-order",)
@@ -29,7 +29,8 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     id: int
     cpus: int = 1
     platforms: tuple[str, ...] = ("xen",)
-    abi: str = "2-level"
+    abi: Literal["fifo", "2-level"] = "fifo"
+    max_event_channels: int = 0  # 0: as many as the ABI has
     kernel_virqs: tuple[int, ...] = ()
     kernel_ports: int = 0
     affinity: Literal["vcpu0", "spread"] = "vcpu0"
@@ -89,6 +90,7 @@ def check(config: MachineConfig) -> None:
 
 def _check_domain(domain: DomainConfig) -> None:
     where = f"domain {domain.id}: "
+    ports = PORTS_FIFO if domain.abi == "fifo" else PORTS_2L
     unknown = [platform for platform in domain.platforms if platform not in PLATFORMS]
     impossible = [virq for virq in domain.kernel_virqs if not 0 <= virq < NR_VIRQS]
     not_global = VIRQS_PER_VCPU | VIRQS_PER_DOMAIN
@@ -99,11 +101,11 @@ def _check_domain(domain: DomainConfig) -> None:
         (bool(unknown), "platforms", f"{unknown} not in {', '.join(PLATFORMS)}"),
         (not domain.platforms, "platforms", "a domain needs at least one"),
         (len(set(domain.platforms)) != len(domain.platforms), "platforms", "one is given twice"),
-        (domain.abi != "2-level", "abi", f"{domain.abi!r} is not known here: '2-level'"),
         (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),
         (len(set(domain.kernel_virqs)) != len(domain.kernel_virqs), "kernel_virqs", "a VIRQ is given twice"),
         (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by domain 0"),
-        (not 0 <= domain.kernel_ports < PORTS_2L, "kernel_ports", f"{domain.kernel_ports} is not in 0..{PORTS_2L - 1}"),
+        (not 0 <= domain.kernel_ports < ports, "kernel_ports", f"{domain.kernel_ports} is not in 0..{ports - 1}"),
+        (not 0 <= domain.max_event_channels <= ports, "max_event_channels", f"{domain.max_event_channels} is not in 0..{ports}"),
     )
     for broken, key, why in rules:
         if broken:

@@ -223,6 +223,12 @@ class UnbindIrq(Message, frozen=True, kw_only=True):
     port: int
 
 
+class NrChannels(Message, frozen=True, kw_only=True):
+    """Mirror xen_evtchn_nr_channels; Done with the number."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
 class SendPort(Message, frozen=True, kw_only=True):
     """Mirror EVTCHNOP_send with its result dropped, for a NOTIFY that did not come through a submission ring."""
 

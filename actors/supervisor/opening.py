@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, Received, Stop
 from pvbus.actors.runtime.wire import Done, Failure, Message
-from pvbus.shm.layout import PORTS_2L
+from pvbus.shm.layout import PORTS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +73,7 @@ class Opening:
         self.missing.discard(what)
         if not self.missing:
             fds = (self.file.page_fd, self.door.fileno(), self.supervisor.pages.public_for_users, self.user_end.fileno())
-            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_2L), fds)
+            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_MAX), fds)
 
     def fail(self, reply: Message) -> None:
         """Answer the user with an error; the door closes, so whatever exists of the file is released."""

@@ -141,7 +141,10 @@ class Supervisor(ProcessActor):
         name = child.spec.name
         role, _, place = name.partition("/")
         if role == "hypervisor":
-            domains = [{"id": d.id, "cpus": d.cpus, "affinity": d.affinity} for d in self.config.domain]
+            domains = [
+                {"id": d.id, "cpus": d.cpus, "affinity": d.affinity, "ports_max": d.max_event_channels}
+                for d in self.config.domain
+            ]
             self.ask_start(child, {"domains": domains}, self.pages.fds(), self._hypervisor_started)
         elif role == "cpu":
             domid, vcpu = (int(part) for part in place.split("."))
@@ -338,7 +341,7 @@ class Supervisor(ProcessActor):
         slot = self.free_slots[-1]
         name = f"file/{message.domain}.{slot}"
         users_door, door = socket.socketpair()
-        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES_2L)
+        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES)
         self.free_slots.pop()  # not before: an EMFILE up to here must not cost a slot
         door.setblocking(False)
         file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door)

@@ -52,6 +52,10 @@ enum pv_fence { PV_MB, PV_RMB, PV_WMB };
     ((dst) = __atomic_exchange_n(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
 #define PV_XCHG64(dst, m, off, v, site) \
     ((dst) = __atomic_exchange_n(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
+#define PV_OR32(dst, m, off, v, site) \
+    ((dst) = __atomic_fetch_or(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
+#define PV_AND32(dst, m, off, v, site) \
+    ((dst) = __atomic_fetch_and(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
 #define PV_OR64(dst, m, off, v, site) \
     ((dst) = __atomic_fetch_or(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
 #define PV_AND64(dst, m, off, v, site) \
@@ -125,6 +129,8 @@ int pv_model_spin(MemoryObject *m, const char *site);
 #define PV_XCHG8(dst, m, off, v, site) PV_X_RMW(dst, m, off, 1, PV_XCHG, v, site)
 #define PV_XCHG32(dst, m, off, v, site) PV_X_RMW(dst, m, off, 4, PV_XCHG, v, site)
 #define PV_XCHG64(dst, m, off, v, site) PV_X_RMW(dst, m, off, 8, PV_XCHG, v, site)
+#define PV_OR32(dst, m, off, v, site) PV_X_RMW(dst, m, off, 4, PV_OR, v, site)
+#define PV_AND32(dst, m, off, v, site) PV_X_RMW(dst, m, off, 4, PV_AND, v, site)
 #define PV_OR64(dst, m, off, v, site) PV_X_RMW(dst, m, off, 8, PV_OR, v, site)
 #define PV_AND64(dst, m, off, v, site) PV_X_RMW(dst, m, off, 8, PV_AND, v, site)
 #define PV_CAS32(ok, m, off, expected, desired, site) PV_X_CAS(ok, m, off, 4, expected, desired, site)

@@ -14,14 +14,29 @@ int pv_memory_init(PyObject *module);
 int pv_event_path_init(PyObject *module);
 int pv_user_file_init(PyObject *module);
 
-#define PV_PORTS_2L 4096u
-
-/* shared_info.c: the 2-level ABI.  Return 0, or 1 + vCPU when its doorbell may have to be rung. */
+/*
+ * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its
+ * doorbell may have to be rung.
+ */
+int64_t pv_is_fifo(MemoryObject *domain);
 int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi);
-int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu, uint32_t word);
+int64_t pv_mask(MemoryObject *domain, uint32_t port);
+int64_t pv_clear_pending(MemoryObject *domain, uint32_t port);
+/* Set the upcall flag: 1 + vCPU if it was clear. */
+int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu);
 /* 1 when the sleeping CPU must be woken; clears its announcement. */
 int64_t pv_vcpu_kick(MemoryObject *domain, uint32_t vcpu);
+
+/* shared_info.c: the 2-level ABI */
+int64_t pv_2l_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
+int64_t pv_2l_unmask(MemoryObject *domain, uint32_t port, int eoi);
+
+/* fifo.c: the FIFO ABI */
+int64_t pv_fifo_word_at(MemoryObject *domain, uint32_t port); /* offset of its event word, 0 = none yet */
+int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
+int64_t pv_fifo_unmask(MemoryObject *domain, uint32_t port);
+int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu);
 
 /* event_ring.c */
 #define PV_PUSH_WAKE 1
@@ -43,25 +58,47 @@ int64_t pv_ring_state(MemoryObject *page); /* entries, or PV_RING_* */
 int64_t pv_door_lower(MemoryObject *page); /* 1 = not empty: go on, or re-arm */
 int64_t pv_door_raise(MemoryObject *page); /* 1 = the byte has to be sent */
 
-/* interrupt.c: the late-EOI chip and the interrupt handler */
-int64_t pv_eoi(MemoryObject *domain, uint32_t port, uint32_t slot);
+/* interrupt.c: the late-EOI chip and the interrupt handler; upcall.c: the loop that finds what is due */
+#define PV_TICK_NS 4000000ull /* HZ = 250 */
 typedef struct { uint32_t slots[64]; uint32_t count; } pv_wakes;
+typedef struct {
+    MemoryObject *machine, *domain, **pages;
+    pv_wakes *wakes;
+    uint64_t now;   /* CLOCK_MONOTONIC, for stamps */
+    uint64_t clock; /* the machine's clock */
+    uint32_t vcpu, left; /* events that may still be served */
+    uint32_t epoch; /* of this upcall loop */
+    int defer;      /* it runs too long: late EOIs of what it delivers may have to wait */
+    int again;      /* something was left behind: come back */
+} pv_upcall_run;
+#define PV_SERVICE_DONE 0
+#define PV_SERVICE_AGAIN (-1) /* another CPU has it in service (the port moved) */
+int64_t pv_service(pv_upcall_run *u, uint32_t port);
 int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, uint32_t budget,
                   pv_wakes *wakes);
 int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, pv_wakes *wakes);
+
+/* lateeoi.c: the end of an interrupt, at once or later */
+int64_t pv_eoi(MemoryObject *machine, MemoryObject *domain, uint32_t port, uint32_t slot, int spurious);
+/* End the interrupts whose time has come.  The vCPUs whose doorbell may have to be rung, a bit each. */
+int64_t pv_eoi_expire(MemoryObject *domain, uint64_t now);
 
 /* submission.c */
 int64_t pv_submission_push(MemoryObject *ring, uint32_t *tail, uint32_t *head, uint32_t entry); /* 0, or 1 = full */
 int64_t pv_submission_must_kick(MemoryObject *public_page, uint32_t *rung);
 
-static inline size_t pv_domain_table(uint32_t ports_max, unsigned table, uint32_t port)
+static inline size_t pv_domain_table(unsigned table, uint32_t port)
 {
-    return PV_DOMAIN_TABLES + ((size_t)table * ports_max + port) * 8u;
+    return PV_DOMAIN_TABLES + ((size_t)table * PV_PORTS_MAX + port) * 8u;
 }
-#define PV_PORT_WORD(port) pv_domain_table(PV_PORTS_2L, 0, port)
-#define PV_IRQ_WORD(port) pv_domain_table(PV_PORTS_2L, 1, port)
-#define PV_PENDING_SINCE(port) pv_domain_table(PV_PORTS_2L, 2, port)
-#define PV_SERVED_AT(port) pv_domain_table(PV_PORTS_2L, 3, port)
+#define PV_PORT_WORD(port) pv_domain_table(PV_TABLE_PORT, port)
+#define PV_IRQ_WORD(port) pv_domain_table(PV_TABLE_IRQ, port)
+#define PV_PENDING_SINCE(port) pv_domain_table(PV_TABLE_PENDING_SINCE, port)
+#define PV_SERVED_AT(port) pv_domain_table(PV_TABLE_SERVED_AT, port)
+#define PV_QUEUE_WORD(port) pv_domain_table(PV_TABLE_QUEUE, port)
+#define PV_EOI_AT(port) pv_domain_table(PV_TABLE_EOI_AT, port)
+#define PV_EOI_WORD(port) pv_domain_table(PV_TABLE_EOI, port)
+#define PV_HEADER(field) offsetof(struct pv_domain_header, field)
 #define PV_SHARED(field) (PV_DOMAIN_SHARED_INFO + offsetof(struct pv_shared_info, field))
 #define PV_VCPU_INFO(v, field) \
     (PV_DOMAIN_SHARED_INFO + (size_t)(v) * sizeof(struct pv_vcpu_info) + offsetof(struct pv_vcpu_info, field))
@@ -72,5 +109,7 @@ static inline size_t pv_domain_table(uint32_t ports_max, unsigned table, uint32_
 #define PV_PAGE(field) offsetof(struct pv_file_page, field)
 
 uint64_t pv_now_ns(void);
+/* The machine's clock: tests move it forward.  0 in the explorer, which has no clock yet. */
+int64_t pv_machine_now(MemoryObject *machine);
 
 #endif /* PVBUS_CORE_H */

@@ -14,6 +14,46 @@ MemoryObject *pv_domain_of(PathObject *self, uint32_t domid)
     return NULL;
 }
 
+/* Late EOIs whose time has come, in all domains. */
+int64_t pv_expire(PathObject *self, drained *out)
+{
+    uint64_t next;
+    int64_t now, kicked, asleep;
+    for (uint32_t i = 0; i < self->domain_count; i++) {
+        PV_LOAD64(next, self->domains[i], PV_HEADER(eoi_next_ns), PV_RELAXED, "eoi.next");
+        if (next == 0)
+            continue;
+        PV_TRY(now, pv_machine_now(self->machine));
+        if ((uint64_t)now < next)
+            continue;
+        PV_TRY(kicked, pv_eoi_expire(self->domains[i], (uint64_t)now));
+        for (; kicked != 0; kicked &= kicked - 1) {
+            uint32_t vcpu = (uint32_t)__builtin_ctzll((uint64_t)kicked);
+            PV_TRY(asleep, pv_vcpu_kick(self->domains[i], vcpu));
+            if (asleep && out->kick_count < KICKS_MAX)
+                out->kicks[out->kick_count++] = self->domain_ids[i] << 8 | vcpu;
+        }
+        out->done++;
+    }
+    return 0;
+}
+
+/* How long until the next one is due, in ms rounded up; -1 = none waits. */
+int64_t pv_expires_in(PathObject *self)
+{
+    uint64_t next, earliest = 0;
+    int64_t now;
+    for (uint32_t i = 0; i < self->domain_count; i++) {
+        PV_LOAD64(next, self->domains[i], PV_HEADER(eoi_next_ns), PV_RELAXED, "eoi.next");
+        if (next != 0 && (earliest == 0 || next < earliest))
+            earliest = next;
+    }
+    if (earliest == 0)
+        return -1;
+    PV_TRY(now, pv_machine_now(self->machine));
+    return earliest <= (uint64_t)now ? 0 : (int64_t)((earliest - (uint64_t)now + 999999) / 1000000);
+}
+
 static int64_t kick(PathObject *self, uint32_t domid, int64_t marked, drained *out)
 {
     int64_t asleep;
@@ -60,7 +100,7 @@ static int64_t target_of(PathObject *self, MemoryObject *domain, uint32_t domid,
     *to_id = PV_PORT_REMOTE_DOMAIN(word);
     *to_port = PV_PORT_REMOTE_PORT(word);
     *to = pv_domain_of(self, *to_id);
-    return *to != NULL && *to_port < PV_PORTS_2L;
+    return *to != NULL && *to_port < PV_PORTS_MAX;
 }
 
 static int64_t execute(PathObject *self, uint32_t index, uint32_t head, uint32_t slot, uint32_t entry, drained *out)
@@ -76,13 +116,13 @@ static int64_t execute(PathObject *self, uint32_t index, uint32_t head, uint32_t
             out->rearm[out->rearm_count++] = slot;
         return 0;
     }
-    if (domain == NULL || port == 0 || port >= PV_PORTS_2L || PV_SUB_OP(entry) > PV_SUB_ENABLE) {
+    if (domain == NULL || port == 0 || port >= PV_PORTS_MAX || PV_SUB_OP(entry) > PV_SUB_ENABLE) {
         PV_COUNT64(self->machine, offsetof(struct pv_machine_header, refused), 1);
         return 0;
     }
     if (PV_SUB_OP(entry) == PV_SUB_ENABLE) {
         PV_TRY(r, claim(self, index, head, domain, port));
-        PV_TRY(marked, pv_eoi(domain, port, slot));
+        PV_TRY(marked, pv_eoi(self->machine, domain, port, slot, 0));
         PV_COUNT64(self->machine, offsetof(struct pv_machine_header, enables), 1);
         return kick(self, domid, marked, out);
     }
@@ -187,7 +227,7 @@ int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu)
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 1, PV_RELAXED, "cpu.announce");
     /* SYNC(cpu_sleep): announced before we look at the upcall flag; the sender sets the flag before it looks at us. */
     PV_SMP_MB(domain, "cpu_sleep");
-    PV_LOAD8(pending, domain, PV_VCPU_INFO(vcpu, evtchn_upcall_pending), PV_RELAXED, "2l.upcall.look");
+    PV_LOAD8(pending, domain, PV_VCPU_INFO(vcpu, evtchn_upcall_pending), PV_RELAXED, "upcall.look");
     if (!pending)
         return 1;
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
@@ -208,7 +248,7 @@ static int64_t resolve(PathObject *self, uint32_t index)
     PV_LOAD32(domid, self->machine, PV_FILE(slot, domain), PV_RELAXED, "file.domain");
     MemoryObject *to = pv_domain_of(self, domid);
     to_port = PV_SUB_PORT(entry);
-    if (to == NULL || to_port == 0 || to_port >= PV_PORTS_2L)
+    if (to == NULL || to_port == 0 || to_port >= PV_PORTS_MAX)
         return 0;
     if (PV_SUB_OP(entry) == PV_SUB_NOTIFY) {
         PV_TRY(r, target_of(self, to, domid, slot, to_port, &to, &to_id, &to_port));

@@ -57,7 +57,7 @@ static MemoryObject *checked_domain(PathObject *self, unsigned int domid, unsign
     MemoryObject *domain = pv_domain_of(self, domid);
     if (domain == NULL)
         PyErr_Format(PyExc_LookupError, "no domain %u", domid);
-    else if (vcpu >= PV_VCPUS_MAX || port >= PV_PORTS_2L)
+    else if (vcpu >= PV_VCPUS_MAX || port >= PV_PORTS_MAX)
         PyErr_Format(PyExc_IndexError, "no vCPU %u or port %u", vcpu, port), domain = NULL;
     return domain;
 }
@@ -113,9 +113,10 @@ static int64_t raised(MemoryObject *domain, int64_t marked)
 #define PORT_METHOD(name, call) \
     static PyObject *path_##name(PathObject *self, PyObject *args) \
     { \
-        unsigned int domid, port, extra = 0; \
+        unsigned int domid, port, extra = 0, flag = 0; \
         MemoryObject *domain; \
-        if (!PyArg_ParseTuple(args, "II|I", &domid, &port, &extra) || \
+        (void)flag; \
+        if (!PyArg_ParseTuple(args, "II|II", &domid, &port, &extra, &flag) || \
             (domain = checked_domain(self, domid, 0, port)) == NULL) \
             return NULL; \
         int64_t r = raised(domain, call); \
@@ -127,7 +128,43 @@ PORT_METHOD(set_pending, (pv_set_pending(domain, port, pv_now_ns())))
 PORT_METHOD(set_pending, (pv_set_pending(domain, port, 1)))
 #endif
 PORT_METHOD(unmask, (pv_unmask(domain, port, (int)extra)))
-PORT_METHOD(eoi, (pv_eoi(domain, port, extra)))
+PORT_METHOD(eoi, (pv_eoi(self->machine, domain, port, extra, (int)flag)))
+
+/* The guest's own words of a port, and what the hypervisor clears when it closes one. */
+#define WORD_METHOD(name, call) \
+    static PyObject *path_##name(PathObject *self, PyObject *args) \
+    { \
+        unsigned int domid, port; \
+        MemoryObject *domain; \
+        if (!PyArg_ParseTuple(args, "II", &domid, &port) || (domain = checked_domain(self, domid, 0, port)) == NULL) \
+            return NULL; \
+        int64_t r = call; \
+        return r == PV_DEAD ? NULL : PyLong_FromLongLong(r); \
+    }
+WORD_METHOD(mask, (pv_mask(domain, port)))
+WORD_METHOD(clear_pending, (pv_clear_pending(domain, port)))
+
+static PyObject *path_fifo_rebuild(PathObject *self, PyObject *args)
+{
+    unsigned int domid, vcpu;
+    MemoryObject *domain;
+    if (!PyArg_ParseTuple(args, "II", &domid, &vcpu) || (domain = checked_domain(self, domid, vcpu, 0)) == NULL)
+        return NULL;
+    int64_t found = pv_fifo_rebuild(domain, vcpu);
+    if (found == -1)
+        return PyErr_NoMemory();
+    return found == PV_DEAD ? NULL : PyLong_FromLongLong(found);
+}
+
+static PyObject *path_expire(PathObject *self, PyObject *ignored)
+{
+    drained out;
+    (void)ignored;
+    pv_drained_clear(&out);
+    if (pv_expire(self, &out) == PV_DEAD)
+        return NULL;
+    return numbers(out.kicks, out.kick_count);
+}
 
 static int slot_in_range(unsigned int index, unsigned int end, const char *what)
 {
@@ -286,7 +323,11 @@ static PyMethodDef path_methods[] = {
     VAR(cpu_may_sleep, "cpu_may_sleep(domain, vcpu) -> False when an upcall came in between."),
     VAR(set_pending, "set_pending(domain, port) -> vCPU whose doorbell is to be rung, or -1."),
     VAR(unmask, "unmask(domain, port, eoi=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors EVTCHNOP_unmask."),
-    VAR(eoi, "eoi(domain, port, slot) -> vCPU whose doorbell is to be rung, or -1.  Mirrors xen_irq_lateeoi."),
+    VAR(mask, "mask(domain, port): the guest masks a port, on the ABI that the domain has now."),
+    VAR(clear_pending, "clear_pending(domain, port): on the ABI that the domain has now."),
+    VAR(fifo_rebuild, "fifo_rebuild(domain, vcpu) -> words raised again: for the heir of a hypervisor or of a CPU that does not run."),
+    {"expire", (PyCFunction)path_expire, METH_NOARGS, "expire() -> vCPUs to kick as domain << 8 | vcpu: late EOIs whose time has come take place."},
+    VAR(eoi, "eoi(domain, port, slot, spurious=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors xen_irq_lateeoi."),
     VAR(set_doorbell, "set_doorbell(domain, vcpu, eventfd or -1): where serve_hypervisor kicks."),
     VAR(set_door, "set_door(slot, socket fd or -1): where a file's doorbell byte is sent."),
 #ifndef PVBUS_EXPLORED

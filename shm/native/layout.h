@@ -9,13 +9,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PV_LAYOUT_VERSION 1u
+#define PV_LAYOUT_VERSION 2u
 #define PV_VCPUS_MAX 32u
 #define PV_NR_VIRQS 24u
 #define PV_FILES_MAX 1024u          /* the owner field of an irq word has 12 bits; 1,024 open files is what doctor promises */
 #define PV_SUBMISSIONS_MAX 2048u    /* one a process that uses a file: forks included */
 #define PV_SUBMISSION_ENTRIES 8192u /* holds notify_many() of every 2-level port, twice */
 #define PV_DOMAINS_MAX 16u
+#define PV_PORTS_2L 4096u           /* 64 words of 64 bits */
+#define PV_PORTS_FIFO 131072u       /* a LINK has 17 bits */
+#define PV_PORTS_MAX PV_PORTS_FIFO
 
 /* ---- xen.h, 64-bit guest: the 2-level shared info page (wire facts X5) ---- */
 struct pv_vcpu_info {
@@ -33,29 +36,83 @@ struct pv_shared_info {
     uint8_t wall_clock[16];
 };
 
-/* ---- a domain's segment: header, shared info, virtual CPUs, then four tables of ports_max words ---- */
-struct pv_domain_header {
-    uint32_t version, magic, ports_max, vcpus, domid, abi;
-    uint8_t pad[488];
-    uint32_t virq[PV_VCPUS_MAX][PV_NR_VIRQS]; /* the port a VIRQ is bound to, 0 = none; per-domain and global ones in row 0 */
+/* ---- xen.h: the FIFO ABI (wire facts X6).  Event words and control blocks lie in pages of the guest. ---- */
+#define PV_FIFO_PENDING (1u << 31)
+#define PV_FIFO_MASKED (1u << 30)
+#define PV_FIFO_LINKED (1u << 29)
+#define PV_FIFO_BUSY (1u << 28)
+#define PV_FIFO_LINK 0x1ffffu
+#define PV_FIFO_LINK_BITS 17u
+#define PV_FIFO_PRIORITIES 16u       /* 0 first */
+#define PV_FIFO_PRIORITY_DEFAULT 7u
+#define PV_FIFO_WORDS_A_PAGE 1024u
+#define PV_FIFO_PAGES_MAX 128u
+struct pv_fifo_control {             /* one a virtual CPU, 8-aligned in a page */
+    uint32_t ready, reserved;
+    uint32_t head[PV_FIFO_PRIORITIES];
 };
-struct pv_vcpu {                     /* 1024 bytes */
-    uint64_t evtchn_mask[64];        /* ports this virtual CPU serves (the guest's cpu_evtchn mask) */
+
+/* ---- a domain's segment: header, shared info, virtual CPUs, tables of PV_PORTS_MAX words, logs of arrivals, guest pages ---- */
+struct pv_domain_header {
+    uint32_t version, magic, ports_max, vcpus, domid, abi; /* ports_max and abi change with EVTCHNOP_init_control and reset */
+    uint32_t valid_evtchns;          /* one past the highest port ever handed out: where a look at all ports may end */
+    uint32_t array_pages;            /* FIFO: pages of the event array in use, and how many event words there are */
+    uint64_t eoi_next_ns;            /* no late EOI that waits is due before this; 0 = none waits */
+    uint8_t pad[472];
+    uint32_t virq[PV_VCPUS_MAX][PV_NR_VIRQS]; /* the port a VIRQ is bound to, 0 = none; per-domain and global ones in row 0 */
+    uint32_t array[PV_FIFO_PAGES_MAX]; /* FIFO: the guest page of each page of the event array + 1; 0 = none */
+};
+struct pv_vcpu {                     /* 1024 bytes; its own process writes it, but for the hypervisor's lines */
+    uint64_t evtchn_mask[64];        /* 2-level: ports this virtual CPU serves (the guest's cpu_evtchn mask) */
     uint32_t sleeping;               /* 1 = its process may sleep: ring its doorbell */
     uint32_t generation;             /* how often its process was born */
     uint32_t last_word, last_bit;    /* where the round-robin scan goes on */
     uint64_t upcalls, events, unhandled, spurious, warnings, migrations;
     uint64_t heartbeat_ns;
-    uint32_t arrivals_head, arrivals_tail; /* the CPU consumes, the hypervisor appends */
-    uint8_t pad[432];
+    uint32_t arrivals_head;          /* 2-level: the CPU consumes here, the hypervisor appends at arrivals_tail */
+    uint32_t irq_epoch;              /* upcall loops that have ended */
+    uint64_t loop_started_ns;        /* the upcall loop that runs, 0 = none */
+    uint32_t loop_events;            /* how many it has served */
+    uint32_t fifo_ready;             /* FIFO: queues that the guest knows to hold something */
+    uint32_t fifo_head[PV_FIFO_PRIORITIES]; /* FIFO: where the guest goes on in each, 0 = at the control block's head */
+    uint8_t pad1[32];
+    /* the hypervisor's lines: a line that both write would travel with every event */
+    uint32_t arrivals_tail;          /* @704 */
+    uint32_t arrivals_seen;          /* arrivals_head when the hypervisor last looked: it looks again when the log seems full */
+    uint32_t control;                /* FIFO: where in the segment the control block lies, 0 = none */
+    uint32_t pad2;
+    uint64_t fifo_dropped;           /* FIFO: raised without a control block */
+    uint8_t pad3[40];
+    uint32_t fifo_tail[PV_FIFO_PRIORITIES]; /* @768 FIFO: the last word linked, 0 = queue known to be empty */
+    uint8_t pad4[192];
 };
+#define PV_ABI_2L 0u
+#define PV_ABI_FIFO 1u
 #define PV_DOMAIN_SHARED_INFO 4096u
 #define PV_DOMAIN_VCPUS 8192u
 #define PV_DOMAIN_TABLES (PV_DOMAIN_VCPUS + PV_VCPUS_MAX * 1024u)
-/* table i (0 port words, 1 irq words, 2 pending since, 3 served at) starts at PV_DOMAIN_TABLES + i * 8 * ports_max */
-#define PV_DOMAIN_ARRIVALS (PV_DOMAIN_TABLES + 4u * 8u * 4096u)
-#define PV_ARRIVALS 4096u            /* a vCPU's log of ports in the order in which they were raised; full = order is lost, no event */
-#define PV_DOMAIN_BYTES (PV_DOMAIN_ARRIVALS + PV_VCPUS_MAX * PV_ARRIVALS * 4u)
+/* Table i starts at PV_DOMAIN_TABLES + i * 8 * PV_PORTS_MAX.  Pages of the segment that nobody touches cost nothing. */
+enum { PV_TABLE_PORT, PV_TABLE_IRQ, PV_TABLE_PENDING_SINCE, PV_TABLE_SERVED_AT, PV_TABLE_QUEUE, PV_TABLE_EOI_AT, PV_TABLE_EOI, PV_TABLES };
+#define PV_DOMAIN_ARRIVALS (PV_DOMAIN_TABLES + PV_TABLES * 8u * PV_PORTS_MAX)
+#define PV_ARRIVALS 4096u            /* 2-level: a vCPU's log of ports in the order in which they were raised; full = order is lost, no event */
+#define PV_DOMAIN_EOI_WAITING (PV_DOMAIN_ARRIVALS + PV_VCPUS_MAX * PV_ARRIVALS * 4u) /* a bit a port: its late EOI waits */
+/* What the guest gives to Xen by frame number: first one page a vCPU for its control block, then the event array. */
+#define PV_DOMAIN_GUEST (PV_DOMAIN_EOI_WAITING + PV_PORTS_MAX / 8u)
+#define PV_GUEST_PAGES (PV_VCPUS_MAX + PV_FIFO_PAGES_MAX + 32u)
+#define PV_DOMAIN_BYTES (PV_DOMAIN_GUEST + PV_GUEST_PAGES * 4096u)
+
+/* Queue word (FIFO): the hypervisor's; the queue that a port was linked on last, and its priority + 1 (0 = default). */
+#define PV_QUEUE_VCPU(w) ((uint32_t)((w) & 0xffu))
+#define PV_QUEUE_LAST_PRIORITY(w) ((uint32_t)(((w) >> 8) & 0xfu))
+#define PV_QUEUE_LINKED (1ull << 12)      /* it was linked at all: the two above mean something */
+#define PV_QUEUE_PENDING (1ull << 13)     /* raised before it had an event word: replayed by expand_array */
+#define PV_QUEUE_PRIORITY(w) ((uint32_t)(((w) >> 16) & 0x1fu))
+#define PV_QUEUE_PRIORITY_BITS(p) ((uint64_t)((p) + 1u) << 16)
+#define PV_QUEUE_LAST (0xfffull | PV_QUEUE_LINKED)
+
+/* Late-EOI word: bits 63:32 the epoch of the upcall loop that delivered, 7:0 how often the port was spurious in a row. */
+#define PV_EOI_EPOCH(w) ((uint32_t)((w) >> 32))
+#define PV_EOI_SPURIOUS(w) ((uint32_t)((w) & 0xffu))
 
 /* Port word: the hypervisor's view of a port; one store changes a port's state. */
 #define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
@@ -77,6 +134,8 @@ enum { PV_FREE, PV_RESERVED, PV_UNBOUND, PV_INTERDOMAIN, PV_PIRQ, PV_VIRQ, PV_IP
 #define PV_IRQ_STATIC (1ull << 22)
 #define PV_IRQ_KERNEL (1ull << 23)        /* held by the domain's own kernel: handled in place */
 #define PV_IRQ_CPU(w) ((uint32_t)(((w) >> 24) & 0x3fu)) /* who serves it while IN_SERVICE */
+#define PV_IRQ_DEFER (1ull << 30)         /* delivered by an upcall loop that had run too long: its EOI may have to wait */
+#define PV_IRQ_DELAYED (1ull << 31)       /* its EOI waits */
 #define PV_IRQ_CPU_BITS(v) ((uint64_t)(v) << 24)
 #define PV_IRQ_SERVED_ONE (1ull << 32)    /* bits 63:32 count its services: what an heir compares */
 #define PV_IRQ_SERVED(w) ((uint32_t)((w) >> 32))
@@ -88,6 +147,8 @@ struct pv_machine_header {
     uint32_t variants;               /* PV_VARIANT_* */
     uint32_t hypervisor_generation;
     uint64_t notifies, enables, refused, poisoned, kicks, drains;
+    uint8_t pad[56];
+    uint32_t virq_handler[PV_NR_VIRQS]; /* @128 the domain + 1 that handles a global VIRQ, 0 = the hardware domain */
 };
 struct pv_file {                     /* 256 bytes: what of an open file its user must not be able to write */
     uint32_t state;                  /* PV_FILE_* */

@@ -33,6 +33,8 @@ typedef struct {
 
 MemoryObject *pv_domain_of(PathObject *self, uint32_t domid);
 int64_t pv_drain(PathObject *self, uint32_t first, uint32_t end, uint32_t budget, drained *out);
+int64_t pv_expire(PathObject *self, drained *out);
+int64_t pv_expires_in(PathObject *self);
 int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page);
 int64_t pv_hypervisor_awake(MemoryObject *public_page);
 int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu);

@@ -69,6 +69,7 @@ static uint32_t work(server *s)
     drained out;
     pv_drained_clear(&out);
     pv_drain(s->path, 0, s->path->rings_end, BUDGET, &out);
+    pv_expire(s->path, &out);
     for (uint32_t i = 0; i < out.kick_count; i++)
         ring(s->path, out.kicks[i]);
     for (uint32_t i = 0; i < out.rearm_count; i++)
@@ -172,9 +173,11 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
             return;
         if (nap(s) || !may_sleep(s))
             continue;
-        int other = look(epoll, timeout_ms, doorbells, doorbell_words);
+        int64_t timer_ms = s->domain != NULL ? -1 : pv_expires_in(s->path); /* a late EOI that waits */
+        int ours = timer_ms >= 0 && (timeout_ms < 0 || timer_ms < timeout_ms);
+        int other = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
-        if (other || timeout_ms == 0)
+        if ((other && !ours) || timeout_ms == 0)
             return;
     }
 }

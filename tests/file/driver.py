@@ -15,6 +15,7 @@ from pvbus.actors.file import evtchn
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.hypervisor import calls, recovery
 from pvbus.actors.runtime import messages as m
+from pvbus.shm import channel
 from pvbus.shm.layout import FilePage
 from pvbus.tests.shm.rig import Rig
 
@@ -125,6 +126,8 @@ class Machine:
                 return self._run(calls.close_port(irqs, domid, slot, message.port))
             case m.Barrier():
                 return self._run(calls.barrier(domid))
+            case m.NrChannels():
+                return channel.nr_channels(op.domains[domid].memory)
             case m.SendPort():
                 with contextlib.suppress(OSError):      # A9.6: 0 whatever the hypervisor said
                     op.send(domid, message.port)

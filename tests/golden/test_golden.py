@@ -22,29 +22,33 @@ CONFIG = """\
 id = 0
 cpus = {cpus}
 platforms = ["xen"]
-abi = "2-level"
+abi = "{abi}"
 kernel_virqs = [0, 2, 9, 16]
 kernel_ports = 13
 affinity = "{affinity}"
 """
-SHAPES = {"one-cpu": (1, "vcpu0"), "two-cpus": (2, "vcpu0"), "two-cpus-spread": (2, "spread")}
+SHAPES = {
+    f"{abi}-{name}": (cpus, affinity, abi)
+    for abi in ("fifo", "2-level")
+    for name, cpus, affinity in (("one-cpu", 1, "vcpu0"), ("two-cpus", 2, "vcpu0"), ("two-cpus-spread", 2, "spread"))
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def shape(request: pytest.FixtureRequest) -> tuple[int, str]:
+def shape(request: pytest.FixtureRequest) -> tuple[int, str, str]:
     return SHAPES[request.param]
 
 
 @pytest.fixture(scope="module")
-def pvbus_config(shape: tuple[int, str]) -> str:
-    cpus, affinity = shape
-    return CONFIG.format(cpus=cpus, affinity=affinity)
+def pvbus_config(shape: tuple[int, str, str]) -> str:
+    cpus, affinity, abi = shape
+    return CONFIG.format(cpus=cpus, affinity=affinity, abi=abi)
 
 
 @pytest.mark.checklist("A1.1", "A4.1", "A5.1", "A6.1", "A9.1", "A10.1", "A11.1", "A12.1")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_machine_gives_the_recorded_answers(
-    pvbus_shared_machine: BootedMachine, shape: tuple[int, str], scenario: str
+    pvbus_shared_machine: BootedMachine, shape: tuple[int, str, str], scenario: str
 ) -> None:
     machine = pvbus_shared_machine.machine
     steps = SCENARIOS[scenario]
@@ -62,7 +66,7 @@ def test_the_machine_gives_the_recorded_answers(
     "scenario", ["open_two", "loopback_same_fd", "restrict", "stale_entry", "port_reuse", "static_restricted"]
 )
 def test_ioctls_by_number_and_structure_give_the_recorded_answers(
-    pvbus_shared_machine: BootedMachine, shape: tuple[int, str], scenario: str
+    pvbus_shared_machine: BootedMachine, shape: tuple[int, str, str], scenario: str
 ) -> None:
     result = replay(SCENARIOS[scenario], pvbus_shared_machine.machine, cpus=shape[0], raw=True)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from pvbus.actors.hypervisor.ports import VIRQS_PER_DOMAIN, VIRQS_PER_VCPU, HypercallError, PortStatus
+from pvbus.actors.hypervisor import kernel
+from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.actors.hypervisor.ports import VIRQS_PER_DOMAIN, VIRQS_PER_VCPU, PortStatus
 from pvbus.shm.layout import Domain, Port
 from pvbus.tests.shm.rig import Rig
 
@@ -372,7 +374,7 @@ def test_raising_a_virq_that_cannot_be_raised_says_so(
 
 @pytest.mark.parametrize("ports", [0, 3, 13, 4095])
 def test_the_kernel_gets_its_virqs_and_as_many_ports_as_it_was_promised(rig: Rig, ports: int) -> None:
-    rig.channels.give_to_kernel(0, ports, [0, 2])
+    kernel.boot(rig.channels, 0, kernel_ports=ports, kernel_virqs=[0, 2])
 
     assert set(states(rig, 0)) == set(range(1, max(2, ports) + 1))
     assert error(rig.channels.bind_virq, 0, 2, 0) == "EEXIST"

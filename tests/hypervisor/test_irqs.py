@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pvbus.actors.hypervisor import calls
-from pvbus.actors.hypervisor.ports import HypercallError
+from pvbus.actors.hypervisor import calls, kernel
+from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.shm.layout import Domain, Irq, Port, Vcpu
 from pvbus.tests.shm.rig import Rig
 
@@ -54,7 +54,7 @@ def test_a_port_that_the_abi_does_not_have_gets_no_handler(rig: Rig, port: int) 
 @pytest.mark.parametrize("holder", ["another file", "the kernel"])
 def test_a_port_has_one_handler(rig: Rig, holder: str, static: bool) -> None:
     if holder == "the kernel":
-        rig.channels.give_to_kernel(0, 1, [])
+        kernel.boot(rig.channels, 0, kernel_ports=1, kernel_virqs=[])
     else:
         rig.bind(1, rig.channels.alloc_unbound(0, SELF, 0))
     before = rig.irq(1)

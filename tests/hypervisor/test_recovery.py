@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pvbus.actors.hypervisor import calls, recovery
+from pvbus.actors.hypervisor import calls, kernel, recovery
 from pvbus.shm import _core_explored
 from pvbus.shm.layout import NR_VIRQS, Domain, Irq, Port, Vcpu
 from pvbus.tests.shm.rig import Rig
@@ -19,7 +19,7 @@ BOUND = (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI)
 def machine() -> Rig:
     """Return a machine with a kernel, two connected files, an unbound port of each, and a VIRQ."""
     rig = Rig(_core_explored, (2, 1))
-    rig.channels.give_to_kernel(0, 2, [0])
+    kernel.boot(rig.channels, 0, kernel_ports=2, kernel_virqs=[0])
     rig.open(0)
     rig.open(1)
     rig.pair(0, 1)

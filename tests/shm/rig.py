@@ -17,6 +17,7 @@ from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.shm import _core, _core_explored
 from pvbus.shm.layout import (
+    PORTS_2L,
     Domain,
     File,
     FilePage,
@@ -132,6 +133,8 @@ class Rig:
             for word in range(64):      # a guest boots with every port masked
                 state.memory.store64(Domain.EVTCHN_MASK + 8 * word, M64)
             state.memory.store64(Domain.table(Domain.PORT_WORDS, 0), Port.pack(Port.RESERVED))
+            state.memory.store32(Domain.PORTS_MAX, PORTS_2L)
+            state.memory.store32(Domain.VALID_EVTCHNS, 64)
         self.public = self.memory(PublicPage.BYTES)
         self.pages: dict[int, Any] = {}
         self.rings: dict[int, tuple[Any, int]] = {}
@@ -152,7 +155,7 @@ class Rig:
         """Let heirs take over: the same pages, a fresh path and fresh views of them."""
         domains = {domid: state.memory for domid, state in self.domains.items()}
         self.path = self.core.EventPath(self.machine, domains)
-        self.channels = EventChannels(self.domains, self.path, lambda *key: self.kicks.append(key))
+        self.channels = EventChannels(self.domains, self.path, lambda *key: self.kicks.append(key), machine=self.machine)
         self.irqs = IrqLayer(self.channels, spread=dict.fromkeys(self.domains, self.spread))
         for slot, page in self.pages.items():
             self.path.attach_file(slot, page)
@@ -163,7 +166,7 @@ class Rig:
 
     def open(self, slot: int, domid: int = 0, *, size: int = 64) -> Any:
         """Open a file whose ring has `size` entries; give its page."""
-        page = self.pages[slot] = self.memory(FilePage.BYTES_2L)
+        page = self.pages[slot] = self.memory(FilePage.BYTES)
         self.machine.store32(Machine.file(slot, File.DOMAIN), domid)
         self.machine.store32(Machine.file(slot, File.STATE), File.OPEN)
         self.path.attach_file(slot, page)

@@ -23,7 +23,7 @@ def memory(size, writable=True, closed=False):
 def tried(*arguments):
     machine = memory(Machine.BYTES)
     path = EventPath(machine, {0: memory(Domain.BYTES)})
-    page, ring, public = memory(FilePage.BYTES_2L), memory(SubmissionRing.BYTES), memory(PublicPage.BYTES)
+    page, ring, public = memory(FilePage.BYTES), memory(SubmissionRing.BYTES), memory(PublicPage.BYTES)
     bad = dict(writable=WRITABLE, closed=CLOSED)
     TRY
 try:
@@ -33,7 +33,7 @@ except (ValueError, TypeError) as error:
 """
 
 TRIES = {
-    "a file's page": "path.attach_file(0, memory(FilePage.BYTES_2L, **bad)); path.grow(0)",
+    "a file's page": "path.attach_file(0, memory(FilePage.BYTES, **bad)); path.grow(0)",
     "a submission ring": "path.attach_submission(0, memory(SubmissionRing.BYTES, **bad)); path.drain(1)",
     "the machine": "EventPath(memory(Machine.BYTES, **bad), {}).drain(1); EventPath(memory(Machine.BYTES, **bad), "
                    "{0: memory(Domain.BYTES)}).cpu_recover(0, 0); raise ValueError",

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from pvbus.shm import _core, _core_explored, layout
-from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing, Vcpu
+from pvbus.shm.layout import Domain, Fifo, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing, Vcpu
 
 # C structure -> the class that draws it. What has another name there stands in OTHER_NAMES.
 DRAWN = {
@@ -34,6 +34,20 @@ OTHER_NAMES = {
     "PV_DOMAIN_TABLES": Domain.TABLES,
     "PV_DOMAIN_ARRIVALS": Domain.ARRIVALS,
     "PV_ARRIVALS": Domain.ARRIVALS_ENTRIES,
+    "PV_DOMAIN_EOI_WAITING": Domain.EOI_WAITING,
+    "PV_DOMAIN_GUEST": Domain.GUEST,
+    "PV_GUEST_PAGES": Domain.GUEST_PAGES,
+    "PV_TABLE_PORT": Domain.PORT_WORDS,
+    "PV_TABLE_IRQ": Domain.IRQ_WORDS,
+    "PV_TABLE_PENDING_SINCE": Domain.PENDING_SINCE,
+    "PV_TABLE_SERVED_AT": Domain.SERVED_AT,
+    "PV_TABLE_QUEUE": Domain.QUEUE_WORDS,
+    "PV_TABLE_EOI_AT": Domain.EOI_AT,
+    "PV_TABLE_EOI": Domain.EOI_WORDS,
+    "PV_TABLES": Domain.TABLE_COUNT,
+    "pv_fifo_control": Fifo.CONTROL_BYTES,
+    "pv_fifo_control.ready": Fifo.READY,
+    "pv_fifo_control.head": Fifo.HEAD,
     "PV_DOMAIN_BYTES": Domain.BYTES,
     "PV_MACHINE_FILES": Machine.FILES,
     "PV_MACHINE_SUBMISSIONS": Machine.SUBMISSIONS,
@@ -58,9 +72,10 @@ NO_FIELDS = {
     "CLOSING",
     "VCPU_INFO_BYTES", "UPCALL_PENDING", "UPCALL_MASK", "PENDING_SEL", "SHARED_INFO", "EVTCHN_PENDING", "EVTCHN_MASK",
     "VCPU_AREA", "VCPU_BYTES", "TABLES", "ARRIVALS", "ARRIVALS_ENTRIES", "BYTES", "PORT_WORDS", "IRQ_WORDS",
-    "PENDING_SINCE", "SERVED_AT", "FILES", "FILE_BYTES", "SUBMISSIONS", "SUBMISSION_BYTES", "VARIANT_DRIVER_WAKEUP",
+    "PENDING_SINCE", "SERVED_AT", "QUEUE_WORDS", "EOI_AT", "EOI_WORDS", "TABLE_COUNT", "EOI_WAITING", "GUEST", "GUEST_PAGES",
+    "FILES", "FILE_BYTES", "SUBMISSIONS", "SUBMISSION_BYTES", "VARIANT_DRIVER_WAKEUP",
     "NAME_BYTES", "LOCK_FILE", "FREE", "OPEN", "DEAD", "ATTACHED", "POISONED", "BITMAP_AT", "RING_AT", "BITMAP", "RING",
-    "BYTES_2L", "OVERFLOW", "EPOCH_SHIFT", "DATA", "NOTIFY", "ENABLE", "REARM", "BOOTING", "READY", "STOPPING",
+    "OVERFLOW", "EPOCH_SHIFT", "DATA", "NOTIFY", "ENABLE", "REARM", "BOOTING", "READY", "STOPPING",
 }
 
 
@@ -73,6 +88,10 @@ def drawn(name: str) -> int | None:
         number = getattr(DRAWN[struct], field.upper(), None) if struct in DRAWN else None
     elif name.startswith("PV_IRQ_"):
         number = getattr(Irq, name.removeprefix("PV_IRQ_"), None)
+    elif name.startswith("PV_FIFO_"):
+        number = getattr(Fifo, name.removeprefix("PV_FIFO_"), None)
+    elif name.startswith("PV_QUEUE_"):
+        number = getattr(Fifo, name.removeprefix("PV_"), None)
     elif name.startswith("PV_PORT_"):
         number = getattr(Port, name.removeprefix("PV_PORT_"), None)
     else:
@@ -132,7 +151,11 @@ def test_the_numbers_in_the_drawing_are_those_of_the_classes() -> None:
 def test_tables_do_not_overlap() -> None:
     assert Domain.virq(layout.VCPUS_MAX - 1, layout.NR_VIRQS - 1) + 4 <= Domain.SHARED_INFO
     assert Domain.vcpu(layout.VCPUS_MAX - 1, Domain.VCPU_BYTES) == Domain.TABLES
-    assert Domain.table(Domain.SERVED_AT, layout.PORTS_2L) == Domain.ARRIVALS
+    assert Domain.table(Domain.EOI_WORDS, layout.PORTS_MAX) == Domain.ARRIVALS
+    assert Domain.ARRAY + 4 * Fifo.PAGES_MAX == Domain.SHARED_INFO
+    assert Domain.GUEST % 4096 == 0
+    assert Vcpu.FIFO_HEAD + 4 * Fifo.PRIORITIES <= Vcpu.ARRIVALS_TAIL
+    assert Vcpu.ARRIVALS_TAIL // 64 > (Vcpu.FIFO_HEAD + 4 * Fifo.PRIORITIES - 1) // 64  # the hypervisor's lines
     assert Machine.file(layout.FILES_MAX, 0) == Machine.SUBMISSIONS
     assert Machine.submission(layout.SUBMISSIONS_MAX, 0) == Machine.BYTES
     assert layout.FILES_MAX <= Irq.SLOT     # the field holds file + 1
@@ -140,7 +163,7 @@ def test_tables_do_not_overlap() -> None:
 
 def test_irq_fields_do_not_overlap() -> None:
     fields = [Irq.SLOT, Irq.ENABLED, Irq.ACTIVE, Irq.EXPLICIT, Irq.TEMPORARY, Irq.EOI_PENDING, Irq.IN_SERVICE,
-              Irq.STATIC, Irq.KERNEL, 0x3F << 24, 0xFFFFFFFF << 32]
+              Irq.STATIC, Irq.KERNEL, 0x3F << 24, Irq.DEFER, Irq.DELAYED, 0xFFFFFFFF << 32]
 
     assert sum(fields) == functools.reduce(operator.or_, fields)
     assert Irq.REASONS == Irq.EXPLICIT | Irq.TEMPORARY | Irq.EOI_PENDING

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pvbus.actors.hypervisor import kernel
 from pvbus.shm import _core
 from pvbus.shm.layout import Domain, Irq, Port, Vcpu
 from pvbus.tests.shm.rig import Rig
@@ -177,7 +178,7 @@ def test_a_port_without_a_handler_stays_pending_and_is_no_endless_loop(rig: Rig)
 
 
 def test_a_port_of_the_kernel_is_handled_in_place(rig: Rig) -> None:
-    rig.channels.give_to_kernel(0, 3, [0, 2])
+    kernel.boot(rig.channels, 0, kernel_ports=3, kernel_virqs=[0, 2])
 
     for port in (1, 2, 3):
         rig.path.set_pending(0, port)
@@ -271,7 +272,7 @@ def test_unmask_raises_again_what_was_masked_and_pending(
 
 @pytest.mark.parametrize("call", ["set_pending", "unmask", "eoi"])
 @pytest.mark.parametrize(("domid", "port", "error"), [
-    (5, 1, LookupError), (0, 4096, IndexError), (0, 2**32 - 1, IndexError),
+    (5, 1, LookupError), (0, 131072, IndexError), (0, 2**32 - 1, IndexError),
 ])
 def test_ports_and_domains_that_are_not_there_are_refused(
     rig: Rig, call: str, domid: int, port: int, error: type[Exception]

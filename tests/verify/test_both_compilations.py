@@ -41,7 +41,7 @@ PORTS = range(1, 9)
 VCPUS = 2
 SLOT = 3
 SIZES = {
-    "machine": Machine.BYTES, "domain": Domain.BYTES, "page": FilePage.BYTES_2L, "ring": SubmissionRing.BYTES,
+    "machine": Machine.BYTES, "domain": Domain.BYTES, "page": FilePage.BYTES, "ring": SubmissionRing.BYTES,
     "public": PublicPage.BYTES,
 }
 

@@ -73,7 +73,7 @@ class EventRing(Scenario):
         self.doorbells = [model.bell(f"cpu{vcpu}") for vcpu in range(self.cpus)]
         self.machine = Memory(model, Machine.BYTES)
         self.domain = Memory(model, Domain.BYTES)
-        self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES_2L)
+        self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES)
         self.rings = [Memory(model, SubmissionRing.BYTES) for _ in range(self.readers)]
         self.public = Memory(model, PublicPage.BYTES)
         for name in ("machine", "domain", "page", "public"):

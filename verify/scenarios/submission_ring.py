@@ -32,7 +32,7 @@ class SubmissionRings(Scenario):
         self.door, self.kick = model.bell("door"), model.bell("kick")
         self.machine = Memory(model, Machine.BYTES)
         self.domain = Memory(model, Domain.BYTES)
-        self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES_2L)
+        self.page = Memory(FilePort(model, self.door, self.kick), FilePage.BYTES)
         self.public = Memory(model, PublicPage.BYTES)
         self.rings = [Memory(model, SubmissionRing.BYTES) for _ in range(self.users)]
         for name in ("machine", "domain", "page", "public"):

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The FIFO event-channel ABI, the hypervisor's side: event words in the domain's event array, and for each vCPU a control
+ * block with sixteen queues, linked through the words.  The CPU's side, which takes a queue's first word out, is upcall.c.
+ *
+ * Only the hypervisor process links, one port after the other, so the queue locks of Xen have nobody to keep out here.  Of
+ * the lock protocol remains what the guest takes part in: a word whose LINK is being written is BUSY, and is not unmasked
+ * meanwhile.  Queue heads, the guest's too, and tails lie in the domain's segment: an heir finds them (pv_fifo_rebuild).
+ */
+#include "core.h"
+
+#include <stdlib.h>
+
+#define LINK_TRIES_MAX 4 /* a guest can change a word that is BUSY: it masks it, or takes it out, and no more than that */
+#define UNMASK_TRIES_MAX 1000000u
+
+#define CONTROL(vcpu_control, field) ((size_t)(vcpu_control) + offsetof(struct pv_fifo_control, field))
+
+int64_t pv_fifo_word_at(MemoryObject *domain, uint32_t port)
+{
+    uint32_t page;
+    PV_LOAD32(page, domain, PV_HEADER(array) + 4u * (port / PV_FIFO_WORDS_A_PAGE), PV_RELAXED, "fifo.page");
+    if (page == 0 || page > PV_GUEST_PAGES)
+        return 0;
+    return PV_DOMAIN_GUEST + (int64_t)(page - 1) * 4096 + (int64_t)(port % PV_FIFO_WORDS_A_PAGE) * 4;
+}
+
+/* Write the successor into a queue's last word.  1 = done, 0 = that word has left its queue: the queue is empty. */
+static int64_t set_link(MemoryObject *domain, uint32_t tail, uint32_t port)
+{
+    uint32_t word, old;
+    int64_t at;
+    int done;
+    PV_TRY(at, pv_fifo_word_at(domain, tail));
+    if (at == 0)
+        return 0;
+    for (int turn = 0; turn <= LINK_TRIES_MAX; turn++) {
+        if (turn == 1) /* the guest changed it under us: hold it still */
+            PV_OR32(old, domain, at, PV_FIFO_BUSY, "fifo.busy");
+        PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+        if (!(word & PV_FIFO_LINKED))
+            break;
+        /* SYNC(fifo_link): in one exchange, or the guest takes the word out as the queue's last one while we link behind it. */
+        PV_CAS32(done, domain, at, word, (word & ~(PV_FIFO_LINK | PV_FIFO_BUSY)) | port, "fifo_link");
+        if (done)
+            return 1;
+    }
+    PV_AND32(old, domain, at, ~PV_FIFO_BUSY, "fifo.idle");
+    (void)old;
+    return 0;
+}
+
+/* Which queue a port goes to; remembers it.  PV_DEAD, or vCPU << 8 | priority. */
+static int64_t choose_queue(MemoryObject *domain, uint32_t port)
+{
+    uint64_t entry, queue;
+    uint32_t tail;
+    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
+    PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
+    uint32_t vcpu = PV_PORT_VCPU(entry) & (PV_VCPUS_MAX - 1);
+    uint32_t priority = PV_QUEUE_PRIORITY(queue) != 0 ? PV_QUEUE_PRIORITY(queue) - 1u : PV_FIFO_PRIORITY_DEFAULT;
+    priority &= PV_FIFO_PRIORITIES - 1;
+    if (queue & PV_QUEUE_LINKED) {
+        /* It may still be what its last queue takes for its tail: nothing may be linked behind it there any more. */
+        size_t at = PV_VCPU(PV_QUEUE_VCPU(queue) & (PV_VCPUS_MAX - 1), fifo_tail) + 4u * PV_QUEUE_LAST_PRIORITY(queue);
+        PV_LOAD32(tail, domain, at, PV_RELAXED, "fifo.tail");
+        if (tail == port)
+            PV_STORE32(domain, at, 0, PV_RELAXED, "fifo.tail");
+    }
+    queue = (queue & ~PV_QUEUE_LAST) | PV_QUEUE_LINKED | (uint64_t)priority << 8 | vcpu;
+    PV_STORE64(domain, PV_QUEUE_WORD(port), queue, PV_RELAXED, "fifo.queue");
+    return (int64_t)vcpu << 8 | priority;
+}
+
+/* Put a pending port, which is LINKED by now and in no queue, behind its queue. */
+static int64_t enqueue(MemoryObject *domain, uint32_t port)
+{
+    uint32_t control, tail, ready;
+    int64_t chosen, linked = 0;
+    PV_TRY(chosen, choose_queue(domain, port));
+    uint32_t vcpu = (uint32_t)chosen >> 8, priority = (uint32_t)chosen & 0xffu;
+    size_t tail_at = PV_VCPU(vcpu, fifo_tail) + 4u * priority;
+    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
+    PV_LOAD32(tail, domain, tail_at, PV_RELAXED, "fifo.tail");
+    if (tail != 0 && tail < PV_PORTS_FIFO)
+        PV_TRY(linked, set_link(domain, tail, port));
+    if (!linked)
+        PV_STORE32(domain, CONTROL(control, head) + 4u * priority, port, PV_RELAXED, "fifo.head");
+    PV_STORE32(domain, tail_at, port, PV_RELAXED, "fifo.tail");
+    if (linked)
+        return 0;
+    /* SYNC(fifo_ready): the head before the bit that announces it (full barrier); the guest takes the bits, then reads the head. */
+    PV_OR32(ready, domain, CONTROL(control, ready), 1u << priority, "fifo_ready");
+    if (ready & 1u << priority)
+        return 0;
+    /* SYNC(fifo_upcall): the ready bit before the flag (full barriers); the CPU clears the flag before it takes the bits. */
+    return pv_vcpu_mark(domain, vcpu);
+}
+
+static int64_t has_control(MemoryObject *domain, uint32_t port)
+{
+    uint64_t entry;
+    uint32_t control;
+    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
+    uint32_t vcpu = PV_PORT_VCPU(entry) & (PV_VCPUS_MAX - 1);
+    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
+    if (control == 0)
+        PV_COUNT64(domain, PV_VCPU(vcpu, fifo_dropped), 1);
+    return control != 0;
+}
+
+/*
+ * evtchn_fifo_set_pending.  PENDING, then LINKED, each by one read-modify-write of the event word.  Mask and pending are bits
+ * of one word, so the 2-level ABI's barrier between them is not needed: whoever unmasks sees PENDING, or we see no MASKED.
+ */
+int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
+{
+    uint32_t old;
+    int64_t at, control;
+    PV_TRY(at, pv_fifo_word_at(domain, port));
+    if (at == 0) {
+        uint64_t queue;
+        PV_OR64(queue, domain, PV_QUEUE_WORD(port), PV_QUEUE_PENDING, "fifo.early");
+        (void)queue;
+        return 0;
+    }
+    PV_OR32(old, domain, at, PV_FIFO_PENDING, "fifo.pending");
+    if (!(old & PV_FIFO_PENDING))
+        PV_STAMP64(domain, PV_PENDING_SINCE(port), now);
+    if (old & (PV_FIFO_MASKED | PV_FIFO_LINKED))
+        return 0;
+    PV_TRY(control, has_control(domain, port));
+    if (!control)
+        return 0;
+    PV_OR32(old, domain, at, PV_FIFO_LINKED, "fifo.linked");
+    if (old & PV_FIFO_LINKED)
+        return 0;
+    return enqueue(domain, port);
+}
+
+/* Unmask; a port that is pending is raised again (EVTCHNOP_unmask), and stays where it is if it is linked already. */
+int64_t pv_fifo_unmask(MemoryObject *domain, uint32_t port)
+{
+    uint32_t word = 0;
+    int64_t at;
+    int done = 0;
+    PV_TRY(at, pv_fifo_word_at(domain, port));
+    if (at == 0)
+        return 0;
+    for (uint32_t turn = 0; !done && turn < UNMASK_TRIES_MAX; turn++) {
+        PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+        if (word & PV_FIFO_BUSY)
+            PV_SPIN(domain, "fifo.unmask.busy");
+        else
+            PV_CAS32(done, domain, at, word, word & ~PV_FIFO_MASKED, "fifo.unmask");
+    }
+    return done && word & PV_FIFO_PENDING ? pv_fifo_set_pending(domain, port, 0) : 0;
+}
+
+/* Is the port in this queue, as far as its word and what we noted of it tell? */
+static int64_t is_queued(MemoryObject *domain, uint32_t port, uint32_t vcpu, uint32_t priority, uint32_t *next)
+{
+    uint64_t queue;
+    uint32_t word;
+    int64_t at;
+    PV_TRY(at, pv_fifo_word_at(domain, port));
+    if (at == 0)
+        return 0;
+    PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+    PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
+    *next = word & PV_FIFO_LINK;
+    return word & PV_FIFO_LINKED && queue & PV_QUEUE_LINKED && PV_QUEUE_VCPU(queue) == vcpu &&
+           PV_QUEUE_LAST_PRIORITY(queue) == priority;
+}
+
+/* Note what is reachable in one queue, from where the guest goes on or from the control block's head; an empty queue has neither. */
+static int64_t walk(MemoryObject *domain, uint32_t vcpu, uint32_t control, uint32_t priority, uint64_t *reachable)
+{
+    uint32_t port, next = 0, last = 0;
+    int64_t in;
+    PV_LOAD32(port, domain, PV_VCPU(vcpu, fifo_head) + 4u * priority, PV_RELAXED, "fifo.local");
+    if (port == 0)
+        PV_LOAD32(port, domain, CONTROL(control, head) + 4u * priority, PV_RELAXED, "fifo.head");
+    while (port != 0 && port < PV_PORTS_FIFO && !(reachable[port / 64] >> (port % 64) & 1)) {
+        PV_TRY(in, is_queued(domain, port, vcpu, priority, &next));
+        if (!in)
+            break;
+        reachable[port / 64] |= 1ull << (port % 64);
+        last = port;
+        port = next;
+    }
+    PV_STORE32(domain, PV_VCPU(vcpu, fifo_tail) + 4u * priority, last, PV_RELAXED, "fifo.tail");
+    if (last == 0) { /* a head that is left over may be linked elsewhere by now */
+        PV_STORE32(domain, PV_VCPU(vcpu, fifo_head) + 4u * priority, 0, PV_RELAXED, "fifo.local");
+        PV_STORE32(domain, CONTROL(control, head) + 4u * priority, 0, PV_RELAXED, "fifo.head");
+    }
+    return 0;
+}
+
+/* Take a word that no queue reaches out of its queue, and raise it again if it is pending. */
+static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const uint64_t *reachable)
+{
+    uint64_t entry, queue;
+    uint32_t word, old;
+    int64_t at, r;
+    PV_TRY(at, pv_fifo_word_at(domain, port));
+    if (at == 0 || reachable[port / 64] >> (port % 64) & 1)
+        return 0;
+    PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
+    PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
+    /* Set before the queue was chosen: LINKED may stand there with the queue of the time before, or with none. */
+    uint32_t on = word & PV_FIFO_LINKED && queue & PV_QUEUE_LINKED ? PV_QUEUE_VCPU(queue) : PV_PORT_VCPU(entry);
+    if (on != vcpu || (!(word & (PV_FIFO_LINKED | PV_FIFO_BUSY)) && !(word & PV_FIFO_PENDING && !(word & PV_FIFO_MASKED))))
+        return 0;
+    PV_AND32(old, domain, at, ~(PV_FIFO_LINKED | PV_FIFO_BUSY | PV_FIFO_LINK), "fifo.unlink");
+    (void)old;
+    if (!(word & PV_FIFO_PENDING))
+        return 0;
+    PV_TRY(r, pv_fifo_set_pending(domain, port, 0));
+    return 1;
+}
+
+/*
+ * What the heir of a hypervisor, or of a CPU's process, finds half done: a word taken out whose successor was not yet noted, a
+ * word LINKED that was not yet queued, a BUSY word, a stale tail, a pending word that nobody linked.  The hypervisor calls it
+ * while the CPU's process does not run, so nobody takes anything out meanwhile, and everything raised goes through the
+ * caller.  Walks the vCPU's queues, and raises again what none of them reaches.  How many; -1 when memory is short.
+ */
+int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu)
+{
+    uint32_t control, pages, old;
+    int64_t r, found = 0;
+    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
+    PV_LOAD32(pages, domain, PV_HEADER(array_pages), PV_RELAXED, "fifo.pages");
+    if (control == 0 || pages > PV_FIFO_PAGES_MAX)
+        return 0;
+    uint64_t *reachable = calloc(PV_PORTS_FIFO / 64, sizeof *reachable);
+    if (reachable == NULL)
+        return -1;
+    for (uint32_t priority = 0; priority < PV_FIFO_PRIORITIES; priority++)
+        if ((r = walk(domain, vcpu, control, priority, reachable)) == PV_DEAD)
+            goto dead;
+    for (uint32_t port = 1; port < pages * PV_FIFO_WORDS_A_PAGE; port++) {
+        if ((r = relink(domain, vcpu, port, reachable)) == PV_DEAD)
+            goto dead;
+        found += r;
+    }
+    free(reachable);
+    /* Every queue gets a look: of what was walked, the bit that announced it may have died with its taker. */
+    PV_OR32(old, domain, PV_VCPU(vcpu, fifo_ready), (1u << PV_FIFO_PRIORITIES) - 1, "fifo.ready.all");
+    (void)old;
+    return found;
+dead:
+    free(reachable);
+    return PV_DEAD;
+}
