@@ -100,6 +100,28 @@ class Machine:
         reply, _ = self._ask(m.RaiseVirq(virq=virq, domain=domain, vcpu=vcpu))
         return getattr(reply, "value", 0)
 
+    def event_channel_op(self, op: int, argument: bytes | None, domain: int = 0) -> bytes:
+        """Mirror HYPERVISOR_event_channel_op, made by the domain's kernel, with its structure; give that back.
+
+        OSError with Xen's errno: ENOSYS for an unknown operation, EFAULT for None and for a structure that ends too early.
+        """
+        reply, _ = self._ask(m.EventChannelOp(op=op, argument=argument, domain=domain))
+        if not isinstance(reply, m.OpDone):
+            raise ConnectionError(f"unexpected {type(reply).__name__}")
+        return reply.argument
+
+    def set_virq_handler(self, virq: int, domain: int) -> None:
+        """Give a global VIRQ to a domain, as XEN_DOMCTL_set_virq_handler does. EINVAL for one that is not global, ESRCH."""
+        self._ask(m.SetVirqHandler(virq=virq, domain=domain))
+
+    def set_affinity(self, domain: int, port: int, vcpu: int) -> None:
+        """Have a virtual CPU serve a port, as a write to smp_affinity does. ESRCH, ENOENT, EINVAL (no handler, cannot move)."""
+        self._ask(m.SetAffinity(domain=domain, port=port, vcpu=vcpu))
+
+    def soft_reset(self, domain: int) -> None:
+        """Have a domain boot another kernel (kexec): its files answer EIO, its ports are closed, peers unbound. ESRCH."""
+        self._ask(m.SoftReset(domain=domain))
+
     # ---- the machine
 
     def settle(self) -> None:

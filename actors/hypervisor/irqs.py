@@ -134,6 +134,15 @@ class IrqLayer:
         if not word & Irq.STATIC and self.channels.word(domid, port) & 7 not in (Port.FREE, Port.RESERVED):
             self.channels.close(domid, port)
 
+    def forget(self, domid: int) -> None:
+        """The domain's kernel is gone, and with it every handler; counts of services go on."""
+        memory = self._memory(domid)
+        self._load.pop(domid, None)
+        for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):
+            at = Domain.table(Domain.IRQ_WORDS, port)
+            memory.store64_release(at, memory.load64(at) & ~0xFFFFFFFF)
+            kernel.serve_on(memory, port, -1, range(self.channels.domains[domid].vcpus))
+
     def _handled(self, domid: int) -> Iterator[int]:
         memory = self._memory(domid)
         for port in range(1, memory.load32(Domain.VALID_EVTCHNS)):

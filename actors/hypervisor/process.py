@@ -15,7 +15,8 @@ import select
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pvbus.actors.hypervisor import calls, records, recovery
+from pvbus.actors.hypervisor import calls, kernel, records, recovery, toolstack
+from pvbus.actors.hypervisor.cpus import Cpus
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.executor import Executor
 from pvbus.actors.hypervisor.irqs import IrqLayer
@@ -36,15 +37,13 @@ from pvbus.shm.layout import (
     PublicPage,
     Submission,
     SubmissionRing,
-    Vcpu,
 )
-from pvbus.shm.memory import EventPath, Memory, now_ns
+from pvbus.shm.memory import EventPath, Memory
 from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-FLUSH_DEADLINE_S = 10.0  # a CPU that is restarted meanwhile included
 SETTLE_ROUNDS_MAX = 10_000
 BYTE = b"\x01"
 
@@ -75,6 +74,7 @@ class HypervisorProcess(ProcessActor):
             check(state.memory, MAGIC_DOMAIN, f"the segment of domain {domid}")
         self.path = EventPath(self.machine, {domid: domain.memory for domid, domain in domains.items()})
         limits = {spec["id"]: spec["ports_max"] for spec in arguments["domains"] if spec["ports_max"]}
+        self.kernels = {spec["id"]: spec for spec in arguments["domains"]}  # what each domain's kernel takes when it boots
         self.channels = EventChannels(domains, self.path, self._kick, machine=self.machine, limits=limits)
         spread = {spec["id"]: spec["affinity"] == "spread" for spec in arguments["domains"]}
         self.irqs = IrqLayer(self.channels, spread=spread)
@@ -82,11 +82,8 @@ class HypervisorProcess(ProcessActor):
         self.slots: dict[Peer, int] = {}
         self.rings: dict[int, int] = {}  # submission index -> slot
         self.ring_kicks: dict[int, int] = {}
-        self.cpus: dict[tuple[int, int], Peer] = {}
-        self.doorbells: dict[int, int] = {}
-        self.calls = Executor(self.inbox.call_soon, self._before_a_call, self._flush)
-        self.flushing: set[tuple[int, int]] = set()
-        self.flush_deadline_ns = 0
+        self.cpus = Cpus(self.inbox, self.channels, self._flushed)
+        self.calls = Executor(self.inbox.call_soon, self._before_a_call, self.cpus.flush)
         self.doors = select.epoll()
         self.releasing: set[int] = set()
         self.unclaimed: dict[int, set[int]] = {}  # ports handed out to a file and not bound by it yet
@@ -112,7 +109,7 @@ class HypervisorProcess(ProcessActor):
     def _effects(self, drained: tuple[int, list[int], list[int], list[int]]) -> None:
         _, kicks, rearm, poisoned = drained
         for code in kicks:
-            self._kick(code >> 8, code & 0xFF)
+            self.cpus.kick(code >> 8, code & 0xFF)
         for slot in rearm:
             self._send_byte(slot)
         for slot in poisoned:
@@ -120,9 +117,10 @@ class HypervisorProcess(ProcessActor):
                 self._send_byte(slot)
 
     def _kick(self, domid: int, vcpu: int) -> None:
-        doorbell = self.doorbells.get(domid << 8 | vcpu)
-        if doorbell is not None:
-            os.eventfd_write(doorbell, 1)
+        self.cpus.kick(domid, vcpu)
+
+    def _flushed(self, error: OSError | None) -> None:
+        self.calls.resume(error)
 
     def _send_byte(self, slot: int) -> None:
         file = self.files.get(slot)
@@ -158,11 +156,41 @@ class HypervisorProcess(ProcessActor):
             self.calls.start(self._files_known(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.Settle):
             self.calls.start(self._settle(), lambda reply: _reply(received, reply))
-        elif isinstance(message, m.RaiseVirq):
-            return Done(value=self.channels.raise_virq(message.domain, message.virq, message.vcpu))
+        elif isinstance(message, toolstack.REQUESTS):
+            self._from_toolstack(message, received)
+        elif isinstance(message, m.SoftReset):
+            self.calls.start(self._soft_reset(message.domain), lambda reply: _reply(received, reply))
+        elif isinstance(message, m.Advance):
+            return Done()  # that we are awake is all: late EOIs whose time has come are looked for before the next sleep
         else:
             return super().on_message(received)
         return None
+
+    def _from_toolstack(self, message: Message, received: Received) -> None:
+        answers: list[Message] = []
+
+        def steps() -> Generator[calls.Wait, None, int]:
+            yield from ()
+            answers.append(toolstack.execute(self.channels, self.irqs, message))
+            return 0
+
+        self.calls.start(steps(), lambda reply: _reply(received, answers[0] if answers else reply))
+
+    def _soft_reset(self, domid: int) -> Generator[calls.Wait, None, int]:
+        """The old kernel's files go with it; Xen closes what is left; the new kernel boots as the first one did."""
+        if domid not in self.channels.domains:
+            raise HypercallError(errno.ESRCH, f"no domain {domid}")
+        for slot, file in tuple(self.files.items()):
+            if file.domain == domid:
+                yield from self._release(slot, file)
+        yield calls.Flush(domid)
+        self.channels.reset(domid, domid)
+        self.irqs.forget(domid)
+        spec = self.kernels[domid]
+        kernel.boot(
+            self.channels, domid, abi=spec["abi"], kernel_ports=spec["kernel_ports"], kernel_virqs=spec["kernel_virqs"]
+        )
+        return 0
 
     def _call_of(self, slot: int, caller: Peer, message: Message) -> Generator[calls.Wait, None, int]:
         """Find the steps of a file's call; they run once its turn comes, if the file still is there then."""
@@ -221,40 +249,6 @@ class HypervisorProcess(ProcessActor):
             self._effects(drained)
         self._look_for_hangups()
 
-    def _flush(self, domid: int) -> None:
-        self.flush_deadline_ns = now_ns() + int(FLUSH_DEADLINE_S * 1e9)
-        domain = self.channels.domains[domid]
-        self.flushing = {(domid, vcpu) for vcpu in range(domain.vcpus) if not self._is_idle(domain, vcpu)}
-        for key in tuple(self.flushing):
-            self._ask_flush(key)
-        if not self.flushing:
-            self.inbox.call_soon(self.calls.resume)
-
-    @staticmethod
-    def _is_idle(domain: DomainState, vcpu: int) -> bool:
-        """Nothing to deliver: it sleeps, and has no upcall pending (it looks at that after announcing sleep)."""
-        return (
-            domain.memory.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING)) == 1
-            and domain.memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)) == 0
-        )
-
-    def _ask_flush(self, key: tuple[int, int]) -> None:
-        peer = self.cpus.get(key)
-        if peer is not None:  # otherwise its heir is asked when it comes up
-            with contextlib.suppress(PeerGone):
-                peer.ask(m.FlushUpcalls(), lambda reply, _fds: self._flushed(key, reply), FLUSH_DEADLINE_S)
-
-    def _flushed(self, key: tuple[int, int], reply: Message) -> None:
-        if isinstance(reply, Failure):
-            if now_ns() > self.flush_deadline_ns and key in self.flushing:
-                self.flushing.clear()
-                self.calls.resume(HypercallError(errno.EIO, f"cpu/{key[0]}.{key[1]} does not answer"))
-            return
-        if key in self.flushing:
-            self.flushing.discard(key)
-            if not self.flushing:
-                self.calls.resume()
-
     def _settle(self) -> Generator[calls.Wait, None, int]:
         """Wait until a whole round finds nothing to do: rings drained, every CPU asleep without an upcall."""
         for rounds in range(SETTLE_ROUNDS_MAX):
@@ -263,7 +257,7 @@ class HypervisorProcess(ProcessActor):
                 self._effects(drained)
             idle = True
             for domid, domain in self.channels.domains.items():
-                if not all(self._is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):
+                if not all(self.cpus.is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):
                     idle = False
                     yield calls.Flush(domid)
             if drained is None and idle:
@@ -273,24 +267,11 @@ class HypervisorProcess(ProcessActor):
     # ---- CPUs
 
     def _cpu_up(self, message: m.CpuUp, received: Received) -> None:
-        key = (message.domain, message.vcpu)
-        sock, doorbell = received.fds
-        old = self.doorbells.pop(message.domain << 8 | message.vcpu, None)
-        if old is not None:
-            os.close(old)
-        self.doorbells[message.domain << 8 | message.vcpu] = doorbell
-        self.path.set_doorbell(message.domain, message.vcpu, doorbell)
-        peer = self.inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
-        self.path.fifo_rebuild(message.domain, message.vcpu)  # what its forerunner, or ours, left half done; it does not run yet
+        peer = self.cpus.up(message, received)
         for slot, file in self.files.items():
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
-
-        peer.ask(m.Go(), lambda reply, _fds: received.peer.reply(received.request, reply))
-        # From here on it hears of every file that is opened, and of flushes, behind Go: its socket keeps their order.
-        self.cpus[key] = peer
-        if key in self.flushing:
-            self._ask_flush(key)
+        self.cpus.go((message.domain, message.vcpu), peer, received)
 
     def _attach_to(self, peer: Peer, slot: int, file: OpenFile, then: Callable[[Message, list[int]], None]) -> None:
         peer.ask(m.AttachFile(slot=slot), then, fds=(file.page_fd, file.door.fileno()))
@@ -320,19 +301,19 @@ class HypervisorProcess(ProcessActor):
         self.path.set_door(slot, door_fd)
         if not message.reborn:  # a reborn file's users are looked for once its submission rings are back (Rejoined)
             self.doors.register(door_fd, 0)
-        waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
+        waiting = dict(self.cpus.of(message.domain))
 
         failed: list[Failure] = []
 
         def attached(vcpu: int, reply: Message, _fds: list[int]) -> None:
-            waiting.discard(vcpu)
+            waiting.pop(vcpu, None)
             if isinstance(reply, Failure) and reply.errno != errno.EPIPE:  # EPIPE: it died; its heir learns of the file
                 failed.append(reply)
             if not waiting:
                 received.peer.reply(received.request, failed[0] if failed else Done())
 
-        for vcpu in tuple(waiting):
-            self._attach_to(self.cpus[message.domain, vcpu], slot, file, functools.partial(attached, vcpu))
+        for vcpu, cpu in tuple(waiting.items()):
+            self._attach_to(cpu, slot, file, functools.partial(attached, vcpu))
         if not waiting:
             received.peer.reply(received.request, Done())
 
@@ -389,9 +370,7 @@ class HypervisorProcess(ProcessActor):
 
     def on_hangup(self, peer: Peer) -> None:
         """A dead CPU is waited for; a dead file process is released on its behalf."""
-        for key, cpu in tuple(self.cpus.items()):
-            if cpu is peer:
-                del self.cpus[key]
+        self.cpus.forget(peer)
         slot = self.slots.get(peer)
         if slot is not None and slot not in self.releasing:
             self._begin_release(slot)
@@ -434,10 +413,9 @@ class HypervisorProcess(ProcessActor):
         records.free_rings_of(self.machine, slot)
         self.path.attach_file(slot, None)
         self.path.set_door(slot, -1)
-        for (domid, _), cpu in self.cpus.items():
-            if domid == file.domain:
-                with contextlib.suppress(PeerGone):
-                    cpu.tell(m.DetachFile(slot=slot))
+        for _, cpu in self.cpus.of(file.domain):
+            with contextlib.suppress(PeerGone):
+                cpu.tell(m.DetachFile(slot=slot))
         with contextlib.suppress(FileNotFoundError):
             self.doors.unregister(file.door.fileno())
         del self.files[slot]

@@ -89,6 +89,46 @@ class RaiseVirq(Message, frozen=True, kw_only=True):
     vcpu: int = 0
 
 
+class EventChannelOp(Message, frozen=True, kw_only=True):
+    """Mirror HYPERVISOR_event_channel_op as `domain`'s kernel; `argument` None is a bad pointer. The reply is OpDone."""
+
+    fds_max: ClassVar[int | None] = 0
+    op: int
+    argument: bytes | None
+    domain: int = 0
+
+
+class OpDone(Message, frozen=True, kw_only=True):
+    """Answer EventChannelOp: the structure as the hypervisor leaves it."""
+
+    fds_max: ClassVar[int | None] = 0
+    argument: bytes
+
+
+class SetVirqHandler(Message, frozen=True, kw_only=True):
+    """Mirror XEN_DOMCTL_set_virq_handler: `domain` handles a global VIRQ from now on. EINVAL, ESRCH."""
+
+    fds_max: ClassVar[int | None] = 0
+    virq: int
+    domain: int
+
+
+class SetAffinity(Message, frozen=True, kw_only=True):
+    """Mirror a write to smp_affinity: have a vCPU serve a port. ESRCH, ENOENT, EINVAL for what cannot move."""
+
+    fds_max: ClassVar[int | None] = 0
+    domain: int
+    port: int
+    vcpu: int
+
+
+class SoftReset(Message, frozen=True, kw_only=True):
+    """Have a domain boot another kernel: its files end, its ports are closed, it is on its configured ABI again. ESRCH."""
+
+    fds_max: ClassVar[int | None] = 0
+    domain: int
+
+
 class Advance(Message, frozen=True, kw_only=True):
     """Move the machine's clock forward."""
 

@@ -142,7 +142,10 @@ class Supervisor(ProcessActor):
         role, _, place = name.partition("/")
         if role == "hypervisor":
             domains = [
-                {"id": d.id, "cpus": d.cpus, "affinity": d.affinity, "ports_max": d.max_event_channels}
+                {
+                    "id": d.id, "cpus": d.cpus, "affinity": d.affinity, "ports_max": d.max_event_channels, "abi": d.abi,
+                    "kernel_ports": d.kernel_ports, "kernel_virqs": d.kernel_virqs,
+                }
                 for d in self.config.domain
             ]
             self.ask_start(child, {"domains": domains}, self.pages.fds(), self._hypervisor_started)
@@ -255,6 +258,10 @@ class Supervisor(ProcessActor):
             m.InspectFile: self._inspect_file,
             m.Settle: self._forward,
             m.RaiseVirq: self._forward,
+            m.EventChannelOp: self._forward,
+            m.SetVirqHandler: self._forward,
+            m.SetAffinity: self._forward,
+            m.SoftReset: self._forward,
             m.Advance: self._advance,
             m.Shutdown: self._shut_down,
         }
@@ -280,12 +287,12 @@ class Supervisor(ProcessActor):
             raise OSError(errno.EAGAIN, "there is no hypervisor")
         self.waiting.append(again)
 
-    def _advance(self, message: m.Advance, _received: Received) -> Message:
+    def _advance(self, message: m.Advance, received: Received) -> None:
         if message.ns < 0:
             raise OSError(errno.EINVAL, f"the clock cannot go back ({message.ns} ns)")
         at = Machine.CLOCK_OFFSET_NS
         self.pages.machine.store64(at, self.pages.machine.load64(at) + message.ns)
-        return Done()
+        self._forward(message, received)  # it may sleep until the time that has come by this
 
     def _shut_down(self, _message: Message, _received: Received) -> Message:
         self.inbox.call_soon(self.begin_stop)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hypervisor's view of the CPU processes: who is up, their doorbells, and waiting until one has delivered everything."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime.process import Peer, PeerGone
+from pvbus.actors.runtime.wire import Failure, Message
+from pvbus.shm.layout import Domain, Vcpu
+from pvbus.shm.memory import now_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pvbus.actors.hypervisor.ports import DomainState, EventChannels
+    from pvbus.actors.runtime.inbox import Inbox
+    from pvbus.actors.runtime.process import Received
+
+FLUSH_DEADLINE_S = 10.0  # a CPU that is restarted meanwhile included
+
+
+class Cpus:
+    """Every virtual CPU of every domain. `flushed` is called when a flush has ended, with its error if it failed."""
+
+    def __init__(self, inbox: Inbox, channels: EventChannels, flushed: Callable[[OSError | None], None]) -> None:
+        self._inbox = inbox
+        self._channels = channels
+        self._flushed = flushed
+        self._peers: dict[tuple[int, int], Peer] = {}
+        self._doorbells: dict[tuple[int, int], int] = {}
+        self._flushing: set[tuple[int, int]] = set()
+        self._deadline_ns = 0
+
+    def of(self, domid: int) -> Iterator[tuple[int, Peer]]:
+        """Give (vCPU, its process) of every CPU of a domain that is up."""
+        return ((vcpu, peer) for (owner, vcpu), peer in tuple(self._peers.items()) if owner == domid)
+
+    def up(self, message: m.CpuUp, received: Received) -> Peer:
+        """Connect a CPU's process, first or reborn; nothing that its forerunner, or ours, left half done stays so."""
+        key = (message.domain, message.vcpu)
+        sock, doorbell = received.fds
+        old = self._doorbells.pop(key, None)
+        if old is not None:
+            os.close(old)
+        self._doorbells[key] = doorbell
+        self._channels.path.set_doorbell(*key, doorbell)
+        self._channels.path.fifo_rebuild(*key)  # it does not run yet, and we raise nothing meanwhile
+        return self._inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
+
+    def go(self, key: tuple[int, int], peer: Peer, received: Received) -> None:
+        """Let it take upcalls; it hears of files and flushes behind that: its socket keeps their order."""
+        peer.ask(m.Go(), lambda reply, _fds: received.peer.reply(received.request, reply))
+        self._peers[key] = peer
+        if key in self._flushing:
+            self._ask(key)
+
+    def forget(self, peer: Peer) -> None:
+        """It has died: whoever waits for it waits for its heir."""
+        for key in [key for key, cpu in self._peers.items() if cpu is peer]:
+            del self._peers[key]
+
+    def kick(self, domid: int, vcpu: int) -> None:
+        """Ring a doorbell."""
+        doorbell = self._doorbells.get((domid, vcpu))
+        if doorbell is not None:
+            os.eventfd_write(doorbell, 1)
+
+    # ---- flush
+
+    def flush(self, domid: int) -> None:
+        """Have every CPU of the domain deliver what is pending now."""
+        self._deadline_ns = now_ns() + int(FLUSH_DEADLINE_S * 1e9)
+        domain = self._channels.domains[domid]
+        self._flushing = {(domid, vcpu) for vcpu in range(domain.vcpus) if not self.is_idle(domain, vcpu)}
+        for key in tuple(self._flushing):
+            self._ask(key)
+        if not self._flushing:
+            self._inbox.call_soon(lambda: self._flushed(None))
+
+    @staticmethod
+    def is_idle(domain: DomainState, vcpu: int) -> bool:
+        """Nothing to deliver: it sleeps, and has no upcall pending (it looks at that after announcing sleep)."""
+        return (
+            domain.memory.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING)) == 1
+            and domain.memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)) == 0
+        )
+
+    def _ask(self, key: tuple[int, int]) -> None:
+        peer = self._peers.get(key)
+        if peer is not None:  # otherwise its heir is asked when it comes up
+            with contextlib.suppress(PeerGone):
+                peer.ask(m.FlushUpcalls(), lambda reply, _fds: self._answered(key, reply), FLUSH_DEADLINE_S)
+
+    def _answered(self, key: tuple[int, int], reply: Message) -> None:
+        if isinstance(reply, Failure):
+            if now_ns() > self._deadline_ns and key in self._flushing:
+                self._flushing.clear()
+                self._flushed(HypercallError(errno.EIO, f"cpu/{key[0]}.{key[1]} does not answer"))
+            return
+        if key in self._flushing:
+            self._flushing.discard(key)
+            if not self._flushing:
+                self._flushed(None)
