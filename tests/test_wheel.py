@@ -108,9 +108,14 @@ def test_the_wheel_fits_every_python_from_3_11_and_holds_only_the_package(wheel:
 
 
 def test_the_conformance_report_comes_with_the_wheel(programs: Path, tmp_path: Path) -> None:
-    said = json.loads(run(programs / "pvbus", "conformance", "--json", cwd=tmp_path))
+    done = subprocess.run(
+        [programs / "pvbus", "conformance", "--json"], cwd=tmp_path, env=environment(), check=False, text=True,
+        capture_output=True, timeout=CALL_S_MAX,
+    )
 
+    said = json.loads(done.stdout)
     assert said == {"schema": 1, **as_dict(load())}
+    assert done.returncode == (1 if said["holes"] else 0)
 
 
 def test_a_machine_boots_from_the_wheel_and_carries_an_event(programs: Path, tmp_path: Path) -> None:

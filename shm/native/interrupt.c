@@ -10,6 +10,8 @@
 #include "core.h"
 
 #ifndef PVBUS_EXPLORED
+#include <stdio.h>
+#define WARNINGS_SAID_EACH 10u
 #define STAMP_NOW() pv_now_ns()
 #else
 #define STAMP_NOW() 0u
@@ -55,6 +57,26 @@ static int64_t handle_claimed(MemoryObject *machine, MemoryObject *domain, Memor
     return 0;
 }
 
+/*
+ * A3.1: count every one, and say it on the machine's standard error: the first ones, then each time their number has doubled,
+ * so that a port that is stuck in this state cannot fill a disk.
+ */
+static void warn_not_enabled(MemoryObject *domain, uint32_t vcpu, uint32_t port, uint32_t slot)
+{
+    PV_COUNT64(domain, PV_VCPU(vcpu, warnings), 1);
+#ifndef PVBUS_EXPLORED
+    uint32_t domid;
+    uint64_t count;
+    PV_LOAD32(domid, domain, offsetof(struct pv_domain_header, domid), PV_RELAXED, "domain.domid");
+    PV_LOAD64(count, domain, PV_VCPU(vcpu, warnings), PV_RELAXED, "vcpu.warnings");
+    if (count <= WARNINGS_SAID_EACH || (count & (count - 1)) == 0)
+        dprintf(2, "xen:evtchn: event on port %u of file/%u.%u, which is not enabled (warning %llu of cpu/%u.%u)\n", port, domid,
+                slot, (unsigned long long)count, domid, vcpu);
+#else
+    (void)port, (void)slot;
+#endif
+}
+
 /* One pending, unmasked port of this CPU: late-EOI ack (X3a), then the handler (A3). */
 static int64_t service(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, uint32_t port,
                        uint64_t now, pv_wakes *wakes)
@@ -82,7 +104,7 @@ static int64_t service(MemoryObject *machine, MemoryObject *domain, MemoryObject
         PV_CAS64(claimed, domain, PV_IRQ_WORD(port), irq, next, "irq.claim");
     }
     if (!(next & PV_IRQ_ENABLED))
-        PV_COUNT64(domain, PV_VCPU(vcpu, warnings), 1); /* A3.1: warn and go on */
+        warn_not_enabled(domain, vcpu, port, PV_IRQ_SLOT(next) - 1); /* and go on */
     PV_COUNT64(domain, PV_VCPU(vcpu, events), 1);
     return handle_claimed(machine, domain, pages, vcpu, port, next, now, wakes);
 }
