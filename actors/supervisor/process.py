@@ -334,7 +334,7 @@ class Supervisor(ProcessActor):
                 {
                     "id": d.id, "cpus": d.cpus, "platforms": list(d.platforms), "abi": d.abi, "affinity": d.affinity,
                     "devices": [DEVICE] if "xen" in d.platforms else [],
-                }  # fmt: skip
+                }
                 for d in self.config.domain
             ],
         }
