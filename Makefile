@@ -20,9 +20,9 @@ SETUP   := $(VENV)/.setup-done
 EXTRA    = $(VENV)/bin/python -c 'import sys, tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint conformance demo bench clean
 help:
-	@echo "make setup | demo | test | lint | bench | clean"
+	@echo "make setup | demo | test | lint | conformance | bench | clean"
 
 setup: $(SETUP)
 
@@ -64,6 +64,9 @@ lint: $(VENV)/.extra-dev-done
 
 test: lint
 	$(VENV)/bin/python -m pytest -q
+
+conformance: $(VENV)/.extra-dev-done
+	PYTHONPATH=.dev $(VENV)/bin/python tests/tidy/conformance.py
 
 demo: setup
 	$(VENV)/bin/pvbus demo

@@ -9,6 +9,7 @@ does not take effect.
 """
 
 import importlib.metadata
+import json
 import os
 import re
 import select
@@ -20,6 +21,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from pvbus.view.conformance import as_dict, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "supervisor.py", "actors", "shm", "verify", "view")
@@ -102,6 +105,17 @@ def test_the_wheel_fits_every_python_from_3_11_and_holds_only_the_package(wheel:
     assert inside == {"supervisor.py", "actors", "shm", "verify", "view"}
     shm = {name.removeprefix("pvbus/shm/") for name in names}
     assert {"_core.abi3.so", "_core_explored.abi3.so", "py.typed"} <= shm
+
+
+def test_the_conformance_report_comes_with_the_wheel(programs: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [programs / "pvbus", "conformance", "--json"], cwd=tmp_path, env=environment(), check=False, text=True,
+        capture_output=True, timeout=CALL_S_MAX,
+    )
+
+    said = json.loads(done.stdout)
+    assert said == {"schema": 1, **as_dict(load())}
+    assert done.returncode == (1 if said["holes"] else 0)
 
 
 def test_a_machine_boots_from_the_wheel_and_carries_an_event(programs: Path, tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ exit codes: 0 held, 1 a property broken, 2 usage, 3 the environment lacks someth
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the longest verb: argparse forgets that verbs are indented once more than options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = len("    conformance")
+
+
 class UsageError(ValueError):
     """An argument makes no sense for this machine; the text names its value."""
 
@@ -76,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pvbus",
         description="Xen event channels as ordinary Linux processes: boot a machine, look at it, stress it.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -112,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seconds", type=float, default=6.0, metavar="S")
     doctor = verb("doctor", "look at what a machine needs here, and at what dead ones left")
     doctor.add_argument("--clean", action="store_true", help="take away what is left")
+    verb("conformance", "show which test shows which row of the contract", of_machine=False)
     return top
 
 
@@ -264,6 +273,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.command(arguments.seconds, arguments.json)
 
 
+def _conformance(arguments: argparse.Namespace) -> int:
+    from pvbus.view import conformance
+
+    return conformance.command(as_json=arguments.json)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from pvbus.view import doctor
 
@@ -302,4 +317,5 @@ _VERBS: dict[str, Verb] = {
     "explain": _explain,
     "demo": _demo,
     "doctor": _doctor,
+    "conformance": _conformance,
 }

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import weakref
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import PeerGone, ask_blocking
@@ -26,6 +26,8 @@ from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from typing_extensions import Buffer
 
 CALL_TIMEOUT_S = 25.0  # longer than every deadline behind it, so that the machine's own answer comes first
@@ -158,8 +160,8 @@ class _Shared:
 class EvtchnFile(UserFile):
     """One reference to an open /dev/xen/evtchn. Made by `Machine.open_evtchn` and `dup`.
 
-    `read`, `read_ports`, `write`, `enable`, `notify`, `notify_many` and `poll` are native. Every call raises OSError with the
-    driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
+    `read`, `readinto`, `read_ports`, `write`, `enable`, `notify`, `notify_many` and `poll` are native. Every call raises OSError
+    with the driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
     """
 
     _shared: _Shared
@@ -224,6 +226,35 @@ class EvtchnFile(UserFile):
     def restrict_domid(self, domid: int) -> None:
         """Mirror IOCTL_EVTCHN_RESTRICT_DOMID: one way."""
         self.ioctl(IOCTL_RESTRICT_DOMID, struct.pack("=H", domid & 0xFFFF))
+
+    # ---- several buffers: the driver has no call for them, so the kernel makes one a segment (A12.3)
+
+    def readv(self, buffers: Iterable[Buffer]) -> int:
+        """Mirror `readv`: one read a buffer, up to the first that is not filled; give the bytes read.
+
+        An error of a later read is dropped: what came before it counts, as of one call. So a blocking file may sleep in a
+        later read, though something has been read.
+        """
+        return self._a_call_a_segment(self.readinto, buffers)
+
+    def writev(self, buffers: Iterable[Buffer | None]) -> int:
+        """Mirror `writev`: one write a buffer, up to the first that is not taken whole; give the bytes taken."""
+        return self._a_call_a_segment(self.write, buffers)
+
+    def _a_call_a_segment(self, call: Callable[[Any], int], segments: Iterable[Any]) -> int:
+        done = 0
+        for segment in segments:
+            length = 0 if segment is None else memoryview(segment).nbytes
+            try:
+                taken = call(segment)
+            except OSError:
+                if done == 0:
+                    raise
+                break
+            done += taken
+            if taken != length:
+                break
+        return done
 
     # ---- the file
 

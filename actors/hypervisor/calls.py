@@ -88,8 +88,8 @@ def close_port(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wa
 
 
 def release(irqs: IrqLayer, domid: int, slot: int) -> Generator[Wait, None, int]:
-    """Mirror evtchn_release: every port of the file, in any order; give their number."""
-    ports = list(irqs.ports_of(domid, slot))
+    """Mirror evtchn_release: every port of the file, the largest first (A2.3); give their number."""
+    ports = sorted(irqs.ports_of(domid, slot), reverse=True)
     yield from _disable_all(irqs, domid, ports)
     for at, port in enumerate(ports):
         irqs.unbind(domid, port)

@@ -39,21 +39,29 @@ class IrqLayer:
         """Read an irq word."""
         return self._memory(domid).load64(Domain.table(Domain.IRQ_WORDS, port))
 
+    def irq_from_evtchn(self, domid: int, port: int) -> int:
+        """Mirror X10: the irq of a port, or -1 when it has no handler. An irq has its port's number here."""
+        if not 0 < port < self.channels.ports_max(domid):
+            return -1
+        return port if self.word(domid, port) & (Irq.SLOT | Irq.KERNEL) else -1
+
     def bind(self, domid: int, port: int, slot: int, *, static: bool) -> None:
-        """Mirror X2, then unmask, so that a pending event fires now. ENOMEM beyond the ABI, EBUSY when the port has a handler."""
+        """Mirror X2 and X4, then unmask, so that a pending event fires now. ENOMEM beyond the ABI, EBUSY with a handler.
+
+        Handler, its one reference and `static` are one store: there is no failure between them to return (A7.4).
+        """
         if not 0 < port < self.channels.ports_max(domid):
             raise HypercallError(errno.ENOMEM, f"port {port}: the ABI has {self.channels.ports_max(domid)}")
         memory = self._memory(domid)
         at = Domain.table(Domain.IRQ_WORDS, port)
-        old = memory.load64(at)
-        if old & (Irq.SLOT | Irq.KERNEL):
+        if self.irq_from_evtchn(domid, port) >= 0:
             raise HypercallError(errno.EBUSY, f"port {port} has a handler")
         kernel.give_word(self.channels, domid, port)
         vcpu = self._choose(domid, port)
         if memory.load32(Domain.VALID_EVTCHNS) <= port:  # a static number that Xen has not handed out
             memory.store32_release(Domain.VALID_EVTCHNS, port + 1)
-        served = old & ~0xFFFFFFFF  # the count of services goes on: it tells an heir's events apart
         memory.store64(Domain.table(Domain.EOI_WORDS, port), 0)
+        served = memory.load64(at) & ~0xFFFFFFFF  # the count of services goes on: it tells an heir's events apart
         memory.store64_release(at, served | (slot + 1) | Irq.ENABLED | (Irq.STATIC if static else 0))
         self._count(domid, vcpu, 1)
         self.assign(domid, port, vcpu)
@@ -124,7 +132,10 @@ class IrqLayer:
         return channel.state(self._memory(domid), port).linked
 
     def unbind(self, domid: int, port: int) -> None:
-        """Mirror X5 after `disable` said False: forget the handler; close the port unless it was bound as static."""
+        """Mirror X5 after `disable` said False: forget the handler; close the port (X6) unless it was bound as static.
+
+        The port is closed once: one that the guest has closed itself is left alone.
+        """
         memory = self._memory(domid)
         at = Domain.table(Domain.IRQ_WORDS, port)
         word = memory.load64(at)

@@ -22,8 +22,8 @@ def repair(channels: EventChannels, irqs: IrqLayer) -> int:
     for domid in channels.domains:
         for port, word in list(channels.ports(domid)):
             state = word & 7
-            irq = irqs.word(domid, port)
-            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not irq & (Irq.SLOT | Irq.KERNEL):
+            has_handler = irqs.irq_from_evtchn(domid, port) >= 0
+            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not has_handler:
                 channels.close(domid, port)
                 closed += 1
         _finish_unmasks(channels, irqs, domid)

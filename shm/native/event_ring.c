@@ -196,7 +196,8 @@ int64_t pv_ring_push(MemoryObject *machine, uint32_t slot, MemoryObject *page, u
 
 /*
  * evtchn_read's middle: claim up to `max` entries.  Returns their number, 0 when empty, -EFBIG after an overflow (tested
- * before data), -EIO when the machine or the user broke the ring.  *emptied: nothing was left behind.
+ * before data), -EIO when the machine or the user broke the ring, -EFAULT without a buffer, and then C does not move (A4.9).
+ * *emptied: nothing was left behind.
  */
 int64_t pv_ring_take(MemoryObject *page, uint32_t *out, uint32_t max, int *emptied)
 {
@@ -229,6 +230,8 @@ int64_t pv_ring_take(MemoryObject *page, uint32_t *out, uint32_t max, int *empti
                 continue;
             return -EIO;
         }
+        if (out == NULL)
+            return -EFAULT;
         uint32_t take = n < max ? n : max;
         for (uint32_t i = 0; i < take; i++)
             PV_LOAD32(out[i], page, PV_PAGE_RING + 4u * (size_t)((uint32_t)(cons + i) & (size - 1)), PV_RELAXED, "evr.take.entry");

@@ -9,7 +9,12 @@
  */
 #include "core.h"
 
+#ifndef PVBUS_EXPLORED
+#include <stdio.h>
+#endif
+
 #define LATE_EOI_TICKS 10u /* how long the late EOIs of an upcall loop that runs too long are put off */
+#define WARNINGS_SAID_EACH 10u
 
 static int64_t note_wake(pv_wakes *wakes, uint32_t slot)
 {
@@ -69,6 +74,26 @@ static int64_t handle_in_kernel(pv_upcall_run *u, uint32_t port, uint64_t irq)
     return PV_SERVICE_DONE;
 }
 
+/*
+ * A3.1: count every one, and say it on the machine's standard error: the first ones, then each time their number has doubled,
+ * so that a port that is stuck in this state cannot fill a disk.
+ */
+static void warn_not_enabled(MemoryObject *domain, uint32_t vcpu, uint32_t port, uint32_t slot)
+{
+    PV_COUNT64(domain, PV_VCPU(vcpu, warnings), 1);
+#ifndef PVBUS_EXPLORED
+    uint32_t domid;
+    uint64_t count;
+    PV_LOAD32(domid, domain, offsetof(struct pv_domain_header, domid), PV_RELAXED, "domain.domid");
+    PV_LOAD64(count, domain, PV_VCPU(vcpu, warnings), PV_RELAXED, "vcpu.warnings");
+    if (count <= WARNINGS_SAID_EACH || (count & (count - 1)) == 0)
+        dprintf(2, "xen:evtchn: event on port %u of file/%u.%u, which is not enabled (warning %llu of cpu/%u.%u)\n", port, domid,
+                slot, (unsigned long long)count, domid, vcpu);
+#else
+    (void)port, (void)slot;
+#endif
+}
+
 /* One pending, unmasked port of this CPU: late-EOI ack (X3a), then the handler (A3). */
 int64_t pv_service(pv_upcall_run *u, uint32_t port)
 {
@@ -92,7 +117,7 @@ int64_t pv_service(pv_upcall_run *u, uint32_t port)
         PV_CAS64(claimed, u->domain, PV_IRQ_WORD(port), irq, next, "irq.claim");
     }
     if (!(next & PV_IRQ_ENABLED))
-        PV_COUNT64(u->domain, PV_VCPU(u->vcpu, warnings), 1); /* A3.1: warn and go on */
+        warn_not_enabled(u->domain, u->vcpu, port, PV_IRQ_SLOT(next) - 1); /* and go on */
     PV_COUNT64(u->domain, PV_VCPU(u->vcpu, events), 1);
     return handle_claimed(u, port, next);
 }

@@ -101,6 +101,29 @@ static PyObject *file_read_method(FileObject *f, PyObject *count)
     return taken < 0 ? failed(taken) : PyBytes_FromStringAndSize((char *)ports, (Py_ssize_t)taken * 4);
 }
 
+/* read(2) with the caller's own buffer.  One that cannot be written is the bad pointer. */
+static PyObject *file_readinto(FileObject *f, PyObject *into)
+{
+    uint32_t ports[PORTS_A_CALL];
+    Py_buffer view;
+    if (enter(f, f->readable) < 0)
+        return NULL;
+    int good = PyObject_GetBuffer(into, &view, PyBUF_WRITABLE) == 0;
+    if (!good) {
+        if (!PyErr_ExceptionMatches(PyExc_BufferError))
+            return NULL;
+        PyErr_Clear();
+        if (PyObject_GetBuffer(into, &view, PyBUF_SIMPLE) < 0)
+            return NULL;
+    }
+    uint32_t max = view.len / 4 > (Py_ssize_t)PORTS_A_CALL ? PORTS_A_CALL : (uint32_t)(view.len / 4);
+    int64_t taken = max == 0 ? 0 : blocking_read(f, good ? ports : NULL, max);
+    if (taken > 0)
+        memcpy(view.buf, ports, (size_t)taken * 4);
+    PyBuffer_Release(&view);
+    return taken < 0 ? failed(taken) : PyLong_FromLongLong(taken * 4);
+}
+
 static PyObject *file_read_ports(FileObject *f, PyObject *count)
 {
     uint32_t ports[PORTS_A_CALL];
@@ -268,6 +291,8 @@ static PyObject *file_get_context(FileObject *f, void *closure)
 
 static PyMethodDef file_methods[] = {
     {"read", (PyCFunction)file_read_method, METH_O, "read(count) -> bytes: ports, u32 each.  Mirrors evtchn_read.  EAGAIN, EFBIG, EBADF, EINTR, EIO."},
+    {"readinto", (PyCFunction)file_readinto, METH_O,
+     "readinto(buffer) -> bytes read.  As read; EFAULT, and nothing is taken, for a buffer that cannot be written."},
     {"read_ports", (PyCFunction)file_read_ports, METH_O, "read_ports(max) -> list of ports: the batch form of read."},
     {"write", (PyCFunction)file_write, METH_O, "write(ports as u32 bytes) -> bytes taken: write ports back.  Mirrors evtchn_write."},
     {"enable", (PyCFunction)file_enable, METH_O, "enable(ports) -> how many: write back a sequence of ints, or a buffer of u32, of any length."},

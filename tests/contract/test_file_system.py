@@ -29,7 +29,7 @@ from pvbus.tests.golden.session import Answer, Session, Step, unpack
 Opened = Callable[..., Any]
 
 
-@pytest.mark.checklist("A12.1", "A10.3")
+@pytest.mark.checklist("A12.1", "A10.3", "X10c")
 @pytest.mark.parametrize(
     ("call", "answer"),
     [

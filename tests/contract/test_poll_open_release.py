@@ -3,8 +3,10 @@
 
 import os
 import select
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +125,33 @@ def test_two_opens_share_nothing(machine: Any, opened: Opened) -> None:
     assert ready(other) == READY_OUT
     assert errno_of(other.notify, pair.rx_port) == "ENOTCONN"
     assert pair.tx.bind_unbound_port(remote_domain=0) > 0
+
+
+@pytest.mark.checklist("A10.3", "X10c")
+def test_a_blocked_read_holds_up_no_write_and_no_call(machine: Any, opened: Opened) -> None:
+    pair = connect(machine, opened(nonblock=False), opened())
+    pair.send()
+    assert pair.rx.read(4) == pack(pair.rx_port)
+    reader = InThread(lambda: pair.rx.read(4))
+    assert reader.sleeps()
+
+    assert pair.rx.write(pack(pair.rx_port)) == 4
+    pair.rx.unbind(pair.rx.bind_unbound_port(remote_domain=0))
+
+    assert reader.sleeps()
+    pair.send()
+    assert reader.result() == pack(pair.rx_port)
+
+
+@pytest.mark.checklist("A10.3")
+def test_a_file_is_named_for_the_thread_that_opened_it_in_15_characters(machine: Any, opened: Opened) -> None:
+    def open_it() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("sixteen-and-more")
+        opened()
+
+    InThread(open_it).result()
+
+    assert [row["name"] for row in machine.status()["files"]] == ["evtchn:sixteen-and-mor"]
 
 
 @pytest.mark.checklist("A12.2")

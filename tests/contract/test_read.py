@@ -156,3 +156,98 @@ def test_readers_of_single_ports_share_what_came_without_loss(machine: Any, open
 
     got = [unpack(reader.result())[0] for reader in readers]
     assert sorted(got) == [pair.rx_port for pair in pairs]
+
+
+@pytest.mark.checklist("A4.5")
+@pytest.mark.parametrize("nonblock", [False, True])
+def test_a_read_of_a_file_with_entries_does_not_sleep(machine: Any, opened: Opened, nonblock: bool) -> None:
+    rx, tx = opened(nonblock=nonblock), opened()
+    pairs = connect_many(machine, rx, tx, 3)
+    for pair in pairs:
+        pair.send()
+
+    readers = [InThread(lambda: rx.read(4)) for _ in pairs]
+
+    assert all(reader.done.wait(5) for reader in readers)
+    assert sorted(unpack(reader.value)[0] for reader in readers) == [pair.rx_port for pair in pairs]
+
+
+# A buffer of one's own, and several ------------------------------------------------------------------
+
+
+@pytest.mark.checklist("A4.9", "A4.10")
+def test_a_buffer_that_cannot_be_written_faults_and_nothing_is_taken(machine: Any, opened: Opened) -> None:
+    rx, tx = opened(), opened()
+    pairs = connect_many(machine, rx, tx, 3)
+    for pair in pairs:
+        pair.send()
+
+    refused = [errno_of(rx.readinto, bytes(count)) for count in (4, 12, 4096)]
+
+    assert refused == ["EFAULT"] * 3
+    assert ready(rx) & 1
+    assert take(machine, rx) == [pair.rx_port for pair in pairs]
+
+
+@pytest.mark.checklist("A4.9", "A12.6", "A4.1")
+def test_overflow_and_emptiness_come_before_the_fault_and_small_counts_before_all(
+    machine: Any, opened: Opened
+) -> None:
+    pair = connect(machine, opened(), opened())
+
+    seen = [errno_of(pair.rx.readinto, bytes(4))]
+    pair.overflow()
+    seen.append(errno_of(pair.rx.readinto, bytes(4)))
+
+    assert seen == ["EAGAIN", "EFBIG"]
+    assert [pair.rx.readinto(bytes(count)) for count in range(4)] == [0] * 4
+
+
+@pytest.mark.checklist("A4.9")
+def test_a_blocking_read_faults_when_there_is_something_to_copy(machine: Any, opened: Opened) -> None:
+    pair = connect(machine, opened(nonblock=False), opened())
+    reader = InThread(lambda: pair.rx.readinto(bytes(4)))
+    assert reader.sleeps()
+
+    pair.send()
+
+    assert (reader.result(), reader.errno) == (None, "EFAULT")
+    assert unpack(pair.rx.read(4)) == [pair.rx_port]
+
+
+@pytest.mark.checklist("A12.3")
+def test_readv_is_a_read_a_segment_up_to_the_first_short_one(machine: Any, opened: Opened) -> None:
+    rx, tx = opened(), opened()
+    pairs = connect_many(machine, rx, tx, 8)
+    ports = [pair.rx_port for pair in pairs]
+    for pair in pairs:
+        pair.send()
+
+    def readv(*lengths: int) -> list[list[int]]:
+        buffers = [bytearray(length) for length in lengths]
+        taken = rx.readv(buffers)
+        got = [unpack(bytes(buffer[: len(buffer) // 4 * 4])) for buffer in buffers]
+        assert taken == 4 * sum(port != 0 for part in got for port in part)
+        return got
+
+    assert readv(4, 0, 8) == [ports[:1], [], ports[1:3]]
+    assert readv(6, 4) == [ports[3:4], [0]]             # 4 of 6: short, though more would be there
+    assert readv(4, 4096, 4)[0] == ports[4:5]           # 12 of 4096: the third is not begun
+    for pair in pairs[:1]:
+        pair.enable()
+        pair.send()
+    assert readv(4, 4) == [ports[:1], [0]]              # EAGAIN of the second is dropped: the first has read
+    assert errno_of(rx.readv, [bytearray(4)]) == "EAGAIN"
+    assert rx.readv([]) == 0
+
+
+@pytest.mark.checklist("A12.3", "A4.9")
+def test_an_error_of_a_later_segment_is_dropped(machine: Any, opened: Opened) -> None:
+    rx, tx = opened(), opened()
+    pairs = connect_many(machine, rx, tx, 2)
+    for pair in pairs:
+        pair.send()
+
+    assert errno_of(rx.readv, [bytes(4), bytearray(4)]) == "EFAULT"
+    assert rx.readv([bytearray(4), bytes(4)]) == 4
+    assert take(machine, rx) == [pairs[1].rx_port]

@@ -133,7 +133,7 @@ def code_of(number: int, timeout_s: float = WAIT_S_MAX) -> int | None:
     return info.si_code if info is not None else None
 
 
-@pytest.mark.checklist("A12.11", "A10.2", "A3.5")
+@pytest.mark.checklist("A12.11", "A10.2", "A3.5", "X10c")
 def test_sigio_comes_once_when_an_empty_ring_gets_entries(machine: Any, opened: Opened) -> None:
     rx, tx = opened(), opened()
     first, second = connect_many(machine, rx, tx, 2)
@@ -169,7 +169,7 @@ def test_an_overflow_sends_no_sigio_and_a_reset_arms_it_again(machine: Any, open
     assert codes == [SI_KERNEL, None, None, None, SI_KERNEL]
 
 
-@pytest.mark.checklist("A12.11")
+@pytest.mark.checklist("A12.11", "X10c")
 def test_a_signal_of_ones_own_choice_says_what_happened(machine: Any, opened: Opened) -> None:
     pair = connect(machine, opened(), opened())
     number = signal.SIGRTMIN + 3
@@ -182,7 +182,7 @@ def test_a_signal_of_ones_own_choice_says_what_happened(machine: Any, opened: Op
     assert info.si_band == select.POLLIN | select.POLLRDNORM
 
 
-@pytest.mark.checklist("A10.2", "A12.11")
+@pytest.mark.checklist("A10.2", "A12.11", "X10c")
 def test_no_sigio_comes_once_it_is_switched_off(machine: Any, opened: Opened) -> None:
     pair: Pair = connect(machine, opened(), opened())
     with sigio(pair.rx):

@@ -135,3 +135,27 @@ def test_a_written_back_port_number_of_an_earlier_binding_enables_nothing_else(
 
     assert errno_of(pair.rx.notify, pair.rx_port) == "ENOTCONN"
     assert take(machine, other) == []
+
+
+@pytest.mark.checklist("A12.3", "A5.2", "A5.3")
+def test_writev_is_a_write_a_segment_up_to_the_first_short_one(machine: Any, opened: Opened) -> None:
+    rx, tx = opened(), opened()
+    pairs = connect_many(machine, rx, tx, 5)
+    ports = [pair.rx_port for pair in pairs]
+    one, two, three, four, five = (pack(port) for port in ports)
+
+    def enabled_by(*segments: bytes | None) -> tuple[int, list[int]]:
+        for pair in pairs:
+            pair.send()
+        assert sorted(take(machine, rx)) == ports
+        taken = rx.writev(segments)
+        machine.settle()
+        enabled = [row["port"] for row in machine.ports(0) if row["port"] in ports and row["enabled"]]
+        rx.write(pack(*ports))
+        return taken, enabled
+
+    assert enabled_by(one, b"", two + three) == (12, ports[:3])
+    assert enabled_by(one + b"\0\0", two) == (4, ports[:1])         # 4 of 6: the second is not begun
+    assert enabled_by(four, None, five) == (4, ports[3:4])          # the fault of the second is dropped
+    assert errno_of(rx.writev, [None, one]) == "EFAULT"
+    assert rx.writev([]) == 0

@@ -9,7 +9,7 @@ import pytest
 
 from pvbus.actors.file import evtchn
 from pvbus.actors.file.evtchn import EvtchnFile
-from pvbus.shm.layout import File, FilePage, Irq
+from pvbus.shm.layout import Domain, File, FilePage, Irq, Vcpu
 from pvbus.shm.layout import Machine as MachinePage
 from pvbus.tests.file.driver import SELF, Machine, u32
 
@@ -257,7 +257,46 @@ def test_a_number_that_is_this_files_already_is_refused_and_its_first_binding_li
     assert machine.sound(other)
 
 
-# ------------------------------------------------------------------------------------------ A7: undo
+# ------------------------------------------------------------------------------------------ A7: record, undo
+
+
+@pytest.mark.checklist("A7.1", "A1.3", "A8.1", "H3")
+@pytest.mark.parametrize("bind", [*BINDS, "BIND_STATIC"])
+def test_a_bound_port_has_a_record_of_its_file_that_is_enabled_before_the_first_event(
+    machine: Machine, bind: str
+) -> None:
+    machine.rig.channels.alloc_unbound(1, SELF, 0)
+    machine.alloc(machine.open(0))
+    file = machine.open(1)
+
+    machine.ioctl(file, *BINDS.get(bind, (evtchn.BIND_STATIC, u32(2))))
+
+    rig = machine.rig
+    assert file.ports == {2}
+    assert machine.sound(file)
+    assert rig.irq(2) & (Irq.SLOT | Irq.ENABLED) == 2 | Irq.ENABLED
+    assert rig.irqs.irq_from_evtchn(0, 2) == 2
+    rig.path.eoi(0, 2, 1)       # written back before it was read: enabled already, so nothing happens
+    rig.path.set_pending(0, 2)
+    rig.deliver()
+    assert rig.unread(1) == [2]
+    assert rig.domains[0].memory.load64(Domain.vcpu(0, Vcpu.WARNINGS)) == 0
+
+
+@pytest.mark.checklist("A7.1", "A7.4", "H3")
+@pytest.mark.parametrize("bind", BINDS)
+def test_no_step_of_a_bind_comes_after_its_record(machine: Machine, bind: str) -> None:
+    """The driver's last step can fail, and leaves the record. Ours is one message, behind which nothing is left to do."""
+    machine.rig.channels.alloc_unbound(1, SELF, 0)
+    file = machine.open(0)
+
+    assert machine.ioctl(file, *BINDS[bind]) == 1
+
+    assert machine.asked[-1] == "BindIrq"
+    assert machine.sound(file)
+
+
+# ------------------------------------------------------------------------------------------ A7: half way
 
 
 @pytest.mark.checklist("A7.3", "A6.3", "H3", "H4")

@@ -67,8 +67,11 @@ def call_dup(session: Session, step: Step) -> Answer:
 
 
 def call_read(session: Session, step: Step) -> Answer:
-    """Read, and keep what came for a later look at the buffer."""
-    answer = read_answer(session.file(step).read(step.args["count"]))
+    """Read, and keep what came for a later look at the buffer; into one that cannot be written for a bad pointer."""
+    count = step.args["count"]
+    if step.cmp == "efault":
+        return Answer(ret=session.file(step).readinto(bytes(count)))
+    answer = read_answer(session.file(step).read(count))
     session.last_read[step.file] = answer.data or []
     return answer
 

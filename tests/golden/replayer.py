@@ -24,7 +24,8 @@ from pvbus.tests.golden.session import POLL_BITS, Answer, Session, Step, expand,
 RECORDING = Path(__file__).with_name("evtchn.jsonl")
 
 _BAD_WRITE = "write() takes an object with a buffer: Python has no bad pointer to give"
-_BAD_READ = "read() makes its own buffer: Python has no bad pointer to give"
+_BAD_READ = "readinto() takes an object with a buffer: Python has no address outside of user space to give"
+_READ_ONLY = "readinto() a buffer that cannot be written, for one that is not mapped or not as far as needed"
 _NOT_A_DEVICE = "fileno() is one end of a socket pair: poll, epoll and SIGIO work by the kernel's own doing"
 
 # Steps that are not made. Every one is about something that does not exist in a Python client.
@@ -32,12 +33,8 @@ NOT_EXPRESSIBLE: dict[tuple[str, int], str] = {
     ("write_efault", 8): _BAD_WRITE,
     ("write_efault", 9): _BAD_WRITE,
     ("write_efault", 10): _BAD_WRITE,
-    ("read_efault", 3): _BAD_READ,
     ("read_efault", 4): _BAD_READ,
-    ("read_efault", 10): _BAD_READ,
-    ("read_efault", 11): _BAD_READ,
-    ("read_efault", 12): _BAD_READ,
-    ("read_efault", 13): "follows from the read before it: no user buffer, so no partial copy into it",
+    ("read_efault", 13): "follows from the read before it: no buffer of two parts, so no partial copy into it",
     ("vfs_misc", 16): _NOT_A_DEVICE,
     ("vfs_misc", 17): _NOT_A_DEVICE,
 }
@@ -47,6 +44,10 @@ SUBSTITUTED: dict[tuple[str, int], str] = {
     ("write_efault", 12): "a good buffer for NULL: a length below 4 returns before the buffer is looked at",
     ("write_efault", 13): "a good buffer for NULL: a length below 4 returns before the buffer is looked at",
     ("write_efault", 17): "three mapped bytes after the port for unmapped ones: they are rounded away",
+    ("read_efault", 3): _READ_ONLY,
+    ("read_efault", 10): _READ_ONLY,
+    ("read_efault", 11): _READ_ONLY,
+    ("read_efault", 12): _READ_ONLY,
     ("read_efault", 5): "the client's own buffer for NULL: a length below 4 returns before it is looked at",
     ("read_efault", 6): "the client's own buffer for NULL: a length below 4 returns before it is looked at",
     ("read_efault", 14): "the client's own buffer for NULL: a length below 4 returns before it is looked at",

@@ -9,6 +9,7 @@ import pytest
 
 from pvbus.actors.hypervisor import calls, kernel
 from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.shm import _core_explored
 from pvbus.shm.layout import Domain, Irq, Port, Vcpu
 from pvbus.tests.shm.rig import Rig
 
@@ -22,6 +23,20 @@ def rig() -> Iterator[Rig]:
     made.open(1)
     yield made
     made.close()
+
+
+@pytest.fixture
+def closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the ports that were closed, in their order."""
+    ports: list[int] = []
+    close = rig.channels.close
+
+    def noting(caller: int, port: int) -> None:
+        close(caller, port)
+        ports.append(port)
+
+    monkeypatch.setattr(rig.channels, "close", noting)
+    return ports
 
 
 def run(rig: Rig, steps: Generator[calls.Wait, None, int]) -> int:
@@ -121,6 +136,95 @@ def test_a_static_number_that_xen_has_not_given_out_is_served_once_it_is(spread:
     assert rig.unread(0) == [2]
 
 
+@pytest.mark.checklist("X10", "A8.1")
+def test_a_port_has_an_irq_from_its_binding_to_its_unbinding_and_no_other_has(rig: Rig) -> None:
+    rig.channels.give_to_kernel(0, 1, [])
+    others = rig.channels.alloc_unbound(0, SELF, 1)     # handed out, and nobody's
+    ours = rig.bind(0, rig.channels.alloc_unbound(0, SELF, 0))
+
+    irqs = {port: rig.irqs.irq_from_evtchn(0, port) for port in (*range(4096), 4096, 2**32 - 1)}
+    assert {port for port, irq in irqs.items() if irq != -1} == {1, ours}
+    assert (irqs[1], irqs[others], irqs[ours]) == (1, -1, ours)
+    assert rig.irqs.irq_from_evtchn(1, ours) == -1      # of another domain
+
+    run(rig, calls.unbind_irq(rig.irqs, 0, 0, ours))
+
+    assert rig.irqs.irq_from_evtchn(0, ours) == -1
+
+
+@pytest.mark.checklist("A1.3")
+def test_a_record_is_a_port_its_owner_and_whether_it_is_enabled(rig: Rig) -> None:
+    first, second = rig.virq_ports(0, 1)[0], rig.virq_ports(1, 1)[0]
+
+    def record(port: int) -> tuple[int, bool]:
+        return rig.irq(port) & Irq.SLOT, bool(rig.irq(port) & Irq.ENABLED)
+
+    assert [record(first), record(second)] == [(1, True), (2, True)]
+    rig.path.set_pending(0, first)
+    rig.deliver()
+    assert [record(first), record(second)] == [(1, False), (2, True)]
+    rig.path.eoi(0, first, 1)       # written back by who does not own it
+    assert record(first) == (1, False)
+    rig.path.eoi(0, first, 0)
+    assert record(first) == (1, True)
+
+
+@pytest.mark.checklist("X4", "A7.4", "X2")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_binding_comes_with_its_reference_or_not_at_all_wherever_it_is_cut_off(static: bool) -> None:
+    """Handler, record and `static` are one store, so no failure and no death can part them."""
+    whole = Irq.ENABLED | 1 | (Irq.STATIC if static else 0)
+    seen = []
+    for step in range(1, 100):
+        rig = Rig(_core_explored)
+        rig.open(0)
+        port = rig.channels.alloc_unbound(0, SELF, 0)
+        with rig.world.dying_at(step):
+            rig.irqs.bind(0, port, 0, static=static)
+        seen.append(rig.irq(port))
+        if rig.world.steps < step:
+            break
+
+    assert seen[0] == 0
+    assert set(seen) == {0, whole}
+
+
+@pytest.mark.checklist("X4", "X5", "X6", "A8.2")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_port_has_one_reference_and_its_end_closes_the_port_unless_it_is_static(
+    rig: Rig, closed: list[int], static: bool
+) -> None:
+    port = rig.channels.alloc_unbound(0, SELF, 1)
+    rig.bind(0, port, static=static)
+    with pytest.raises(HypercallError):
+        rig.irqs.bind(0, port, 0, static=static)        # no second one
+
+    run(rig, calls.unbind_irq(rig.irqs, 0, 0, port))
+
+    assert closed == ([] if static else [port])
+    assert rig.irqs.irq_from_evtchn(0, port) == -1
+    assert rig.channels.status(0, SELF, port).status == (1 if static else 0)
+
+
+@pytest.mark.checklist("X6", "A8.1", "H4")
+def test_a_port_is_closed_once_whoever_asks_again(rig: Rig, closed: list[int]) -> None:
+    port = rig.bind(0, rig.channels.alloc_unbound(0, SELF, 1))
+    run(rig, calls.unbind_irq(rig.irqs, 0, 0, port))
+    assert rig.bind(1, rig.channels.alloc_unbound(0, SELF, 1)) == port      # the number is somebody else's now
+
+    run(rig, calls.unbind_irq(rig.irqs, 0, 0, port))
+    run(rig, calls.release(rig.irqs, 0, 0))
+
+    assert closed == [port]
+    assert rig.channels.status(0, SELF, port).status == 1
+    rig.channels.close(0, port)         # the guest, behind the irq layer's back
+    with pytest.raises(HypercallError) as refused:
+        rig.channels.close(0, port)
+    assert refused.value.errno == errno.EINVAL
+    assert run(rig, calls.unbind_irq(rig.irqs, 0, 1, port)) == 0
+    assert closed == [port, port]
+
+
 @pytest.mark.checklist("X10a", "A9.4", "A11.4")
 def test_a_disabled_port_is_not_claimed_any_more(rig: Rig) -> None:
     _, theirs = rig.pair(1, 0)
@@ -177,6 +281,7 @@ def test_a_handler_that_never_ends_is_an_error_and_not_for_ever(
     assert caught.value.errno == errno.EIO
 
 
+@pytest.mark.checklist("A8.1")
 @pytest.mark.parametrize("slot", [1, 5])
 def test_unbind_of_what_is_another_files_does_nothing(rig: Rig, slot: int) -> None:
     _, theirs = rig.pair(1, 0)
@@ -223,6 +328,21 @@ def test_release_closes_every_port_of_the_file_and_of_no_other(rig: Rig) -> None
     assert rig.channels.status(0, SELF, static).status == 1
     assert rig.unread(1) == []          # no event for the peers
     assert run(rig, calls.release(rig.irqs, 0, 0)) == 0
+
+
+@pytest.mark.checklist("A2.3", "A10.4")
+def test_release_goes_from_the_largest_port_to_the_smallest(rig: Rig, closed: list[int]) -> None:
+    ports = rig.virq_ports(0, 70)
+    theirs = rig.virq_ports(1, 3)
+    for port in (ports[40], ports[3], ports[69]):       # bound anew, in another order than that of their numbers
+        run(rig, calls.unbind_irq(rig.irqs, 0, 0, port))
+    rig.virq_ports(0, 3)
+    closed.clear()
+
+    run(rig, calls.release(rig.irqs, 0, 0))
+
+    assert closed == sorted(ports, reverse=True)
+    assert not set(closed) & set(theirs)
 
 
 def test_the_count_of_services_outlives_a_binding(rig: Rig) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvbus.shm import _core
+from pvbus.shm import _core, _core_explored
 from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine
 from pvbus.tests.shm.rig import M32, Rig
 
@@ -66,6 +66,48 @@ def test_all_slots_are_usable_at_every_position_and_come_out_in_order(rig: Rig, 
     assert prod(rig) & M32 == cons + 64 & M32
     assert reader.read_ports(1024) == list(range(1, 65))
     assert errno_of(reader.read, 4096) == "EAGAIN"
+
+
+@pytest.mark.checklist("A3.3")
+@pytest.mark.parametrize("unread", [0, 1, 64])
+@pytest.mark.parametrize("door", [0, 1])
+def test_the_handler_loads_each_index_once_under_the_lock(
+    monkeypatch: pytest.MonkeyPatch, unread: int, door: int
+) -> None:
+    rig = Rig(_core_explored)
+    page = rig.open(0)
+    rig.place(0, 70, list(range(101, 101 + unread)))
+    page.store32(FilePage.DOOR, door)
+    made: list[tuple[str, bool]] = []
+    monkeypatch.setattr(rig.world, "step", lambda site, *, writes=False: made.append((site, writes)))
+
+    event(rig, 5)
+
+    taken, given_back = (at for at, access in enumerate(made) if access == ("evr_lock", True))
+    loads = [site for site, writes in made if not writes]
+    under_the_lock = [site for site, writes in made[taken:given_back] if not writes]
+    for site in ("evr.prod", "evr.seen"):
+        assert loads.count(site) == under_the_lock.count(site) == 1
+    # The users' own C, only when what was last seen of it says that there is no room, or that they have read everything.
+    looks = 1 if unread == 64 or not door else 0
+    assert loads.count("evr_room") == under_the_lock.count("evr_room") == looks
+
+
+@pytest.mark.checklist("A4.9")
+def test_a_read_that_has_nowhere_to_copy_to_takes_nothing(rig: Rig) -> None:
+    page = rig.open(0)
+    rig.place(0, 62, [1, 2, 3])
+    reader = user(rig)
+    cons = page.load64(FilePage.CONS)
+
+    assert errno_of(reader.readinto, bytes(12)) == "EFAULT"
+
+    assert page.load64(FilePage.CONS) == cons
+    buffer = bytearray(9)
+    assert reader.readinto(buffer) == 8
+    assert bytes(buffer) == bytes([1, 0, 0, 0, 2, 0, 0, 0, 0])
+    with pytest.raises(TypeError):
+        reader.readinto(None)
 
 
 @pytest.mark.checklist("A4.8", "A4.10")

@@ -53,7 +53,7 @@ def first_read(rig: Rig, count: int) -> list[int]:
     return ports
 
 
-@pytest.mark.checklist("A12.9", "A4.3", "A4.7")
+@pytest.mark.checklist("A12.9", "A4.3", "A4.5", "A4.7")
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("cons", [0, 60, M32 - 3])
 def test_two_readers_share_every_entry_and_no_entry_twice(rig: Rig, site: str, cons: int) -> None:

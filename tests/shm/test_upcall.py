@@ -362,18 +362,39 @@ def test_a_port_that_is_active_or_disabled_is_not_handled_again(rig: Rig, mark: 
     assert rig.irq(5) >> 32 == 0
 
 
-@pytest.mark.checklist("A3.1")
-def test_an_event_of_a_port_that_is_not_enabled_warns_and_goes_on() -> None:
+def not_enabled(rig: Rig, port: int) -> None:
+    """Raise a port whose record says that it is not enabled, which no user can bring about."""
+    handled(rig, [port])
+    rig.set_irq(port, rig.irq(port) & ~Irq.ENABLED)
+    rig.path.set_pending(0, port)
+
+
+@pytest.mark.checklist("A3.1", "A10.9")
+def test_an_event_of_a_port_that_is_not_enabled_warns_and_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
     rig = Rig(_core)
     rig.open(0)
-    handled(rig, [5])
-    rig.set_irq(5, rig.irq(5) & ~Irq.ENABLED)
-    rig.path.set_pending(0, 5)
+    not_enabled(rig, 5)
 
     rig.deliver()
 
     assert rig.unread(0) == [5]
     assert rig.domains[0].memory.load64(Domain.vcpu(0, Vcpu.WARNINGS)) == 1
+    said = "xen:evtchn: event on port 5 of file/0.0, which is not enabled (warning 1 of cpu/0.0)\n"
+    assert capfd.readouterr().err == said
+
+
+@pytest.mark.checklist("A3.1")
+def test_warnings_are_all_counted_and_said_ever_more_seldom(capfd: pytest.CaptureFixture[str]) -> None:
+    rig = Rig(_core)
+    rig.open(0)
+    for _ in range(100):
+        not_enabled(rig, 5)
+        rig.deliver()
+
+    said = [int(line.partition("(warning ")[2].split()[0]) for line in capfd.readouterr().err.splitlines()]
+
+    assert said == [*range(1, 11), 16, 32, 64]
+    assert rig.domains[0].memory.load64(Domain.vcpu(0, Vcpu.WARNINGS)) == 100
 
 
 @pytest.mark.checklist("A8.2")

@@ -19,7 +19,8 @@ from pvbus.view.tables import table
 
 RUN_S_MAX = 40
 PVBUS = [sys.executable, "-m", "pvbus.supervisor"]
-VERBS = ["up", "down", "status", "ports", "virq", "explain", "stress", "demo", "doctor"]
+VERBS = ["up", "down", "status", "ports", "virq", "explain", "stress", "demo", "doctor", "conformance"]
+WITHOUT_NAME = {"demo", "conformance"}  # a machine of its own, and none at all
 NEEDS_MACHINE = [["down"], ["status"], ["ports"], ["virq", "3"], ["explain", "port", "0:1"]]
 Done = subprocess.CompletedProcess[str]
 
@@ -62,7 +63,7 @@ def test_every_verb_takes_json_and_a_name() -> None:
         said = pvbus(verb, "--help").stdout
 
         assert "--json" in said
-        assert "--name" in said or verb == "demo"  # its machine is its own
+        assert ("--name" in said) == (verb not in WITHOUT_NAME)
 
 
 def test_status_shows_processes_cpus_and_open_files_in_plain_text(name: str, opened: Any) -> None:
