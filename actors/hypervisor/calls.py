@@ -11,7 +11,7 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from pvbus.actors.hypervisor.ports import HypercallError
-from pvbus.shm.layout import Irq
+from pvbus.shm.layout import Irq, Port
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -73,12 +73,22 @@ def close_port(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wa
 
 
 def release(irqs: IrqLayer, domid: int, slot: int) -> Generator[Wait, None, int]:
-    """Mirror evtchn_release: every port of the file, in any order; give their number."""
+    """Mirror evtchn_release: every port of the file, in any order; give their number. What it has forgotten stays bound (H1)."""
     ports = list(irqs.ports_of(domid, slot))
     yield from _disable_all(irqs, domid, ports)
     for port in ports:
-        irqs.unbind(domid, port)
+        if irqs.word(domid, port) & Irq.LOST and irqs.channels.word(domid, port) & 7 != Port.FREE:
+            irqs.abandon(domid, port)
+        else:
+            irqs.unbind(domid, port)
     return len(ports)
+
+
+def forget_ports(irqs: IrqLayer, domid: int, slot: int, leaked: int) -> int:
+    """Mark a channel that its file has not closed (H3), or with 0 every handler whose record it has lost (H1)."""
+    for port in [leaked] if leaked else list(irqs.ports_of(domid, slot)):
+        irqs.mark_lost(domid, port)
+    return 0
 
 
 def bind_irq(irqs: IrqLayer, domid: int, slot: int, port: int, *, static: bool) -> int:

@@ -91,6 +91,18 @@ class IrqLayer:
         if not word & Irq.STATIC and self.channels.word(domid, port) & 7 not in (Port.FREE, Port.RESERVED):
             self.channels.close(domid, port)
 
+    def mark_lost(self, domid: int, port: int) -> None:
+        """Note that nobody will close the port any more: its file has no record of it (H1, H3)."""
+        self._memory(domid).fetch_or64(Domain.table(Domain.IRQ_WORDS, port), Irq.LOST)
+
+    def abandon(self, domid: int, port: int) -> None:
+        """Leave a lost port bound for good after `disable` said False: masked, and no file's, so no later one gets its events."""
+        memory = self._memory(domid)
+        at = Domain.table(Domain.IRQ_WORDS, port)
+        memory.store64_release(at, memory.load64(at) & ~0xFFFFFFFF | Irq.KERNEL | Irq.LOST | Irq.EXPLICIT)
+        for vcpu in range(self.channels.domains[domid].vcpus):
+            memory.test_and_clear_bit(Domain.vcpu(vcpu, Vcpu.EVTCHN_MASK) + port // 64 * 8, port % 64)
+
     def ports_of(self, domid: int, slot: int) -> Iterator[int]:
         """Give the ports whose handler is this open file's."""
         memory = self._memory(domid)

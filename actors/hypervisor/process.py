@@ -200,6 +200,8 @@ class HypervisorProcess(ProcessActor):
             with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
                 channels.send(domid, message.port)
             return 0
+        elif isinstance(message, m.ForgetPorts):
+            return calls.forget_ports(self.irqs, domid, slot, message.leaked)
         elif isinstance(message, m.DetachSubmission):
             return self._detach_submission(slot, message.index)
         else:
@@ -279,7 +281,6 @@ class HypervisorProcess(ProcessActor):
         for slot, file in self.files.items():
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
-
         peer.ask(m.Go(), lambda reply, _fds: received.peer.reply(received.request, reply))
         # From here on it hears of every file that is opened, and of flushes, behind Go: its socket keeps their order.
         self.cpus[key] = peer
@@ -315,7 +316,6 @@ class HypervisorProcess(ProcessActor):
         if not message.reborn:  # a reborn file's users are looked for once its submission rings are back (Rejoined)
             self.doors.register(door_fd, 0)
         waiting = {vcpu for domid, vcpu in self.cpus if domid == message.domain}
-
         failed: list[Failure] = []
 
         def attached(vcpu: int, reply: Message, _fds: list[int]) -> None:
@@ -419,7 +419,7 @@ class HypervisorProcess(ProcessActor):
         self._begin_release(slot)
         closed = yield from calls.release(self.irqs, file.domain, slot)
         for port in self.unclaimed.pop(slot, ()):
-            if not self.irqs.word(file.domain, port) & Irq.SLOT:
+            if not self.irqs.word(file.domain, port) & (Irq.SLOT | Irq.LOST):
                 with contextlib.suppress(HypercallError):  # closed already
                     self.channels.close(file.domain, port)
         self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)

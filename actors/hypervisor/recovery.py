@@ -23,7 +23,8 @@ def repair(channels: EventChannels, irqs: IrqLayer) -> int:
         for port, word in list(channels.ports(domid)):
             state = word & 7
             irq = irqs.word(domid, port)
-            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not irq & (Irq.SLOT | Irq.KERNEL):
+            kept = irq & (Irq.SLOT | Irq.KERNEL | Irq.LOST) or word & Port.STATIC  # somebody's, or nobody's for good
+            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not kept:
                 channels.close(domid, port)
                 closed += 1
         _finish_unmasks(channels, irqs, domid)
