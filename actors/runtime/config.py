@@ -10,10 +10,22 @@ from typing import Any, Literal
 import msgspec
 
 from pvbus.actors.runtime import rundir
-from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, VCPUS_MAX
+from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, VCPUS_MAX, Machine
 
 PLATFORMS = ("xen", "hyperv")
-VARIANTS = ("driver-wakeup-order",)
+VARIANTS = {  # what is switched on -> its bit in the machine's header, where every room reads it
+    "driver-wakeup-order": Machine.VARIANT_DRIVER_WAKEUP,
+    "duplicate-drops-ports": Machine.VARIANT_DUPLICATE_DROPS,
+    "leak-on-enomem": Machine.VARIANT_LEAK_ON_ENOMEM,
+    "double-close": Machine.VARIANT_DOUBLE_CLOSE,
+    "strict-static-restriction": Machine.VARIANT_STRICT_STATIC,
+}
+PROFILES = {
+    "linux-6.12": (),  # the answers as they were recorded
+    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close"),
+    "strict": ("strict-static-restriction",),
+}
+INJECT_MAX = PORTS_2L  # a file binds no more ports
 DOMID_FIRST_RESERVED = 0x7FF0
 VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})
 VIRQS_PER_DOMAIN = frozenset({11})
@@ -35,6 +47,26 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     affinity: Literal["vcpu0", "spread"] = "vcpu0"
 
 
+class StaticEvtchnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One [[static_evtchn]]: two ports that are connected before anything runs."""
+
+    domain: int
+    port: int
+    remote_domain: int
+    remote_port: int
+
+
+class InjectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[inject]: how many allocations of each open file fail."""
+
+    record_allocation_failures: int = 0
+    ring_growth_failures: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Give it as plain data."""
+        return msgspec.structs.asdict(self)
+
+
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -43,7 +75,19 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         DomainConfig(id=0, cpus=2, platforms=("xen", "hyperv")),
         DomainConfig(id=1, cpus=1, platforms=("xen",)),
     )
+    profile: str = "linux-6.12"
     variants: tuple[str, ...] = ()
+    inject: InjectConfig = InjectConfig()
+    static_evtchn: tuple[StaticEvtchnConfig, ...] = ()
+
+    def effective_variants(self) -> tuple[str, ...]:
+        """Give what the profile switches on, and `variants` on top of it."""
+        wanted = {*PROFILES[self.profile], *self.variants}
+        return tuple(variant for variant in VARIANTS if variant in wanted)
+
+    def variant_bits(self) -> int:
+        """Give the effective variants as the machine's header has them."""
+        return sum(VARIANTS[variant] for variant in self.effective_variants())
 
 
 def load(path: Path | None, name: str | None = None) -> MachineConfig:
@@ -82,9 +126,44 @@ def check(config: MachineConfig) -> None:
             raise ConfigError(f"domain.id: {domain.id} is given twice")
         seen.add(domain.id)
         _check_domain(domain)
+    if config.profile not in PROFILES:
+        raise ConfigError(f"profile: {config.profile!r} is not one of {', '.join(PROFILES)}")
     for variant in config.variants:
         if variant not in VARIANTS:
             raise ConfigError(f"variants: {variant!r} is not one of {', '.join(VARIANTS)}")
+    for key, number in config.inject.as_dict().items():
+        if not 0 <= number <= INJECT_MAX:
+            raise ConfigError(f"inject.{key}: {number} is not in 0..{INJECT_MAX}")
+    _check_static(config)
+
+
+def _check_static(config: MachineConfig) -> None:
+    """Each end of a static channel is a port that nobody else has, in a Xen domain that exists."""
+    domains = {domain.id: domain for domain in config.domain}
+    taken: dict[tuple[int, int], int] = {}
+    for index, pair in enumerate(config.static_evtchn):
+        where = f"static_evtchn[{index}]: "
+        if (pair.domain, pair.port) == (pair.remote_domain, pair.remote_port):
+            raise ConfigError(f"{where}port {pair.domain}:{pair.port} is connected to itself")
+        ends = (
+            ("domain", "port", pair.domain, pair.port),
+            ("remote_domain", "remote_port", pair.remote_domain, pair.remote_port),
+        )
+        for domain_key, port_key, domid, port in ends:
+            domain = domains.get(domid)
+            if domain is None:
+                raise ConfigError(f"{where}{domain_key}: there is no domain {domid}")
+            kernels = max(domain.kernel_ports, len(domain.kernel_virqs))
+            other = taken.setdefault((domid, port), index)
+            rules: tuple[tuple[bool, str, str], ...] = (
+                ("xen" not in domain.platforms, domain_key, f"domain {domid} is no Xen domain"),
+                (not 1 <= port < PORTS_2L, port_key, f"{port} is not in 1..{PORTS_2L - 1}"),
+                (port <= kernels, port_key, f"{port} is the kernel's: it holds ports 1 to {kernels} of domain {domid}"),
+                (other != index, port_key, f"port {domid}:{port} is given twice, first in static_evtchn[{other}]"),
+            )
+            for broken, key, why in rules:
+                if broken:
+                    raise ConfigError(f"{where}{key}: {why}")
 
 
 def _check_domain(domain: DomainConfig) -> None:
