@@ -37,13 +37,17 @@ DETACHED = "PVBUS_DETACHED"  # set for the process that `up --detach` leaves beh
 
 
 def give_to_kernels(config: configuration.MachineConfig, pages: MachinePages) -> None:
-    """Bind what each domain's own kernel holds, before anything runs."""
+    """Bind what each domain's own kernel holds, and connect the static ports, before anything runs."""
+    states = {domain.id: DomainState(domain.id, domain.cpus, pages.domain(domain.id)) for domain in config.domain}
+    path = EventPath(pages.machine, {domid: state.memory for domid, state in states.items()})
+    channels = EventChannels(states, path, lambda _domid, _vcpu: None, machine=pages.machine)
     for domain in config.domain:
-        memory = pages.domain(domain.id)
-        states = {domain.id: DomainState(domain.id, domain.cpus, memory)}
-        path = EventPath(pages.machine, {domain.id: memory})
-        channels = EventChannels(states, path, lambda _domid, _vcpu: None, machine=pages.machine)
+        for virq in domain.global_virqs:
+            channels.set_virq_handler(virq, domain.id)
+    for domain in config.domain:
         kernel.boot(channels, domain.id, abi=domain.abi, kernel_ports=domain.kernel_ports, kernel_virqs=domain.kernel_virqs)
+    for pair in config.static_evtchn:
+        channels.bind_static_pair(pair.domain, pair.port, pair.remote_domain, pair.remote_port)
 
 
 def up(config: configuration.MachineConfig, ready: Callable[[], None]) -> int:

@@ -20,11 +20,13 @@ One memfd, the public page, is mapped read-only by users: 64 hypervisor sleeping
 Words that carry the event path::
 
     port word   63      54 53   48 47 41 40          24 23            8 7    3 2   0
-                |  unused  | vCPU |      | remote port |  remote domain |      |state|
-    irq word    63               32 31 30 29  24 23 22 21 20 19 18 17 16 15 12 11     0
-                | times served     |L |D | CPU  |K |S |V |P |T |X |A |E |     | file + 1|
-                L late EOI waits, D by an upcall loop that ran too long,
-                K kernel's own, S static, V in service, P/T/X mask reasons EOI_PENDING/TEMPORARY/EXPLICIT, A active, E enabled
+                |  unused  | vCPU |      | remote port |  remote domain | S| C |state|
+                S static (made by the configuration), C unbound because its peer has closed
+    irq word    63               32 31 30 29  24 23 22 21 20 19 18 17 16 15 14 12 11    0
+                | times served     |W |D | CPU  |K |S |V |P |T |X |A |E |L |    |file + 1|
+                W late EOI waits, D by an upcall loop that ran too long, K kernel's own, S static, V in service,
+                P/T/X mask reasons EOI_PENDING/TEMPORARY/EXPLICIT, A active, E enabled,
+                L lost: a variant has had the file forget it, so nobody will close it
     event word  31 30 29 28 27   17 16                0     (FIFO; u32, in the guest's event array)
                 |P |M |L |B |       |    next port     |     pending, masked, linked, busy
     P           63                34 33 32 31                                         0      (C: the same, without flags)
@@ -179,6 +181,7 @@ class Port:
 
     FREE, RESERVED, UNBOUND, INTERDOMAIN, PIRQ, VIRQ, IPI = range(7)
     PEER_CLOSED: Final = 1 << 3  # on an unbound port: it had a peer; for those who ask why nothing arrives
+    STATIC: Final = 1 << 4  # made by the configuration before anything ran: no heir closes it, whether it has a handler or not
 
     @staticmethod
     def pack(state: int, *, remote_domain: int = 0, remote_port: int = 0, vcpu: int = 0) -> int:
@@ -195,6 +198,7 @@ class Irq:
     """Bits of an irq word: the guest kernel's view, where a port stands between pending and written back."""
 
     SLOT: Final = 0xFFF
+    LOST: Final = 1 << 15  # with a file: its record is forgotten; without: its channel has leaked
     ENABLED: Final = 1 << 16
     ACTIVE: Final = 1 << 17
     EXPLICIT: Final = 1 << 18
@@ -230,6 +234,10 @@ class Machine:
     SUBMISSION_BYTES: Final = 64
     BYTES: Final = SUBMISSIONS + SUBMISSIONS_MAX * SUBMISSION_BYTES
     VARIANT_DRIVER_WAKEUP: Final = 1
+    VARIANT_DUPLICATE_DROPS: Final = 2
+    VARIANT_LEAK_ON_ENOMEM: Final = 4
+    VARIANT_DOUBLE_CLOSE: Final = 8
+    VARIANT_STRICT_STATIC: Final = 16
 
     @staticmethod
     def file(slot: int, field: int) -> int:

@@ -38,6 +38,7 @@ PORT_COLUMNS = (
     "state",
     "remote_domain",
     "remote_port",
+    "static",
     "virq",
     "vcpu",
     "file",
@@ -185,6 +186,7 @@ def _status(arguments: argparse.Namespace) -> int:
         return HELD
     counters = ", ".join(f"{name} {value}" for name, value in data["counters"].items())
     print(f"{bold(data['name'])} is {data['state']}, run {data['run_id']}; {counters}")
+    print(f"profile {data['profile']}; variants: {', '.join(data['variants']) or 'none'}")
     print("\n" + table(data["processes"], ("name", "pid", "restarts", "state")))
     vcpus = [
         {"cpu": f"{domain['id']}.{cpu['vcpu']}", **cpu}

@@ -75,6 +75,7 @@ class Evidence:
     port: int
     state: int
     peer_closed: bool
+    static: bool  # made by the configuration
     remote_domain: int
     remote_port: int  # of a VIRQ its number
     irq: int
@@ -172,6 +173,7 @@ def _words(
         port=port,
         state=state,
         peer_closed=bool(word & Port.PEER_CLOSED),
+        static=bool(word & Port.STATIC),
         remote_domain=remote_domain,
         remote_port=remote_port,
         irq=irq,

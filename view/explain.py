@@ -96,10 +96,35 @@ def _not_bound(e: Evidence) -> _Answer | None:
     )
 
 
+def _lost(e: Evidence) -> _Answer | None:
+    if not e.irq & Irq.LOST:
+        return None
+    until = "nothing: it stays bound until the machine stops"
+    if e.file is not None:
+        text = (
+            f"Port {e.name} has a handler in {e.file}, whose record of it is gone (H1, variant duplicate-drops-ports): "
+            "its user can neither write it back nor unbind it."
+        )
+    elif e.irq & Irq.KERNEL:
+        text = (
+            f"Port {e.name} is lost: the file that had it was released without a record of it (H1, variant "
+            "duplicate-drops-ports)."
+        )
+    else:
+        text = (
+            f"Port {e.name} has leaked: it was handed out to a file that had no memory for its record (H3, variant "
+            "leak-on-enomem)."
+        )
+    return _Answer("lost", text, until)
+
+
 def _no_handler(e: Evidence) -> _Answer | None:
     if e.file is not None or e.irq & Irq.KERNEL:
         return None
     pending = " An event is pending on it." if e.pending else ""
+    if e.static:
+        text = f"Port {e.name} is one end of a static channel, but no handler is bound to it.{pending}"
+        return _Answer("no-handler", text, "a file binds it (bind_static)")
     text = f"Port {e.name} has a channel, but no handler is bound to it.{pending}"
     return _Answer("no-handler", text, "a file binds it (bind_static), or its domain closes it")
 
@@ -332,6 +357,7 @@ def _idle(e: Evidence) -> _Answer:
 
 _QUESTIONS: tuple[Callable[[Evidence], _Answer | None], ...] = (
     _not_bound,
+    _lost,
     _no_handler,
     _file_has_gone,
     _poisoned,

@@ -90,13 +90,16 @@ def _hops_in_file(evidence: Evidence, file: OpenFile) -> list[dict[str, Any]]:
 def _binding(evidence: Evidence) -> str:
     to = f" of {evidence.file}" if evidence.file is not None else ""
     peer = f"{evidence.remote_domain}:{evidence.remote_port}"
-    if evidence.irq & Irq.KERNEL:
+    static = "static " if evidence.static else ""
+    if evidence.irq & Irq.LOST:
+        to += ", lost"
+    elif evidence.irq & Irq.KERNEL:
         to = " of the domain's own kernel"
     return {
         Port.FREE: "not bound",
         Port.RESERVED: "reserved",
-        Port.UNBOUND: f"unbound port{to}, for domain {evidence.remote_domain}",
-        Port.INTERDOMAIN: f"interdomain port{to}, its peer is {peer}",
+        Port.UNBOUND: f"{static}unbound port{to}, for domain {evidence.remote_domain}",
+        Port.INTERDOMAIN: f"{static}interdomain port{to}, its peer is {peer}",
         Port.PIRQ: f"PIRQ{to}",
         Port.VIRQ: f"VIRQ {evidence.remote_port}{to}",
         Port.IPI: f"IPI{to}",

@@ -104,19 +104,22 @@ class Inspector:
 
     def port(self, domid: int, port: int) -> dict[str, Any]:
         """Describe one port."""
-        state, remote_domain, remote_port, vcpu = Port.unpack(self.port_word(domid, port))
+        word = self.port_word(domid, port)
+        state, remote_domain, remote_port, vcpu = Port.unpack(word)
         irq = self.irq_word(domid, port)
         slot = (irq & Irq.SLOT) - 1
         peer = state in (Port.UNBOUND, Port.INTERDOMAIN)
+        nobodys = "lost" if irq & Irq.LOST else "kernel" if irq & Irq.KERNEL else None
         return {
             "domain": domid,
             "port": port,
             "state": STATES[state] if state < len(STATES) else "?",
             "remote_domain": remote_domain if peer else None,
             "remote_port": remote_port if state == Port.INTERDOMAIN else None,
+            "static": bool(word & Port.STATIC),
             "virq": remote_port if state == Port.VIRQ else None,
             "vcpu": vcpu,
-            "file": f"file/{domid}.{slot}" if slot >= 0 else ("kernel" if irq & Irq.KERNEL else None),
+            "file": f"file/{domid}.{slot}" if slot >= 0 else nobodys,
             "pending": self.is_pending(domid, port),
             "masked": self.is_masked(domid, port),
             "enabled": bool(irq & Irq.ENABLED),

@@ -16,10 +16,12 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime.inbox import InvariantError
 from pvbus.shm.layout import PORTS_MAX, FilePage
+from pvbus.shm.layout import Machine as MachinePage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     from pvbus.actors.runtime.wire import Message
     from pvbus.shm.memory import Memory
@@ -67,10 +69,18 @@ def copy_from_user(argument: bytes | None, layout: str) -> tuple[int, ...]:
 
 
 class EvtchnFile:
-    """Per-open data and the ioctls on it. `page` holds the bitmap of bound ports that NOTIFY and write look at."""
+    """Per-open data and the ioctls on it. `page` holds the bitmap of bound ports that NOTIFY and write look at.
 
-    def __init__(self, slot: int, page: Memory, ring: Ring) -> None:
+    `variants` are the bits of the machine's header: defects of the driver that are switched on. `inject` says how many
+    allocations are still to fail: `record_allocation_failures`, `ring_growth_failures`.
+    """
+
+    def __init__(
+        self, slot: int, page: Memory, ring: Ring, variants: int = 0, inject: Mapping[str, int] | None = None
+    ) -> None:
         self.slot = slot
+        self.variants = variants
+        self.inject = dict(inject or {})
         self.page = page
         self.ring = ring
         self.ports: set[int] = set()
@@ -152,6 +162,8 @@ class EvtchnFile:
         return 0
 
     def _bind_static(self, argument: bytes | None) -> Generator[Message, int, int]:
+        if self.restrict_domid != UNRESTRICTED and self.variants & MachinePage.VARIANT_STRICT_STATIC:
+            raise _error(errno.EACCES)  # H2: where the other binds that name no domain say so
         (port,) = copy_from_user(argument, "=I")
         if port in self.ports:
             raise _error(errno.EISCONN)
@@ -162,17 +174,21 @@ class EvtchnFile:
 
     def _bind_to_user(self, port: int, *, static: bool = False) -> Generator[Message, int, int]:
         """Mirror evtchn_bind_to_user (A7): record, room in the ring, then the handler, whose first event may fire at once."""
+        if self._fails("record_allocation_failures"):
+            yield from self._without_record(port, static=static)
         self.nr_evtchns += 1
+        duplicate, asked = port in self.ports, False
         try:
-            if port in self.ports:  # H1: nothing was inserted, so nothing may be erased
+            if duplicate:
                 raise _error(errno.EEXIST)
             self._resize()
             if port < PORTS_MAX:
                 self._mark(port, bound=True)
+            asked = True
             yield m.BindIrq(port=port, static=static)
         except OSError as error:
             self.nr_evtchns -= 1
-            if port not in self.ports and port < PORTS_MAX:
+            if not duplicate and port < PORTS_MAX:
                 self._mark(port, bound=False)
             if error.errno == errno.EPIPE:
                 # The hypervisor died. Its heir has closed what had no handler, and may have given the number to another
@@ -180,9 +196,32 @@ class EvtchnFile:
                 yield m.UnbindIrq(port=port)
             elif not static:  # closed once (H4), and not leaked (H3)
                 yield from self._close_quietly(port)
+                if asked and self.variants & MachinePage.VARIANT_DOUBLE_CLOSE:
+                    # H4: the irq layer has closed it, and now the driver does. Not carried out: the number may be another
+                    # file's by now. The guest kernel ends in BUG, this process ends here.
+                    raise InvariantError(f"port {port} is closed twice (variant double-close): BUG") from error
+            if duplicate:
+                yield from self._erase_what_was_not_inserted()
             raise
         self.ports.add(port)
         return port
+
+    def _without_record(self, port: int, *, static: bool) -> Generator[Message, int, None]:
+        """A7.1 failed: close what the hypervisor has handed out, or leave it to nobody, as the driver does (H3)."""
+        if not static and self.variants & MachinePage.VARIANT_LEAK_ON_ENOMEM:
+            yield m.ForgetPorts(leaked=port)
+        elif not static:
+            yield from self._close_quietly(port)
+        raise _error(errno.ENOMEM, "no memory for the port's record (injected)")
+
+    def _erase_what_was_not_inserted(self) -> Generator[Message, int, None]:
+        """H1: nothing was inserted, so nothing may be erased. The driver erases, and with a zeroed node the whole tree."""
+        if not self.variants & MachinePage.VARIANT_DUPLICATE_DROPS:
+            return
+        yield m.ForgetPorts()
+        for port in self.ports:
+            self._mark(port, bound=False)
+        self.ports.clear()  # and not nr_evtchns: the driver goes on counting them
 
     def _close_quietly(self, port: int) -> Generator[Message, int, None]:
         try:
@@ -194,7 +233,15 @@ class EvtchnFile:
     def _resize(self) -> None:
         """Mirror evtchn_resize_ring (A6): one doubling is enough, the count grows by one."""
         if self.nr_evtchns > self.ring_size:
+            if self.ring_size and self._fails("ring_growth_failures"):
+                raise _error(errno.ENOMEM, "no memory for a larger ring (injected)")
             self.ring_size = self.ring.grow(self.slot)
+
+    def _fails(self, allocation: str) -> bool:
+        """Whether this allocation is one of those that the configuration lets fail."""
+        left = self.inject.get(allocation, 0)
+        self.inject[allocation] = max(0, left - 1)
+        return left > 0
 
     def _delete(self, port: int) -> None:
         self.ports.discard(port)

@@ -69,7 +69,8 @@ class FileProcess(ProcessActor):
         self.machine = Memory(fds["machine"], Machine.BYTES)
         path = EventPath(self.machine, {})
         path.attach_file(self.slot, self.page)
-        self.file = EvtchnFile(self.slot, self.page, path)
+        variants = self.machine.load32(Machine.VARIANTS)
+        self.file = EvtchnFile(self.slot, self.page, path, variants, arguments.get("inject"))
         self.door = socket.socket(fileno=fds["door"])
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.users: dict[Peer, User | None] = {}

@@ -11,7 +11,7 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from pvbus.actors.hypervisor.errors import HypercallError
-from pvbus.shm.layout import Irq
+from pvbus.shm.layout import Irq, Port
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -88,14 +88,24 @@ def close_port(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wa
 
 
 def release(irqs: IrqLayer, domid: int, slot: int) -> Generator[Wait, None, int]:
-    """Mirror evtchn_release: every port of the file, the largest first (A2.3); give their number."""
+    """Mirror evtchn_release: every port of the file, the largest first (A2.3); give their number. H1: what it forgot stays."""
     ports = sorted(irqs.ports_of(domid, slot), reverse=True)
     yield from _disable_all(irqs, domid, ports)
     for at, port in enumerate(ports):
-        irqs.unbind(domid, port)
+        if irqs.word(domid, port) & Irq.LOST and irqs.channels.word(domid, port) & 7 != Port.FREE:
+            irqs.abandon(domid, port)
+        else:
+            irqs.unbind(domid, port)
         if at % UNBINDS_A_TURN == UNBINDS_A_TURN - 1:  # a file may have 131,071: others' notifies go on meanwhile
             yield Again()
     return len(ports)
+
+
+def forget_ports(irqs: IrqLayer, domid: int, slot: int, leaked: int) -> int:
+    """Mark a channel that its file has not closed (H3), or with 0 every handler whose record it has lost (H1)."""
+    for port in [leaked] if leaked else list(irqs.ports_of(domid, slot)):
+        irqs.mark_lost(domid, port)
+    return 0
 
 
 def bind_irq(irqs: IrqLayer, domid: int, slot: int, port: int, *, static: bool) -> int:

@@ -145,6 +145,21 @@ class IrqLayer:
         if not word & Irq.STATIC and self.channels.word(domid, port) & 7 not in (Port.FREE, Port.RESERVED):
             self.channels.close(domid, port)
 
+    def mark_lost(self, domid: int, port: int) -> None:
+        """Note that nobody will close the port any more: its file has no record of it (H1, H3)."""
+        self._memory(domid).fetch_or64(Domain.table(Domain.IRQ_WORDS, port), Irq.LOST)
+
+    def is_lost(self, domid: int, port: int) -> bool:
+        """Tell whether nobody will close the port any more."""
+        return bool(self.word(domid, port) & Irq.LOST)
+
+    def abandon(self, domid: int, port: int) -> None:
+        """Leave a lost port bound for good after `disable` said False: masked, and no file's, so no later one gets its events."""
+        memory = self._memory(domid)
+        at = Domain.table(Domain.IRQ_WORDS, port)
+        memory.store64_release(at, memory.load64(at) & ~0xFFFFFFFF | Irq.KERNEL | Irq.LOST | Irq.EXPLICIT)
+        kernel.serve_on(memory, port, -1, range(self.channels.domains[domid].vcpus))
+
     def forget(self, domid: int) -> None:
         """The domain's kernel is gone, and with it every handler; counts of services go on."""
         memory = self._memory(domid)

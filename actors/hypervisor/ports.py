@@ -186,7 +186,7 @@ class EventChannels:
         # The local end first: until the remote word names it nobody can send to it, so an heir that finds it alone frees it.
         self._set_word(caller, port, Port.pack(Port.INTERDOMAIN, remote_domain=remote.domid, remote_port=remote_port))
         peer = Port.pack(Port.INTERDOMAIN, remote_domain=caller, remote_port=port, vcpu=vcpu)
-        self._set_word(remote.domid, remote_port, peer)
+        self._set_word(remote.domid, remote_port, peer | self.word(remote.domid, remote_port) & Port.STATIC)
         self.raise_port(caller, port)
         return port
 
@@ -233,7 +233,7 @@ class EventChannels:
         if state in (Port.FREE, Port.RESERVED, Port.IPI) or (state == Port.VIRQ and remote_port in VIRQS_PER_VCPU):
             raise HypercallError(errno.EINVAL, f"port {port} cannot move")
         moved = Port.pack(state, remote_domain=remote_domain, remote_port=remote_port, vcpu=vcpu)
-        self._set_word(caller, port, moved | self.word(caller, port) & Port.PEER_CLOSED)
+        self._set_word(caller, port, moved | self.word(caller, port) & (Port.PEER_CLOSED | Port.STATIC))
 
     def close(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_close: EINVAL for a port out of range, free or reserved. The peer becomes unbound, without an event."""
@@ -258,7 +258,8 @@ class EventChannels:
         state, back_domain, back_port, vcpu = Port.unpack(self.word(remote_domain, remote_port))
         if state == Port.INTERDOMAIN and (back_domain, back_port) == (caller, port):
             unbound = Port.pack(Port.UNBOUND, remote_domain=caller, vcpu=vcpu)
-            self._set_word(remote_domain, remote_port, unbound | Port.PEER_CLOSED)
+            kept = self.word(remote_domain, remote_port) & Port.STATIC
+            self._set_word(remote_domain, remote_port, unbound | kept | Port.PEER_CLOSED)
 
     def send(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_send: EINVAL bad, VIRQ, PIRQ, free; to an unbound peer it is dropped, with success."""
@@ -332,3 +333,13 @@ class EventChannels:
     def _ring(self, domid: int, vcpu: int) -> None:
         if vcpu >= 0:
             self.kick(domid, vcpu)
+
+    def bind_static_pair(self, domid: int, port: int, remote_domid: int, remote_port: int) -> None:
+        """Connect two numbers of free ports, before anything runs. EBUSY when one is taken. Neither is born pending."""
+        ends = ((domid, port, remote_domid, remote_port), (remote_domid, remote_port, domid, port))
+        for own, number, _, _ in ends:
+            if self.word(own, number) & 7 != Port.FREE:
+                raise HypercallError(errno.EBUSY, f"port {own}:{number} is taken")
+        for own, number, other, others_number in ends:
+            word = Port.pack(Port.INTERDOMAIN, remote_domain=other, remote_port=others_number)
+            self._set_word(own, number, word | Port.STATIC)

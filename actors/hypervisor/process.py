@@ -233,6 +233,8 @@ class HypervisorProcess(ProcessActor):
             with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
                 channels.send(domid, message.port)
             return 0
+        elif isinstance(message, m.ForgetPorts):
+            return calls.forget_ports(self.irqs, domid, slot, message.leaked)
         elif isinstance(message, m.DetachSubmission):
             return self._detach_submission(slot, message.index)
         else:
@@ -404,7 +406,7 @@ class HypervisorProcess(ProcessActor):
         self._begin_release(slot)
         closed = yield from calls.release(self.irqs, file.domain, slot)
         for port in self.unclaimed.pop(slot, ()):
-            if not self.irqs.word(file.domain, port) & Irq.SLOT:
+            if not self.irqs.word(file.domain, port) & (Irq.SLOT | Irq.LOST):
                 with contextlib.suppress(HypercallError):  # closed already
                     self.channels.close(file.domain, port)
         self.machine.store32_release(Machine.file(slot, File.STATE), File.DEAD)

@@ -22,8 +22,9 @@ def repair(channels: EventChannels, irqs: IrqLayer) -> int:
     for domid in channels.domains:
         for port, word in list(channels.ports(domid)):
             state = word & 7
-            has_handler = irqs.irq_from_evtchn(domid, port) >= 0
-            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not has_handler:
+            # Somebody's, or nobody's for good.
+            kept = irqs.irq_from_evtchn(domid, port) >= 0 or irqs.is_lost(domid, port) or word & Port.STATIC
+            if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not kept:
                 channels.close(domid, port)
                 closed += 1
         _finish_unmasks(channels, irqs, domid)

@@ -10,10 +10,22 @@ from typing import Any, Literal
 import msgspec
 
 from pvbus.actors.runtime import rundir
-from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, PORTS_FIFO, VCPUS_MAX
+from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, PORTS_FIFO, VCPUS_MAX, Machine
 
 PLATFORMS = ("xen", "hyperv")
-VARIANTS = ("driver-wakeup-order",)
+VARIANTS = {  # what is switched on -> its bit in the machine's header, where every room reads it
+    "driver-wakeup-order": Machine.VARIANT_DRIVER_WAKEUP,
+    "duplicate-drops-ports": Machine.VARIANT_DUPLICATE_DROPS,
+    "leak-on-enomem": Machine.VARIANT_LEAK_ON_ENOMEM,
+    "double-close": Machine.VARIANT_DOUBLE_CLOSE,
+    "strict-static-restriction": Machine.VARIANT_STRICT_STATIC,
+}
+PROFILES = {
+    "linux-6.12": (),  # the answers as they were recorded
+    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close"),
+    "strict": ("strict-static-restriction",),
+}
+INJECT_MAX = PORTS_FIFO  # a file binds no more ports
 DOMID_FIRST_RESERVED = 0x7FF0
 VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})
 VIRQS_PER_DOMAIN = frozenset({11})
@@ -31,9 +43,35 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     platforms: tuple[str, ...] = ("xen",)
     abi: Literal["fifo", "2-level"] = "fifo"
     max_event_channels: int = 0  # 0: as many as the ABI has
+    global_virqs: tuple[int, ...] = ()  # those that this domain handles; all others are domain 0's
     kernel_virqs: tuple[int, ...] = ()
     kernel_ports: int = 0
     affinity: Literal["vcpu0", "spread"] = "vcpu0"
+
+    @property
+    def ports_max(self) -> int:
+        """How many port numbers there are, 0 included."""
+        return self.max_event_channels or (PORTS_FIFO if self.abi == "fifo" else PORTS_2L)
+
+
+class StaticEvtchnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One [[static_evtchn]]: two ports that are connected before anything runs."""
+
+    domain: int
+    port: int
+    remote_domain: int
+    remote_port: int
+
+
+class InjectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[inject]: how many allocations of each open file fail."""
+
+    record_allocation_failures: int = 0
+    ring_growth_failures: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Give it as plain data."""
+        return msgspec.structs.asdict(self)
 
 
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +82,26 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         DomainConfig(id=0, cpus=2, platforms=("xen", "hyperv")),
         DomainConfig(id=1, cpus=1, platforms=("xen",)),
     )
+    profile: str = "linux-6.12"
     variants: tuple[str, ...] = ()
+    inject: InjectConfig = InjectConfig()
+    static_evtchn: tuple[StaticEvtchnConfig, ...] = ()
+
+    def handled_virqs(self, domid: int) -> frozenset[int]:
+        """Give the global VIRQs that a domain handles: its own, and domain 0 what is nobody else's."""
+        given = {virq: domain.id for domain in self.domain for virq in domain.global_virqs}
+        return frozenset(
+            virq for virq in range(NR_VIRQS) if virq not in VIRQS_PER_VCPU | VIRQS_PER_DOMAIN and given.get(virq, 0) == domid
+        )
+
+    def effective_variants(self) -> tuple[str, ...]:
+        """Give what the profile switches on, and `variants` on top of it."""
+        wanted = {*PROFILES[self.profile], *self.variants}
+        return tuple(variant for variant in VARIANTS if variant in wanted)
+
+    def variant_bits(self) -> int:
+        """Give the effective variants as the machine's header has them."""
+        return sum(VARIANTS[variant] for variant in self.effective_variants())
 
 
 def load(path: Path | None, name: str | None = None) -> MachineConfig:
@@ -82,19 +139,65 @@ def check(config: MachineConfig) -> None:
         if domain.id in seen:
             raise ConfigError(f"domain.id: {domain.id} is given twice")
         seen.add(domain.id)
-        _check_domain(domain)
+        _check_domain(domain, config.handled_virqs(domain.id))
+    _check_handlers(config)
+    if config.profile not in PROFILES:
+        raise ConfigError(f"profile: {config.profile!r} is not one of {', '.join(PROFILES)}")
     for variant in config.variants:
         if variant not in VARIANTS:
             raise ConfigError(f"variants: {variant!r} is not one of {', '.join(VARIANTS)}")
+    for key, number in config.inject.as_dict().items():
+        if not 0 <= number <= INJECT_MAX:
+            raise ConfigError(f"inject.{key}: {number} is not in 0..{INJECT_MAX}")
+    _check_static(config)
 
 
-def _check_domain(domain: DomainConfig) -> None:
+def _check_handlers(config: MachineConfig) -> None:
+    taken: dict[int, int] = {}
+    for domain in config.domain:
+        for virq in domain.global_virqs:
+            if virq in taken:
+                raise ConfigError(f"domain {domain.id}: global_virqs: {virq} is handled by domain {taken[virq]} already")
+            taken[virq] = domain.id
+
+
+def _check_static(config: MachineConfig) -> None:
+    """Each end of a static channel is a port that nobody else has, in a Xen domain that exists."""
+    domains = {domain.id: domain for domain in config.domain}
+    taken: dict[tuple[int, int], int] = {}
+    for index, pair in enumerate(config.static_evtchn):
+        where = f"static_evtchn[{index}]: "
+        if (pair.domain, pair.port) == (pair.remote_domain, pair.remote_port):
+            raise ConfigError(f"{where}port {pair.domain}:{pair.port} is connected to itself")
+        ends = (
+            ("domain", "port", pair.domain, pair.port),
+            ("remote_domain", "remote_port", pair.remote_domain, pair.remote_port),
+        )
+        for domain_key, port_key, domid, port in ends:
+            domain = domains.get(domid)
+            if domain is None:
+                raise ConfigError(f"{where}{domain_key}: there is no domain {domid}")
+            kernels = max(domain.kernel_ports, len(domain.kernel_virqs))
+            other = taken.setdefault((domid, port), index)
+            rules: tuple[tuple[bool, str, str], ...] = (
+                ("xen" not in domain.platforms, domain_key, f"domain {domid} is no Xen domain"),
+                (not 1 <= port < domain.ports_max, port_key, f"{port} is not in 1..{domain.ports_max - 1}"),
+                (port <= kernels, port_key, f"{port} is the kernel's: it holds ports 1 to {kernels} of domain {domid}"),
+                (other != index, port_key, f"port {domid}:{port} is given twice, first in static_evtchn[{other}]"),
+            )
+            for broken, key, why in rules:
+                if broken:
+                    raise ConfigError(f"{where}{key}: {why}")
+
+
+def _check_domain(domain: DomainConfig, handled: frozenset[int]) -> None:
     where = f"domain {domain.id}: "
-    ports = PORTS_FIFO if domain.abi == "fifo" else PORTS_2L
+    ports, last = PORTS_FIFO if domain.abi == "fifo" else PORTS_2L, domain.ports_max - 1
     unknown = [platform for platform in domain.platforms if platform not in PLATFORMS]
     impossible = [virq for virq in domain.kernel_virqs if not 0 <= virq < NR_VIRQS]
     not_global = VIRQS_PER_VCPU | VIRQS_PER_DOMAIN
-    foreign = [virq for virq in domain.kernel_virqs if domain.id != 0 and virq not in not_global]
+    foreign = [virq for virq in domain.kernel_virqs if virq not in not_global and virq not in handled]
+    local = [virq for virq in domain.global_virqs if not 0 <= virq < NR_VIRQS or virq in not_global]
     rules: tuple[tuple[bool, str, str], ...] = (
         (not 0 <= domain.id < DOMID_FIRST_RESERVED, "id", f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}"),
         (not 1 <= domain.cpus <= VCPUS_MAX, "cpus", f"{domain.cpus} is not in 1..{VCPUS_MAX}"),
@@ -103,8 +206,9 @@ def _check_domain(domain: DomainConfig) -> None:
         (len(set(domain.platforms)) != len(domain.platforms), "platforms", "one is given twice"),
         (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),
         (len(set(domain.kernel_virqs)) != len(domain.kernel_virqs), "kernel_virqs", "a VIRQ is given twice"),
-        (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by domain 0"),
-        (not 0 <= domain.kernel_ports < ports, "kernel_ports", f"{domain.kernel_ports} is not in 0..{ports - 1}"),
+        (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by another domain"),
+        (bool(local), "global_virqs", f"{local} are no global VIRQs"),
+        (not 0 <= domain.kernel_ports <= last, "kernel_ports", f"{domain.kernel_ports} is not in 0..{last}"),
         (not 0 <= domain.max_event_channels <= ports, "max_event_channels", f"{domain.max_event_channels} is not in 0..{ports}"),
     )
     for broken, key, why in rules:

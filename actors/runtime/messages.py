@@ -283,6 +283,15 @@ class ClosePort(Message, frozen=True, kw_only=True):
     port: int
 
 
+class ForgetPorts(Message, frozen=True, kw_only=True):
+    """A defect of the driver, switched on: no record is left of the handlers of this file (H1), or of the
+    channel `leaked` that was handed out to it (H3). Nobody closes them any more.
+    """
+
+    fds_max: ClassVar[int | None] = 0
+    leaked: int = 0
+
+
 class Barrier(Message, frozen=True, kw_only=True):
     """Done when everything notified before is in the rings: RESET must throw it away, as on the device."""
 

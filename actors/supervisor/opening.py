@@ -38,6 +38,7 @@ class Opening:
         self.supervisor, self.file, self.child, self.received, self.door = supervisor, file, child, received, door
         self.missing = {"hypervisor", "process"}
         self.arguments: dict[str, Any] = {"slot": file.slot, "domain": file.domain, "opener_pid": received.peer.pid}
+        self.arguments["inject"] = supervisor.config.inject.as_dict()
         self.user_end, self.connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.hypervisors_end, self.files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

@@ -56,8 +56,8 @@ class Supervisor(ProcessActor):
         self.give_to_kernels = give_to_kernels
         self.run_id = secrets.token_hex(6)
         self.directory = rundir.create(config.name, self.run_id)
-        variants = Machine.VARIANT_DRIVER_WAKEUP if "driver-wakeup-order" in config.variants else 0
-        self.pages = MachinePages(self.run_id, {domain.id: domain.cpus for domain in config.domain}, variants)
+        domains = {domain.id: domain.cpus for domain in config.domain}
+        self.pages = MachinePages(self.run_id, domains, config.variant_bits())
         clock = SharedClock(self.pages.machine, Machine.CLOCK_OFFSET_NS)
         ours, self._own_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__("supervisor", ours, clock)
@@ -336,7 +336,9 @@ class Supervisor(ProcessActor):
             "name": self.config.name,
             "run_id": self.run_id,
             "state": "stopping" if self.stopping else "ready",
-            "variants": list(self.config.variants),
+            "profile": self.config.profile,
+            "variants": list(self.config.effective_variants()),
+            "inject": self.config.inject.as_dict(),
             "undelivered": self.inbox.undelivered,
             "foreign_frames": self.inbox.foreign_frames,
             "processes": processes,

@@ -117,6 +117,7 @@ enum { PV_TABLE_PORT, PV_TABLE_IRQ, PV_TABLE_PENDING_SINCE, PV_TABLE_SERVED_AT, 
 /* Port word: the hypervisor's view of a port; one store changes a port's state. */
 #define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
 #define PV_PORT_PEER_CLOSED (1ull << 3)                     /* on an unbound port: it had a peer */
+#define PV_PORT_STATIC (1ull << 4)                          /* made by the configuration: no heir closes it */
 #define PV_PORT_REMOTE_DOMAIN(w) ((uint32_t)(((w) >> 8) & 0xffffu))
 #define PV_PORT_REMOTE_PORT(w) ((uint32_t)(((w) >> 24) & 0x1ffffu)) /* for a VIRQ its number */
 #define PV_PORT_VCPU(w) ((uint32_t)(((w) >> 48) & 0x3fu))   /* notify vCPU */
@@ -124,6 +125,7 @@ enum { PV_FREE, PV_RESERVED, PV_UNBOUND, PV_INTERDOMAIN, PV_PIRQ, PV_VIRQ, PV_IP
 
 /* Irq word: the guest kernel's view, where a port stands between pending and written back; each step is one compare-exchange. */
 #define PV_IRQ_SLOT(w) ((uint32_t)((w) & 0xfffu))           /* open file + 1; 0 = no handler */
+#define PV_IRQ_LOST (1ull << 15)          /* forgotten by its file, or leaked: nobody will close it */
 #define PV_IRQ_ENABLED (1ull << 16)       /* evtchn record: the user may get it */
 #define PV_IRQ_ACTIVE (1ull << 17)        /* from delivery to late EOI */
 #define PV_IRQ_EXPLICIT (1ull << 18)      /* mask reasons: disable_irq, ... */
@@ -181,6 +183,10 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 #define PV_LOCK_FILE 0x8000u
 #define PV_CLAIM_VALID (1ull << 63)
 #define PV_VARIANT_DRIVER_WAKEUP 1u  /* H/zoo 1: the driver samples cons before it publishes */
+#define PV_VARIANT_DUPLICATE_DROPS 2u /* H1 */
+#define PV_VARIANT_LEAK_ON_ENOMEM 4u /* H3 */
+#define PV_VARIANT_DOUBLE_CLOSE 8u  /* H4 */
+#define PV_VARIANT_STRICT_STATIC 16u /* H2, fixed */
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {

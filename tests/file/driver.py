@@ -26,8 +26,12 @@ EPIPE_REPEATS_MAX = 3
 class Machine:
     """A rig, its open files, and what was asked of the hypervisor."""
 
-    def __init__(self, cpus: tuple[int, ...] = (2, 1)) -> None:
+    def __init__(
+        self, cpus: tuple[int, ...] = (2, 1), variants: int = 0, inject: dict[str, int] | None = None
+    ) -> None:
         self.rig = Rig(cpus=cpus)
+        self.variants = variants
+        self.inject = inject or {}      # how many allocations of each file fail
         self.files: dict[int, EvtchnFile] = {}
         self.domain: dict[int, int] = {}
         self.asked: list[str] = []
@@ -37,7 +41,7 @@ class Machine:
 
     def open(self, slot: int, domid: int = 0) -> EvtchnFile:
         page = self.rig.open(slot, domid, size=0)
-        self.files[slot] = EvtchnFile(slot, page, self)
+        self.files[slot] = EvtchnFile(slot, page, self, self.variants, self.inject)
         self.domain[slot] = domid
         return self.files[slot]
 
@@ -128,6 +132,8 @@ class Machine:
                 return self._run(calls.barrier(domid))
             case m.NrChannels():
                 return channel.nr_channels(op.domains[domid].memory)
+            case m.ForgetPorts():
+                return calls.forget_ports(irqs, domid, slot, message.leaked)
             case m.SendPort():
                 with contextlib.suppress(OSError):      # A9.6: 0 whatever the hypervisor said
                     op.send(domid, message.port)
@@ -143,6 +149,10 @@ class Machine:
                 return value
             if isinstance(wait, calls.Flush):
                 self.rig.deliver(wait.domid)
+
+    def release(self, file: EvtchnFile) -> int:
+        """Drop the last reference of a file, or let its process die: the hypervisor does the same."""
+        return self._run(calls.release(self.rig.irqs, self.domain[file.slot], file.slot))
 
     # ---- short forms
 

@@ -138,7 +138,7 @@ def test_a_static_number_that_xen_has_not_given_out_is_served_once_it_is(spread:
 
 @pytest.mark.checklist("X10", "A8.1")
 def test_a_port_has_an_irq_from_its_binding_to_its_unbinding_and_no_other_has(rig: Rig) -> None:
-    rig.channels.give_to_kernel(0, 1, [])
+    kernel.boot(rig.channels, 0, kernel_ports=1, kernel_virqs=[])
     others = rig.channels.alloc_unbound(0, SELF, 1)     # handed out, and nobody's
     ours = rig.bind(0, rig.channels.alloc_unbound(0, SELF, 0))
 

@@ -192,7 +192,7 @@ def test_a_machine_of_another_name_is_not_there(name: str) -> None:
         (["doctor", "--name", "No/Name"], "No/Name"),
         (["explain", "port", "5"], "'5'"),
         (["explain", "port", "0:-5"], "'0:-5'"),
-        (["explain", "port", "0:4096"], "4096"),
+        (["explain", "port", "0:131072"], "131072"),
         (["explain", "port", "9:1"], "domain 9"),
         (["explain", "queue", "0:1"], "queue"),
         (["ports", "--domain", "9"], "--domain 9"),

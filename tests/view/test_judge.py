@@ -35,6 +35,7 @@ IDLE = Evidence(
     port=6,
     state=Port.INTERDOMAIN,
     peer_closed=False,
+    static=False,
     remote_domain=1,
     remote_port=7,
     irq=BOUND,
@@ -72,6 +73,10 @@ IDLE = Evidence(
         ({"irq": 0, "file": None, "pending": True}, "no-handler", "An event is pending"),
         ({"file": replace(FILE, is_open=False)}, "file-gone", "being closed"),
         ({"irq": 1 | Irq.ACTIVE, "file": replace(FILE, ring=None)}, "not-written-back", "is not known"),
+        ({"irq": 0, "file": None, "static": True}, "no-handler", "one end of a static channel"),
+        ({"irq": BOUND | Irq.LOST}, "lost", "can neither write it back nor unbind it"),
+        ({"irq": Irq.KERNEL | Irq.LOST, "file": None}, "lost", "released without a record"),
+        ({"irq": Irq.LOST, "file": None}, "lost", "has leaked"),
         ({"state": Port.IPI, "pending_since_ns": 0}, "never-raised", "has not been raised"),
     ],
 )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration may say, and the sentence for what it may not: profiles, variants, injected failures, static ports."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pvbus.actors.runtime import config as configuration
+from pvbus.actors.runtime.config import PROFILES, VARIANTS, ConfigError, MachineConfig
+from pvbus.shm.layout import Machine
+
+DOMAINS = """
+[[domain]]
+id = 0
+kernel_virqs = [0, 2, 9]
+kernel_ports = 2
+[[domain]]
+id = 1
+kernel_ports = 4
+[[domain]]
+id = 2
+platforms = ["hyperv"]
+"""
+
+
+def load(directory: Path, text: str) -> MachineConfig:
+    path = directory / "machine.toml"
+    path.write_text(text)
+    return configuration.load(path)
+
+
+def pair(domain: object, port: object, remote_domain: object, remote_port: object) -> str:
+    return (
+        f"[[static_evtchn]]\ndomain = {domain}\nport = {port}\n"
+        f"remote_domain = {remote_domain}\nremote_port = {remote_port}\n"
+    )
+
+
+def test_a_machine_answers_as_recorded_unless_told_otherwise() -> None:
+    default = configuration.load(None)
+
+    assert default.profile == "linux-6.12"
+    assert default.effective_variants() == ()
+    assert default.variant_bits() == 0
+    assert default.static_evtchn == ()
+    assert set(default.inject.as_dict().values()) == {0}
+
+
+@pytest.mark.checklist("H1", "H2", "H3", "H4")
+@pytest.mark.parametrize(("profile", "variants", "bits"), [
+    ("linux-6.12", [], 0),
+    ("seed", [], 1 | 2 | 4 | 8),
+    ("strict", [], 16),
+    ("strict", ["driver-wakeup-order"], 17),
+    ("seed", ["double-close", "strict-static-restriction", "double-close"], 31),
+])
+def test_a_profile_is_a_set_of_variants_and_single_ones_come_on_top(
+    tmp_path: Path, profile: str, variants: list[str], bits: int
+) -> None:
+    config = load(tmp_path, f'profile = "{profile}"\nvariants = {variants!r}\n')
+
+    assert config.variant_bits() == bits
+    assert sum(VARIANTS[name] for name in config.effective_variants()) == bits
+    assert set(config.effective_variants()) == {*PROFILES[profile], *variants}
+
+
+def test_each_variant_has_a_bit_of_its_own_and_each_profile_names_some_that_exist() -> None:
+    bits = list(VARIANTS.values())
+
+    assert sum(bits) == 2 ** len(bits) - 1
+    assert len(set(bits)) == len(bits)
+    assert bits == [value for name, value in vars(Machine).items() if name.startswith("VARIANT_")]
+    assert {name for names in PROFILES.values() for name in names} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('profile = "linux-2.6"', "profile: 'linux-2.6' is not one of linux-6.12, seed, strict"),
+    ('variants = ["lossy"]', f"variants: 'lossy' is not one of {', '.join(VARIANTS)}"),
+    ("profile = 3", "profile"),
+    ("[inject]\nrecord_allocation_failures = -1", "inject.record_allocation_failures: -1 is not in 0..131072"),
+    ("[inject]\nring_growth_failures = 131073", "inject.ring_growth_failures: 131073 is not in 0..131072"),
+    ("[inject]\nboom = 1", "boom"),
+    ("[inject]\nring_growth_failures = true", "inject.ring_growth_failures"),
+])
+def test_a_profile_variant_or_failure_that_is_none_is_refused_with_its_value(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, text)
+
+    assert said in str(refused.value)
+
+
+@pytest.mark.checklist("A9.5")
+@pytest.mark.parametrize("port", [4, 4095])
+def test_static_ports_connect_two_domains_or_two_ports_of_one(tmp_path: Path, port: int) -> None:
+    config = load(tmp_path, DOMAINS + pair(0, port, 1, port if port > 4 else 5) + pair(1, 30, 1, 31))
+
+    first, second = config.static_evtchn
+    assert (first.domain, first.port, first.remote_domain) == (0, port, 1)
+    assert (second.domain, second.port, second.remote_domain, second.remote_port) == (1, 30, 1, 31)
+
+
+@pytest.mark.checklist("A9.5")
+@pytest.mark.parametrize(("pairs", "said"), [
+    (pair(0, 20, 7, 21), "static_evtchn[0]: remote_domain: there is no domain 7"),
+    (pair(9, 20, 0, 21), "static_evtchn[0]: domain: there is no domain 9"),
+    (pair(0, 20, 2, 21), "static_evtchn[0]: remote_domain: domain 2 is no Xen domain"),
+    (pair(0, 0, 1, 21), "static_evtchn[0]: port: 0 is not in 1..131071"),
+    (pair(0, 20, 1, 131072), "static_evtchn[0]: remote_port: 131072 is not in 1..131071"),
+    (pair(0, -1, 1, 20), "static_evtchn[0]: port: -1 is not in 1..131071"),
+    (pair(0, 3, 1, 20), "static_evtchn[0]: port: 3 is the kernel's: it holds ports 1 to 3 of domain 0"),
+    (pair(0, 20, 1, 4), "static_evtchn[0]: remote_port: 4 is the kernel's: it holds ports 1 to 4 of domain 1"),
+    (pair(0, 20, 0, 20), "static_evtchn[0]: port 0:20 is connected to itself"),
+    (pair(0, 20, 1, 20) + pair(1, 22, 0, 20), "static_evtchn[1]: remote_port: port 0:20 is given twice, first in"),
+    (pair(0, 20, 1, 20) * 2, "static_evtchn[1]: port: port 0:20 is given twice, first in static_evtchn[0]"),
+    (pair('"0"', 20, 1, 20), "static_evtchn[0].domain"),
+    (pair(0, 20.5, 1, 20), "static_evtchn[0].port"),
+    (pair(0, "true", 1, 20), "static_evtchn[0].port"),
+    ("[[static_evtchn]]\ndomain = 0\nport = 20\nremote_domain = 1\n", "remote_port"),
+    (pair(0, 20, 1, 20) + "vcpu = 1\n", "vcpu"),
+    ("[static_evtchn]\ndomain = 0\n", "static_evtchn"),
+])
+def test_static_ports_that_make_no_sense_are_refused_with_their_key(tmp_path: Path, pairs: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, DOMAINS + pairs)
+
+    assert said in str(refused.value)
+
+
+def test_the_documented_examples_load_and_every_name_is_documented(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+
+    examples = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+    assert len(examples) >= 4
+    assert {load(tmp_path, example).profile for example in examples} >= {"linux-6.12", "seed"}
+    in_profile = {name: profile for profile, names in PROFILES.items() for name in names}
+    for variant, profile in in_profile.items():
+        assert re.search(rf'^\| `"{variant}"` \|.*\| `{profile}` \|$', text, re.MULTILINE), variant
+    assert all(f"\n* `{profile}`: " in text for profile in PROFILES)
+    assert all(f"| `{key}` |" in text for key in MachineConfig.__struct_fields__)
