@@ -109,7 +109,8 @@ class Inspector:
         irq = self.irq_word(domid, port)
         slot = (irq & Irq.SLOT) - 1
         peer = state in (Port.UNBOUND, Port.INTERDOMAIN)
-        nobodys = "lost" if irq & Irq.LOST else "kernel" if irq & Irq.KERNEL else None
+        kernels = irq & Irq.KERNEL or word & Port.RAW
+        nobodys = "lost" if irq & Irq.LOST else "kernel" if kernels else None
         return {
             "domain": domid,
             "port": port,

@@ -118,6 +118,7 @@ enum { PV_TABLE_PORT, PV_TABLE_IRQ, PV_TABLE_PENDING_SINCE, PV_TABLE_SERVED_AT, 
 #define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
 #define PV_PORT_PEER_CLOSED (1ull << 3)                     /* on an unbound port: it had a peer */
 #define PV_PORT_STATIC (1ull << 4)                          /* made by the configuration: no heir closes it */
+#define PV_PORT_RAW (1ull << 5)                             /* made by a hypercall of the domain's kernel itself: the same */
 #define PV_PORT_REMOTE_DOMAIN(w) ((uint32_t)(((w) >> 8) & 0xffffu))
 #define PV_PORT_REMOTE_PORT(w) ((uint32_t)(((w) >> 24) & 0x1ffffu)) /* for a VIRQ its number */
 #define PV_PORT_VCPU(w) ((uint32_t)(((w) >> 48) & 0x3fu))   /* notify vCPU */
