@@ -142,6 +142,7 @@ class Vcpu:
     ARRIVALS_SEEN: Final = 708
     CONTROL: Final = 712
     FIFO_DROPPED: Final = 720
+    EOIS_PUT_OFF: Final = 728
     FIFO_TAIL: Final = 768
 
 

@@ -166,6 +166,7 @@ class Inspector:
         """Describe one virtual CPU."""
         memory = self.domain_pages[domid]
         fields = {"upcalls": Vcpu.UPCALLS, "events": Vcpu.EVENTS, "unhandled": Vcpu.UNHANDLED, "warnings": Vcpu.WARNINGS}
+        fields["eois_put_off"] = Vcpu.EOIS_PUT_OFF
         return {
             "vcpu": vcpu,
             "generation": memory.load32(Domain.vcpu(vcpu, Vcpu.GENERATION)),

@@ -82,7 +82,8 @@ struct pv_vcpu {                     /* 1024 bytes; its own process writes it, b
     uint32_t control;                /* FIFO: where in the segment the control block lies, 0 = none */
     uint32_t pad2;
     uint64_t fifo_dropped;           /* FIFO: raised without a control block */
-    uint8_t pad3[40];
+    uint64_t eois_put_off;           /* late EOIs of what it delivered that had to wait */
+    uint8_t pad3[32];
     uint32_t fifo_tail[PV_FIFO_PRIORITIES]; /* @768 FIFO: the last word linked, 0 = queue known to be empty */
     uint8_t pad4[192];
 };

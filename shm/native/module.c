@@ -18,7 +18,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     OFFSET(pv_vcpu, last_bit), OFFSET(pv_vcpu, upcalls), OFFSET(pv_vcpu, events), OFFSET(pv_vcpu, unhandled), OFFSET(pv_vcpu, spurious),
     OFFSET(pv_vcpu, warnings), OFFSET(pv_vcpu, migrations), OFFSET(pv_vcpu, heartbeat_ns), OFFSET(pv_vcpu, arrivals_head), OFFSET(pv_vcpu, arrivals_tail),
     OFFSET(pv_vcpu, arrivals_seen), OFFSET(pv_vcpu, irq_epoch), OFFSET(pv_vcpu, loop_started_ns), OFFSET(pv_vcpu, loop_events),
-    OFFSET(pv_vcpu, fifo_ready), OFFSET(pv_vcpu, fifo_head), OFFSET(pv_vcpu, fifo_tail), OFFSET(pv_vcpu, control), OFFSET(pv_vcpu, fifo_dropped),
+    OFFSET(pv_vcpu, fifo_ready), OFFSET(pv_vcpu, fifo_head), OFFSET(pv_vcpu, fifo_tail), OFFSET(pv_vcpu, control), OFFSET(pv_vcpu, fifo_dropped), OFFSET(pv_vcpu, eois_put_off),
     SIZE(pv_fifo_control), OFFSET(pv_fifo_control, ready), OFFSET(pv_fifo_control, head),
     SIZE(pv_machine_header), OFFSET(pv_machine_header, version), OFFSET(pv_machine_header, magic), OFFSET(pv_machine_header, clock_offset_ns),
     OFFSET(pv_machine_header, variants), OFFSET(pv_machine_header, hypervisor_generation), OFFSET(pv_machine_header, notifies),

@@ -173,7 +173,7 @@ def test_ports_that_move_between_cpus_under_a_storm_lose_and_double_nothing(mach
         try:
             for turn in range(MOVES):
                 for port in ports[turn % 4 :: 4]:
-                    machine.set_affinity(0, port, (turn + port) % 2)
+                    machine.set_affinity(0, port, (turn // 4 + port) % 2)
                 moved.append(turn)
         finally:
             done.set()
