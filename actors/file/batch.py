@@ -12,6 +12,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from pvbus.actors.file.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
 from pvbus.actors.runtime import messages as m
 
@@ -104,7 +106,7 @@ def _close(file: EvtchnFile, ports: list[int]) -> Generator[Message, Any, None]:
 
 
 def _together(calls: list[Message]) -> m.Hypercalls:
-    return m.Hypercalls(calls=[(type(call).__name__, {name: getattr(call, name) for name in call.__struct_fields__}) for call in calls])
+    return m.Hypercalls(calls=[(type(call).__name__, msgspec.structs.asdict(call)) for call in calls])
 
 
 def _failure_of(made: m.Values) -> OSError | None:

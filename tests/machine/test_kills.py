@@ -171,8 +171,13 @@ def test_killing_a_process_in_a_storm_loses_and_doubles_nothing(pair: Any, victi
     machine.settle()
     far.enable(far.read_ports(1024))
     sent, seen = dict.fromkeys(ports, 0), collections.Counter[int]()
-    killer = threading.Thread(target=lambda: [kill_and_wait_for_heir(machine, victim) for _ in range(STORM_KILLS)])
 
+    def kill() -> None:
+        for number in range(1, STORM_KILLS + 1):
+            wait_until("every port was served since the last kill", lambda: min(sent.values()) > number)  # noqa: B023 -- at once
+            kill_and_wait_for_heir(machine, victim)
+
+    killer = threading.Thread(target=kill)
     killer.start()
     while killer.is_alive() or seen.total() < sum(sent.values()):
         if killer.is_alive():

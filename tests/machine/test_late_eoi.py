@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The back-off of late end-of-interrupt on a running machine: an upcall loop that runs too long, and what becomes of its ports."""
+"""The back-off of late end-of-interrupt on a running machine: an upcall loop that runs too long, and its ports."""
 
 from __future__ import annotations
 

@@ -253,9 +253,9 @@ def test_after_a_soft_reset_old_files_are_dead_peers_unbound_and_new_files_work(
     assert [one["port"] for one in machine.ports(0)] == [1, 2, 3]  # what the new kernel has bound
     assert status(machine, raw)[0] == status(machine, port)[0] == 0
     assert status(machine, peer, domain=1) == (1, 0, 0, 0)
-    for call in (lambda: near.bind_unbound_port(remote_domain=1), lambda: near.notify(port), lambda: near.enable([port])):
+    for call, argument in ((near.bind_unbound_port, 1), (near.notify, port), (near.enable, [port])):
         with pytest.raises(OSError) as dead:
-            call()
+            call(argument)
         assert dead.value.errno == errno.EIO
     far.notify(peer)  # to nobody: accepted
     with machine.open_evtchn(domain=0, nonblock=True) as fresh:
