@@ -195,15 +195,11 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags:
         raise WireError(f"{len(fds)} descriptors with one frame, at most {FDS_MAX}")
     if fds:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        sock.sendmsg((data,), ancillary, flags | _NOSIGNAL)
+        sock.sendmsg((data,), ancillary, flags | socket.MSG_NOSIGNAL)
     else:
-        sock.send(data, flags | _NOSIGNAL)
+        sock.send(data, flags | socket.MSG_NOSIGNAL)
 
 
-# As plain numbers: the library's flags are an enumeration, whose | costs more than the decoding of a frame's header.
-_NOSIGNAL, _CLOEXEC, _CUT = (int(flag) for flag in (
-    socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_TRUNC | socket.MSG_CTRUNC,
-))  # fmt: skip
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * 4)
 
 
@@ -226,7 +222,7 @@ def recv_frame_once(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[in
     ours unread.
     """
     data, ancillary, answer, _ = sock.recvmsg(
-        FRAME_BYTES_MAX, _ANCILLARY_BYTES, flags | _CLOEXEC
+        FRAME_BYTES_MAX, _ANCILLARY_BYTES, flags | socket.MSG_CMSG_CLOEXEC
     )
     fds: list[int] = []
     for level, kind, value in ancillary:
@@ -234,7 +230,7 @@ def recv_frame_once(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[in
             received = array.array("i")
             received.frombytes(value[: len(value) - len(value) % received.itemsize])
             fds.extend(received)
-    if answer & _CUT:
+    if answer & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_fds(fds)
         what = (
             f"longer than {FRAME_BYTES_MAX} bytes"
