@@ -95,10 +95,12 @@ PyMODINIT_FUNC INIT(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    PyObject *table = layout_table();
-    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || pv_memory_init(module) < 0 ||
+    PyObject *table = layout_table(), *hyperv = pv_hyperv_layout();
+    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || hyperv == NULL ||
+        PyModule_AddObjectRef(module, "HYPERV_LAYOUT", hyperv) < 0 || pv_memory_init(module) < 0 ||
         pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
+    Py_XDECREF(hyperv);
     return module;
 }
