@@ -76,6 +76,8 @@ class Header:
     MESSAGE_SEQ: Final = 40
     WORK_HEAD: Final = 64
     WORK_TAIL: Final = 68
+    FLAGS_ARE_RELIDS: Final = 72
+    GLOBAL_TASKLETS: Final = 76
     POSTED: Final = 128
     DELIVERED: Final = 136
     SIGNALS: Final = 144
@@ -101,6 +103,7 @@ class Vp:
     IRR: Final = 192
     TASKLETS: Final = 256
     VECTOR: Final = 260
+    HANDLED: Final = 264
     IRQS: Final = 320
     IRQ_NONE: Final = 328
     MESSAGES: Final = 336
@@ -178,11 +181,13 @@ class Buffer:
 class Work:
     """An entry of the work ring: a message that a CPU process has copied; it stays until the workqueue is done with it."""
 
-    FREE, FILLED, TAKEN = range(3)
+    FREE, FILLED, TAKEN, CLAIMED = range(4)  # claimed: the virtual processor stands in bits 15:8
     STATE: Final = 0
     SEQ: Final = 4
     WHEN_NS: Final = 8
     MESSAGE: Final = 16
+    VP: Final = 272
+    NUMBER: Final = 276
     BYTES: Final = 320
     ENTRIES: Final = 512
 

@@ -37,7 +37,9 @@ struct pv_hv_header {
     uint8_t pad0[20];
     uint32_t work_head;              /* @64 the workqueue process */
     uint32_t work_tail;              /* @68 the CPU processes claim here */
-    uint8_t pad1[56];
+    uint32_t flags_are_relids;       /* @72 protocol 2.4 and above: event flags name channels; the guest, when it connects */
+    uint32_t global_tasklets;        /* @76 variant one-tasklet-pair: what is scheduled, on whatever CPU */
+    uint8_t pad1[48];
     uint64_t posted, delivered, signals, eoms, interrupts, interrupts_lost; /* @128 hypervisor */
     uint64_t irq_none, messages, events, work_items;                        /* the guest: sums of what its processes count */
 };
@@ -52,7 +54,8 @@ struct pv_hv_vp {                    /* one page a virtual processor */
     uint8_t pad1[32];
     uint32_t tasklets;               /* @256 bit 0 message tasklet scheduled, bit 1 event tasklet; its CPU process */
     uint32_t vector;                 /* @260 of vmbus, 0 none */
-    uint8_t pad2[56];
+    uint32_t handled;                /* @264 number of the last message that the workqueue has begun to handle; it writes this */
+    uint8_t pad2[52];
     uint64_t irqs, irq_none, messages, events, eoms, coalesced; /* @320 its CPU process */
     uint8_t pad3[16];
     uint32_t offered[PV_HV_SINTS];   /* @384 number of the message in the slot, or of the last one; hypervisor */
@@ -86,11 +89,13 @@ enum { PV_HV_BUFFER_FREE, PV_HV_BUFFER_QUEUED };
 struct pv_hv_work {
     uint32_t state, seq;
     uint64_t when_ns;
-    struct pv_hv_slot message;
-    uint8_t pad[48];
+    struct pv_hv_slot message;       /* type 0: nothing, its producer died */
+    uint32_t vp, number;             /* @272 whose, and the number that the host gave it: a message that comes twice is dropped */
+    uint8_t pad[40];
 };
 #define PV_HV_WORK_ENTRIES 512u
-enum { PV_HV_WORK_FREE, PV_HV_WORK_FILLED, PV_HV_WORK_TAKEN };
+enum { PV_HV_WORK_FREE, PV_HV_WORK_FILLED, PV_HV_WORK_TAKEN, PV_HV_WORK_CLAIMED };
+#define PV_HV_WORK_CLAIMED_BY(vp) (PV_HV_WORK_CLAIMED | (uint32_t)(vp) << 8)
 
 /* Offsets in the segment. */
 #define PV_HV_AT(frame) ((size_t)(frame) * PV_HV_PAGE)
