@@ -23,7 +23,7 @@ def repair(channels: EventChannels, irqs: IrqLayer) -> int:
         for port, word in list(channels.ports(domid)):
             state = word & 7
             # Somebody's, or nobody's for good.
-            kept = irqs.irq_from_evtchn(domid, port) >= 0 or irqs.is_lost(domid, port) or word & Port.STATIC
+            kept = irqs.irq_from_evtchn(domid, port) >= 0 or irqs.is_lost(domid, port) or word & Port.KEPT
             if state in (Port.UNBOUND, Port.INTERDOMAIN, Port.VIRQ, Port.IPI) and not kept:
                 channels.close(domid, port)
                 closed += 1

@@ -76,6 +76,7 @@ typedef struct {
 int64_t pv_service(pv_upcall_run *u, uint32_t port);
 int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, uint32_t budget,
                   pv_wakes *wakes);
+int64_t pv_end_loop(MemoryObject *domain, uint32_t vcpu);
 int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, pv_wakes *wakes);
 
 /* lateeoi.c: the end of an interrupt, at once or later */

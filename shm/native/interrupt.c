@@ -136,6 +136,7 @@ int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject
     for (uint32_t slot = 0; slot < PV_FILES_MAX; slot++)
         if (pages[slot] != NULL)
             PV_TRY(r, pv_ring_recover(machine, slot, pages[slot], 1 + vcpu, domain));
+    PV_TRY(r, pv_end_loop(domain, vcpu)); /* the dead one's has ended with it: ours must not count as one that has run too long */
     PV_LOAD32(end, domain, PV_HEADER(valid_evtchns), PV_RELAXED, "valid");
     for (uint32_t port = 1; port < end && port < PV_PORTS_MAX; port++) {
         PV_LOAD64(irq, domain, PV_IRQ_WORD(port), PV_ACQUIRE, "irq");
