@@ -266,8 +266,11 @@ def test_a_cpu_that_takes_out_the_last_word_sees_what_is_linked_behind_it_before
     rig = Rig(_core_explored, (2,))
     booted(rig, 3)
     raised(rig, 1)
-    rig.world.before["fifo_link"] = lambda: None if rig.path.set_pending(0, 2) else None
 
+    def link_behind_it() -> None:
+        rig.path.set_pending(0, 2)
+
+    rig.world.before["fifo_link"] = link_behind_it
     assert served(rig) == [1, 2]
     rig.check_links()
 

@@ -7,6 +7,7 @@ come. Over the explored core others act in between two accesses of a step, at a 
 
 import random
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -18,7 +19,9 @@ from pvbus.tests.shm.rig import Rig
 
 VCPUS, PORTS, STEPS = 3, 9, 120
 # Where a CPU may act while the hypervisor raises, or unmasks; and the other way round.
-RAISING = ["fifo.pending", "fifo.linked", "fifo.queue", "fifo.tail", "fifo.word", "fifo_link", "fifo.head", "fifo_ready", "upcall"]
+RAISING = [
+    "fifo.pending", "fifo.linked", "fifo.queue", "fifo.tail", "fifo.word", "fifo_link", "fifo.head", "fifo_ready", "upcall",
+]
 SERVING = [
     "upcall.clear", "fifo.ready.take", "fifo.ready.known", "fifo.local", "fifo.head", "fifo.word", "fifo_link", "irq.claim",
     "irq.mask", "irq.clear", "irq.disable", "evr.publish",
@@ -88,7 +91,7 @@ class Walk:
         for port in sorted(self.masked):
             self.masked.discard(port)
             if not self.rig.irq(port) & Irq.REASONS:
-                self.during(RAISING, self.serve, lambda port=port: self.rig.channels.unmask(0, port))
+                self.during(RAISING, self.serve, partial(self.rig.channels.unmask, 0, port))
 
     def during(self, sites: list[str], act: Callable[[], None], step: Callable[[], object]) -> None:
         """Run a step; over the explored core, have the other side act before one of its accesses."""

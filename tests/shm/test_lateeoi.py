@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The late end of an interrupt (X3): at once, or put off, by a storm or a count of spurious ones, on a clock that the test moves."""
+"""The late end of an interrupt (X3): at once, or put off: a storm, a count of spurious ones. On a clock that the test moves."""
 
 from types import ModuleType
 
@@ -164,7 +164,8 @@ def storm(rig: Rig, port: int, ticks: float) -> None:
     advance(rig, int(ticks * TICK_NS))
     rig.path.set_pending(0, port)
     served = rig.path.upcall(0, 0, 256)
-    assert served is not None and served[0] == 1
+    assert served is not None
+    assert served[0] == 1
     assert rig.read(0) == [port]
 
 
