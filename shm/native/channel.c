@@ -62,10 +62,15 @@ int64_t pv_clear_pending(MemoryObject *domain, uint32_t port)
     int64_t fifo, at;
     PV_TRY(fifo, pv_is_fifo(domain));
     if (fifo) {
-        uint32_t old;
+        uint32_t old = 0;
         PV_TRY(at, pv_fifo_word_at(domain, port));
-        if (at != 0)
+        if (at != 0) {
             PV_AND32(old, domain, at, ~PV_FIFO_PENDING, "irq.clear");
+        } else { /* raised early: nothing is to be replayed */
+            uint64_t queue;
+            PV_AND64(queue, domain, PV_QUEUE_WORD(port), ~PV_QUEUE_PENDING, "irq.clear");
+            (void)queue;
+        }
         (void)old;
     } else if (port < PV_PORTS_2L) {
         uint64_t old;

@@ -172,7 +172,7 @@ static int64_t walk(MemoryObject *domain, uint32_t vcpu, uint32_t control, uint3
 }
 
 /* Take a word that no queue reaches out of its queue, and raise it again if it is pending. */
-static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const uint64_t *reachable)
+static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const uint64_t *reachable, uint32_t *marked)
 {
     uint64_t entry, queue;
     uint32_t word, old;
@@ -183,8 +183,11 @@ static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const 
     PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
     PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
     PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
-    /* Set before the queue was chosen: LINKED may stand there with the queue of the time before, or with none. */
-    uint32_t on = word & PV_FIFO_LINKED && queue & PV_QUEUE_LINKED ? PV_QUEUE_VCPU(queue) : PV_PORT_VCPU(entry);
+    /*
+     * Whoever was linked on this vCPU last is ours, wherever it is bound now: its CPU may have died with the word just taken out.
+     * Any other may be in the hands of a CPU that runs.  LINKED is set before the queue is chosen: it may have none yet.
+     */
+    uint32_t on = queue & PV_QUEUE_LINKED ? PV_QUEUE_VCPU(queue) : PV_PORT_VCPU(entry);
     if (on != vcpu || (!(word & (PV_FIFO_LINKED | PV_FIFO_BUSY)) && !(word & PV_FIFO_PENDING && !(word & PV_FIFO_MASKED))))
         return 0;
     PV_AND32(old, domain, at, ~(PV_FIFO_LINKED | PV_FIFO_BUSY | PV_FIFO_LINK), "fifo.unlink");
@@ -192,19 +195,22 @@ static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const 
     if (!(word & PV_FIFO_PENDING))
         return 0;
     PV_TRY(r, pv_fifo_set_pending(domain, port, 0));
-    return 1;
+    if (r > 0) /* it may have moved, to a CPU that runs, and sleeps */
+        *marked |= 1u << (r - 1);
+    return 0;
 }
 
 /*
  * What the heir of a hypervisor, or of a CPU's process, finds half done: a word taken out whose successor was not yet noted, a
  * word LINKED that was not yet queued, a BUSY word, a stale tail, a pending word that nobody linked.  The hypervisor calls it
  * while the CPU's process does not run, so nobody takes anything out meanwhile, and everything raised goes through the
- * caller.  Walks the vCPU's queues, and raises again what none of them reaches.  How many; -1 when memory is short.
+ * caller.  Walks the vCPU's queues, and raises again what none of them reaches.  The vCPUs whose doorbell may have to be rung
+ * for that, a bit each; -1 when memory is short.
  */
 int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu)
 {
-    uint32_t control, pages, old;
-    int64_t r, found = 0;
+    uint32_t control, pages, old, marked = 0;
+    int64_t r;
     PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
     PV_LOAD32(pages, domain, PV_HEADER(array_pages), PV_RELAXED, "fifo.pages");
     if (control == 0 || pages > PV_FIFO_PAGES_MAX)
@@ -216,15 +222,14 @@ int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu)
         if ((r = walk(domain, vcpu, control, priority, reachable)) == PV_DEAD)
             goto dead;
     for (uint32_t port = 1; port < pages * PV_FIFO_WORDS_A_PAGE; port++) {
-        if ((r = relink(domain, vcpu, port, reachable)) == PV_DEAD)
+        if ((r = relink(domain, vcpu, port, reachable, &marked)) == PV_DEAD)
             goto dead;
-        found += r;
     }
     free(reachable);
     /* Every queue gets a look: of what was walked, the bit that announced it may have died with its taker. */
     PV_OR32(old, domain, PV_VCPU(vcpu, fifo_ready), (1u << PV_FIFO_PRIORITIES) - 1, "fifo.ready.all");
     (void)old;
-    return found;
+    return marked;
 dead:
     free(reachable);
     return PV_DEAD;
