@@ -410,7 +410,6 @@ class Synic:
                 self._memory.load64(flag_word(frame, sint, flag)) for flag in range(0, FLAGS, 64)
             ):
                 self._raise(vp, sint)
-        self.attend_eoms()
 
     def reset(self) -> None:
         """Reset the controller of every VP, and discard what is queued for the guest: it boots anew."""

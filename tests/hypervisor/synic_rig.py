@@ -20,7 +20,8 @@ class SynicRig:
 
     def __init__(self, vcpus: int = 2, on: tuple[int, ...] = (0,), memory: Memory | None = None) -> None:
         self.world = World()
-        self.memory: Any = memory or _core_explored.Memory(Model(self.world, hyperv.BYTES), hyperv.BYTES)
+        explored: Any = _core_explored.Memory(Model(self.world, hyperv.BYTES), hyperv.BYTES)
+        self.memory: Any = explored if memory is None else memory
         self.vcpus = vcpus
         self.interrupts: list[tuple[int, int]] = []
         self.host: list[tuple[int, int]] = []  # (connection, flag) as the handlers were called

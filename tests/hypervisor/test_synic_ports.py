@@ -215,6 +215,14 @@ def test_the_order_holds_when_numbers_wrap(rig: SynicRig) -> None:
     assert rig.consume_all() == bodies(8)
 
 
+def test_no_message_has_the_number_of_a_slot_that_was_never_filled(rig: SynicRig) -> None:
+    rig.memory.store32(Header.MESSAGE_SEQ, 2**32 - 1)
+
+    post(rig, b"first after the wrap")
+
+    assert rig.consume_all() == [b"first after the wrap"]
+
+
 def test_all_of_it_runs_over_the_machine_s_memory() -> None:
     fd = os.memfd_create("pvbus-test", os.MFD_CLOEXEC)
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.actors.hypervisor import synic_msrs
 from pvbus.actors.hypervisor.synic import HvStatus, Synic, request_interrupt
@@ -45,7 +45,7 @@ class SynicSlot(Scenario):
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the segment, with the message page on and SINT2 unmasked."""
-        self.memory = Memory(model, hyperv.BYTES)
+        self.memory: Any = Memory(model, hyperv.BYTES)
         model.name(self.memory, "hv")
         self.irq, self.eom = model.bell("irq"), model.bell("eom")
         host = self._host(model)
