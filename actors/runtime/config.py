@@ -19,10 +19,11 @@ VARIANTS = {  # what is switched on -> its bit in the machine's header, where ev
     "leak-on-enomem": Machine.VARIANT_LEAK_ON_ENOMEM,
     "double-close": Machine.VARIANT_DOUBLE_CLOSE,
     "strict-static-restriction": Machine.VARIANT_STRICT_STATIC,
+    "one-tasklet-pair": Machine.VARIANT_ONE_TASKLET_PAIR,
 }
 PROFILES = {
     "linux-6.12": (),  # the answers as they were recorded
-    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close"),
+    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair"),
     "strict": ("strict-static-restriction",),
 }
 INJECT_MAX = PORTS_FIFO  # a file binds no more ports
