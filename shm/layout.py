@@ -241,6 +241,7 @@ class Machine:
     VARIANT_LEAK_ON_ENOMEM: Final = 4
     VARIANT_DOUBLE_CLOSE: Final = 8
     VARIANT_STRICT_STATIC: Final = 16
+    VARIANT_ONE_TASKLET_PAIR: Final = 32
 
     @staticmethod
     def file(slot: int, field: int) -> int:

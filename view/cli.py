@@ -90,16 +90,22 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, does: str, *, of_machine: bool = True) -> argparse.ArgumentParser:
+    def verb(
+        name: str, does: str, *, of_machine: bool = True, which: str = "$PVBUS_MACHINE, or the one that runs"
+    ) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         if of_machine:
-            one.add_argument("--name", metavar="N", help="the machine ($PVBUS_MACHINE, or the one that runs)")
+            one.add_argument("--name", metavar="N", help=f"the machine ({which})")
         one.add_argument("--json", action="store_true", help="one JSON object with a schema number")
         return one
 
-    up = verb("up", "boot a machine, and print `ready` once it can be attached to")
+    up = verb(
+        "up",
+        "boot a machine, and print `ready` once it can be attached to",
+        which="default: as its configuration says, else `default`",
+    )
     up.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="its configuration (default: two domains)"
+        "--config", type=Path, metavar="FILE.toml", help="its configuration (default: two Xen domains, FIFO ABI)"
     )
     up.add_argument("--detach", action="store_true", help="leave it running in the background")
     verb("down", "stop a machine in order, and wait until it is gone")
@@ -118,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     explain = verb("explain", "say where an interrupt stands, and what would move it on")
     explain.add_argument("what", choices=["port"], metavar="port")
     explain.add_argument("port", metavar="D:P", help="domain and port, for example 0:5")
-    stress = verb("stress", "stress a machine (its own, unless named) and judge it")
+    stress = verb("stress", "stress a machine and judge it", which="default: one of its own")
     stress.add_argument("--seconds", type=float, default=10.0, metavar="S")
     stress.add_argument(
         "--seed", type=int, default=1, metavar="N", help="what all random decisions come from"

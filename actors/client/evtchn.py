@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import threading
@@ -19,8 +20,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from pvbus.actors.runtime import messages as m
-from pvbus.actors.runtime.process import PeerGone, ask_blocking
-from pvbus.actors.runtime.wire import Done, Message, encode, send_frame
+from pvbus.actors.runtime.process import ATTACH_REQUEST, PeerGone, ask_blocking, await_blocking
+from pvbus.actors.runtime.wire import Done, Message, close_fds, encode, send_frame
 from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
@@ -67,21 +68,22 @@ class _Shared:
         self.references = 0
         self.calls = 0  # under way: like a blocked read, they keep the file open
         self.kick = -1
-        self.page = Memory(page_fd, FilePage.BYTES)
-        self.public = Memory(public_fd, PublicPage.BYTES, False)
-        os.close(page_fd)
-        os.close(public_fd)
         try:
-            self.ring, self.kick = self._new_ring()
+            self.page = Memory(page_fd, FilePage.BYTES)
+            self.public = Memory(public_fd, PublicPage.BYTES, False)
+            os.close(page_fd)  # before the ring's two come: who is short of descriptors needs no more than these four
+            os.close(public_fd)
+            fds = [self.door]
+            first = m.Attach(pid=os.getpid())
+            self.ring, self.kick = self._ring_of(*await_blocking(self.connection, first, ATTACH_REQUEST, CALL_TIMEOUT_S))
         except BaseException:
             self.connection.close()
-            os.close(self.door)
+            close_fds(fds[:3])
             raise
         self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, ports_max)
         self.context.set_hooks(self.finish, self.rejoin)
 
-    def _new_ring(self) -> tuple[Memory, int]:
-        reply, fds = ask_blocking(self.connection, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S)
+    def _ring_of(self, reply: Message, fds: list[int]) -> tuple[Memory, int]:
         if not isinstance(reply, m.Attached) or len(fds) != 2:
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         ring = Memory(fds[0], SubmissionRing.BYTES)
@@ -96,24 +98,37 @@ class _Shared:
         self.lock = threading.Lock()
         self.calls = 0
 
-    def _reconnect(self) -> None:
+    def _adopted(self) -> socket.socket:
         """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
-        theirs.close()
-        self.connection.close()
-        self.connection = ours
+        with theirs:
+            send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        return ours
+
+    def _has_hung_up(self) -> bool:
+        poller = select.poll()
+        poller.register(self.connection.fileno(), 0)
+        return bool(poller.poll(0))
 
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring; its threads may come here together."""
         with self.lock:
             if not self.context.stale:
                 return
+            ours = None
             try:
-                self._reconnect()
-                self.ring, kick = self._new_ring()
-            except (PeerGone, BrokenPipeError):
+                ours = self._adopted()
+                ring, kick = self._ring_of(*ask_blocking(ours, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S))
+            except OSError as error:
+                if ours is not None:
+                    ours.close()
+                if not isinstance(error, ConnectionError):
+                    raise
+                if not self._has_hung_up():  # it lives, and had no room for our connection
+                    raise OSError(errno.EMFILE, "the file's process has no descriptor left (ulimit -n)") from None
                 raise OSError(errno.EIO, "the file's process has died") from None
+            self.connection.close()
+            self.connection, self.ring = ours, ring
             os.close(self.kick)
             self.kick = kick
             self.context.rebind(self.ring, kick, 0)
@@ -153,7 +168,9 @@ class _Shared:
         own = not self.context.stale
         if not own:
             with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
-                self._reconnect()
+                ours = self._adopted()
+                self.connection.close()
+                self.connection = ours
                 own = True
         os.close(door)
         if own:  # synchronous: after the last close the ports are free, as on the device
@@ -179,14 +196,19 @@ class EvtchnFile(UserFile):
         shared = _Shared(fds, ports_max)
         os.set_blocking(shared.door, not flags & os.O_NONBLOCK)
         mode = flags & os.O_ACCMODE
-        return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+        try:
+            return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+        except OSError:  # no descriptor for the reference: the file is closed again
+            shared.finish()
+            raise
 
     @classmethod
     def _reference(cls, shared: _Shared, *, readable: bool, writable: bool) -> Self:
+        fd = os.dup(shared.door)
         self = cls(shared.context, readable, writable)
         self._shared = shared
         self._mode = (readable, writable)
-        self._fd = os.dup(shared.door)
+        self._fd = fd
         shared.references += 1
         return self
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pvbus.actors.file import batch
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.runtime import messages as m
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
+from pvbus.actors.runtime import wire
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
     MAGIC_FILE,
@@ -84,6 +85,38 @@ class FileProcess(ProcessActor):
         self.attaching: set[Peer] = set()
         self.leaving: list[tuple[User, Callable[[], None]]] = []
         self._format(arguments)
+
+    @classmethod
+    def rehearse(cls) -> None:
+        """Live through a start, an Attach and an ioctl on pages and sockets of no machine.
+
+        What a fork shares is copied when it is first written, reference counts included; that takes longer than the start
+        itself, and a spare child has it behind it.
+        """
+        ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+        (control, _), (hypervisor, hypervisors), (user, users) = ends
+        door, users_door = socket.socketpair()
+        pages = {"page": sealed_memfd("pvbus-spare", FilePage.BYTES), "machine": sealed_memfd("pvbus-spare", Machine.BYTES)}
+        fds = {**pages, "hypervisor": hypervisor.detach(), "user": user.detach(), "door": door.detach()}
+        start = Start(name="", entry="", arguments={"slot": 0, "domain": 0, "opener_pid": 0, "comm": ""}, fds=list(fds))
+        wire.decode(wire.encode(start, 1))
+        actor = cls("file/spare", control, start.arguments, fds)
+        wire.send_frame(users, wire.encode(m.Attach(pid=0), 1))
+        actor.on_receive(actor.inbox.get().message)
+        wire.send_frame(hypervisors, wire.encode(Done(value=0), 1, reply=True))
+        for request in (2, 3):  # one frame of each peer in turn: the reply is handled before the second of these
+            wire.send_frame(users, wire.encode(m.Ioctl(request=0, argument=None), request))
+            actor.on_receive(actor.inbox.get().message)
+        actor.inbox.abandon()
+        for user_of in filter(None, actor.users.values()):
+            wire.close_fds((user_of.ring_fd, user_of.kick))
+        actor.page.close()
+        actor.machine.close()
+        actor.door.close()
+        users_door.close()
+        wire.close_fds(pages.values())
+        for _, far in ends:
+            far.close()
 
     def _format(self, arguments: dict[str, Any]) -> None:
         stamp(self.page, MAGIC_FILE)
@@ -218,13 +251,16 @@ class FileProcess(ProcessActor):
         """Give a process its submission ring and doorbell, once the hypervisor drains it."""
         if self.users[received.peer] is not None or received.peer in self.attaching:
             raise OSError(errno.EALREADY, "this connection has its submission ring")
-        ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
+        kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
+        except OSError:
+            os.close(kick)
+            raise
         ring = Memory(ring_fd, SubmissionRing.BYTES)
         stamp(ring, MAGIC_SUBMISSION)
         ring.store32(SubmissionRing.ENTRIES, SUBMISSION_ENTRIES)
         ring.close()
-        kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
         self.attaching.add(received.peer)
 
         def attached(reply: Message, _fds: list[int]) -> None:

@@ -62,7 +62,7 @@ _STATUS = {
 class EventChannels:
     """The EVTCHNOP operations. `hardware_domain` is privileged, and handles the global VIRQs that nobody else was given.
 
-    `limits` {domain id: number of ports} is the toolstack's max_event_channels; without one the ABI is the limit.
+    `limits` {domain id: highest port} is the toolstack's max_event_channels; without one the ABI is the limit.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class EventChannels:
     def _allocate(self, domid: int) -> int:
         """Find the lowest free port (A12.14); ENOSPC without one. Ports that are still linked in a FIFO queue are passed over."""
         memory = self.domains[domid].memory
-        end = min(self.ports_max(domid), self.limits.get(domid, self.ports_max(domid)))
+        end = min(self.ports_max(domid), self.limits.get(domid, self.ports_max(domid)) + 1)
         fifo = channel.is_fifo(memory)
         first_free = 0
         for port in range(self._lowest_free[domid], end):

@@ -43,12 +43,12 @@ static int64_t due_at(MemoryObject *machine, MemoryObject *domain, uint32_t port
     if (delay == 0 && !(irq & PV_IRQ_DEFER))
         return 0;
     PV_TRY(now, pv_machine_now(machine));
-    if (irq & PV_IRQ_DEFER) {
-        PV_LOAD32(epoch, domain, PV_VCPU(PV_IRQ_CPU(irq) & (PV_VCPUS_MAX - 1), irq_epoch), PV_RELAXED, "loop.epoch");
-        if (epoch == PV_EOI_EPOCH(eoi) || delay != 0)
-            PV_LOAD64(at, domain, PV_EOI_AT(port), PV_RELAXED, "eoi.at");
-    } else if (delay != 0) {
+    if (delay != 0) { /* whatever the loop that delivered it does */
         at = (uint64_t)now + delay;
+    } else {
+        PV_LOAD32(epoch, domain, PV_VCPU(PV_IRQ_CPU(irq) & (PV_VCPUS_MAX - 1), irq_epoch), PV_RELAXED, "loop.epoch");
+        if (epoch == PV_EOI_EPOCH(eoi))
+            PV_LOAD64(at, domain, PV_EOI_AT(port), PV_RELAXED, "eoi.at");
     }
     return at > (uint64_t)now ? (int64_t)at : 0;
 }

@@ -189,6 +189,7 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 #define PV_VARIANT_LEAK_ON_ENOMEM 4u /* H3 */
 #define PV_VARIANT_DOUBLE_CLOSE 8u  /* H4 */
 #define PV_VARIANT_STRICT_STATIC 16u /* H2, fixed */
+#define PV_VARIANT_ONE_TASKLET_PAIR 32u /* H10, zoo 4 */
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {

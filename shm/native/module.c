@@ -51,7 +51,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     VALUE(PV_IRQ_IN_SERVICE), VALUE(PV_IRQ_STATIC), VALUE(PV_IRQ_KERNEL), VALUE(PV_IRQ_DEFER), VALUE(PV_IRQ_DELAYED), VALUE(PV_IRQ_SERVED_ONE),
     VALUE(PV_OVERFLOW), VALUE(PV_POISONED), VALUE(PV_EPOCH_SHIFT), VALUE(PV_CLAIM_VALID), VALUE(PV_LOCK_FILE),
     VALUE(PV_VARIANT_DRIVER_WAKEUP), VALUE(PV_VARIANT_DUPLICATE_DROPS), VALUE(PV_VARIANT_LEAK_ON_ENOMEM),
-    VALUE(PV_VARIANT_DOUBLE_CLOSE), VALUE(PV_VARIANT_STRICT_STATIC), VALUE(PV_MAGIC_DOMAIN), VALUE(PV_MAGIC_MACHINE), VALUE(PV_MAGIC_FILE),
+    VALUE(PV_VARIANT_DOUBLE_CLOSE), VALUE(PV_VARIANT_STRICT_STATIC), VALUE(PV_VARIANT_ONE_TASKLET_PAIR), VALUE(PV_MAGIC_DOMAIN), VALUE(PV_MAGIC_MACHINE), VALUE(PV_MAGIC_FILE),
     VALUE(PV_MAGIC_SUBMISSION), VALUE(PV_MAGIC_PUBLIC),
     VALUE(PV_TICK_NS),
 };
@@ -95,10 +95,12 @@ PyMODINIT_FUNC INIT(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    PyObject *table = layout_table();
-    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || pv_memory_init(module) < 0 ||
+    PyObject *table = layout_table(), *hyperv = pv_hyperv_layout();
+    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || hyperv == NULL ||
+        PyModule_AddObjectRef(module, "HYPERV_LAYOUT", hyperv) < 0 || pv_memory_init(module) < 0 ||
         pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
+    Py_XDECREF(hyperv);
     return module;
 }
