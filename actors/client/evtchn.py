@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import PeerGone, ask_blocking
-from pvbus.actors.runtime.wire import Done, Message, encode, send_frame
+from pvbus.actors.runtime.wire import Done, Message, encode, send_frame, socket_cookie
 from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
@@ -44,25 +44,33 @@ _ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
 
 _all_shared: weakref.WeakSet[_Shared] = weakref.WeakSet()
 
+_life = threading.RLock()
+"""Guards who refers to what: `references`, `under_way` and `door` of every _Shared. Never held while anything waits, and held
+across a fork, so that a child does not inherit a descriptor that nobody counts. Reentrant: a finalizer may close a file.
+"""
+
 
 def _after_fork_in_child() -> None:
-    for shared in _all_shared:
-        shared._reset_locks()  # noqa: SLF001 - of this module
+    _life.release()
+    for shared in list(_all_shared):
+        shared._forked()  # noqa: SLF001 - of this module
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_life.acquire, after_in_parent=_life.release, after_in_child=_after_fork_in_child)
 
 
 class _Shared:
     """What the references of this process share: mappings, doorbell, connection."""
 
-    def __init__(self, fds: list[int], ports_max: int) -> None:
-        page_fd, self.door, public_fd, connection = fds
+    def __init__(self, fds: list[int], opened: m.Opened) -> None:
+        page_fd, public_fd, connection, self.door = fds
+        mode = opened.mode & os.O_ACCMODE
+        self.mode = (mode in (os.O_RDONLY, os.O_RDWR), mode in (os.O_WRONLY, os.O_RDWR))
+        self.cookie = socket_cookie(self.door)
         self.connection = socket.socket(fileno=connection)
         self.lock = threading.Lock()
-        _all_shared.add(self)
         self.references = 0
-        self.calls = 0  # under way: like a blocked read, they keep the file open
+        self.under_way: set[object] = set()  # calls: like a blocked read, they keep the file open
         self.kick = -1
         self.page = Memory(page_fd, FilePage.BYTES_2L)
         self.public = Memory(public_fd, PublicPage.BYTES, False)
@@ -74,8 +82,9 @@ class _Shared:
             self.connection.close()
             os.close(self.door)
             raise
-        self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, ports_max)
+        self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, opened.ports_max)
         self.context.set_hooks(self.finish, self.rejoin)
+        _all_shared.add(self)
 
     def _new_ring(self) -> tuple[Memory, int]:
         reply, fds = ask_blocking(self.connection, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S)
@@ -88,10 +97,14 @@ class _Shared:
         check(self.public, MAGIC_PUBLIC, "the public page")
         return ring, fds[1]
 
-    def _reset_locks(self) -> None:
-        """In a forked child: who held them in the parent is not here."""
+    def _forked(self) -> None:
+        """In a forked child: who held the lock and who was in a call is not here. What only they kept open is closed."""
         self.lock = threading.Lock()
-        self.calls = 0
+        self.under_way = set()
+        if self.references == 0 and self.door >= 0:
+            os.close(self.door)
+            self.door = -1
+            self._close_rest()
 
     def _reconnect(self) -> None:
         """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
@@ -117,7 +130,12 @@ class _Shared:
 
     def call(self, message: Message) -> int:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
-        self.calls += 1
+        token = object()
+        with _life:
+            if self.door < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self.under_way.add(token)
+            under_way = self.under_way
         try:
             if self.context.stale:
                 self.rejoin()
@@ -128,7 +146,7 @@ class _Shared:
         except PeerGone:
             raise OSError(errno.EIO, "the file's process has died") from None
         finally:
-            self.calls -= 1
+            under_way.discard(token)
             self.finish()
         if not isinstance(reply, Done):
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
@@ -136,12 +154,10 @@ class _Shared:
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
-        if self.references > 0 or self.calls > 0 or self.door < 0:
-            return
-        if self.context.inflight > 0:
-            self.context.await_idle()
-            return
-        door, self.door = self.door, -1
+        with _life:
+            if self.references > 0 or self.under_way or self.door < 0 or self.context.await_idle():
+                return
+            door, self.door = self.door, -1
         own = not self.context.stale
         if not own:
             with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
@@ -151,6 +167,10 @@ class _Shared:
         if own:  # synchronous: after the last close the ports are free, as on the device
             with contextlib.suppress(OSError):
                 ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
+        self._close_rest()
+
+    def _close_rest(self) -> None:
+        self.context.set_hooks(None, None)  # they refer back to us
         self.connection.close()
         os.close(self.kick)
 
@@ -158,28 +178,43 @@ class _Shared:
 class EvtchnFile(UserFile):
     """One reference to an open /dev/xen/evtchn. Made by `Machine.open_evtchn` and `dup`.
 
-    `read`, `read_ports`, `write`, `enable`, `notify`, `notify_many` and `poll` are native. Every call raises OSError with the
-    driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
+    `read`, `read_ports`, `readv`, `write`, `enable`, `writev`, `notify`, `notify_many` and `poll` are native. Every call raises
+    OSError with the driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
     """
 
     _shared: _Shared
     _fd: int
-    _mode: tuple[bool, bool]
 
     @classmethod
-    def _open(cls, fds: list[int], ports_max: int, flags: int) -> Self:
-        shared = _Shared(fds, ports_max)
-        os.set_blocking(shared.door, not flags & os.O_NONBLOCK)
-        mode = flags & os.O_ACCMODE
-        return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+    def _open(cls, fds: list[int], opened: m.Opened, *, nonblock: bool, cloexec: bool) -> Self:
+        shared = _Shared(fds, opened)
+        os.set_blocking(shared.door, not nonblock)
+        self = cls._reference(shared)
+        os.set_inheritable(self._fd, not cloexec)
+        return self
 
     @classmethod
-    def _reference(cls, shared: _Shared, *, readable: bool, writable: bool) -> Self:
-        self = cls(shared.context, readable, writable)
-        self._shared = shared
-        self._mode = (readable, writable)
-        self._fd = os.dup(shared.door)
-        shared.references += 1
+    def _passed(cls, fds: list[int], opened: m.Opened, fd: int) -> Self:
+        """The first reference of this process to a file whose descriptor it was passed; `fd` is ours from now on."""
+        return cls._reference(_Shared([*fds, os.dup(fd)], opened), fd)
+
+    @classmethod
+    def _known(cls, fd: int) -> Self | None:
+        """A reference to a file that this process uses already; None if it does not."""
+        cookie = socket_cookie(fd)
+        with _life:
+            shared = next((one for one in _all_shared if one.cookie == cookie and one.references > 0), None)
+            return cls._reference(shared, fd) if shared is not None else None
+
+    @classmethod
+    def _reference(cls, shared: _Shared, fd: int = -1) -> Self:
+        self = cls(shared.context, *shared.mode)
+        with _life:
+            if shared.door < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._fd = os.dup(shared.door) if fd < 0 else fd
+            self._shared = shared
+            shared.references += 1
         return self
 
     # ---- the eight ioctls
@@ -235,19 +270,18 @@ class EvtchnFile(UserFile):
     def dup(self) -> EvtchnFile:
         """Mirror `dup`: a second reference to the same open file."""
         self._check_open()
-        readable, writable = self._mode
-        return self._reference(self._shared, readable=readable, writable=writable)
+        return self._reference(self._shared)
 
     def close(self) -> None:
         """Drop this reference. With the last one the file is released, and its ports are free when this returns.
 
         A reader that is blocked in another thread keeps the file open until its read returns.
         """
-        if self.closed:
-            return
-        self._mark_closed()
-        os.close(self._fd)
-        self._shared.references -= 1
+        with _life:
+            if not self._mark_closed():
+                return
+            os.close(self._fd)
+            self._shared.references -= 1
         self._shared.finish()
 
     def _check_open(self) -> None:

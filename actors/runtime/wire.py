@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
@@ -200,6 +202,8 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags:
         sock.send(data, flags | socket.MSG_NOSIGNAL)
 
 
+_SO_COOKIE = 57  # linux/socket.h; not in Python's socket
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * 4)
 
 
@@ -242,6 +246,25 @@ def recv_frame_once(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[in
         close_fds(fds)
         fds = []
     return data, fds
+
+
+def socket_cookie(fd: int) -> int:
+    """Return the number that the kernel gives a socket once and never again, the same for every copy of the descriptor.
+
+    OSError: EBADF, or EINVAL for what is no socket.
+    """
+    if fd < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            raise OSError(errno.EINVAL, f"descriptor {fd} is no open event-channel file") from None
+        raise
+    try:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    finally:
+        sock.detach()
 
 
 def close_fds(fds: Iterable[int]) -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, Received, Stop
-from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.runtime.wire import Done, Failure, Message, socket_cookie
 from pvbus.shm.layout import PORTS_2L
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ class OpenFile(NamedTuple):
     name: str
     page_fd: int
     door: socket.socket
+    cookie: int  # of its users' end: how a descriptor that one process passes to another is recognised
+    mode: int  # access mode of the open
 
 
 class Opening:
@@ -72,8 +76,8 @@ class Opening:
             return
         self.missing.discard(what)
         if not self.missing:
-            fds = (self.file.page_fd, self.door.fileno(), self.supervisor.pages.public_for_users, self.user_end.fileno())
-            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_2L), fds)
+            fds = (self.file.page_fd, self.supervisor.pages.public_for_users, self.user_end.fileno(), self.door.fileno())
+            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_2L, mode=self.file.mode), fds)
 
     def fail(self, reply: Message) -> None:
         """Answer the user with an error; the door closes, so whatever exists of the file is released."""
@@ -89,6 +93,34 @@ class Opening:
         self.supervisor.openings.pop(self.file.name, None)
         self.door.close()
         self.user_end.close()
+
+
+def reopen(supervisor: Supervisor, received: Received) -> None:
+    """Make one more process a user of the open file whose descriptor it sent: it was passed that, and has no connection."""
+    if len(received.fds) != 1:
+        raise OSError(errno.EBADMSG, "Reopen comes with a descriptor")
+    try:
+        cookie = socket_cookie(received.fds[0])
+    finally:
+        os.close(received.fds[0])  # before anything waits: it is a reference, too
+    file = next((file for file in supervisor.files.values() if file.cookie == cookie), None)
+    control = supervisor.controls.get(file.name) if file is not None else None
+    if file is None or control is None:
+        raise OSError(errno.EINVAL, f"this is no event-channel file that is open on machine {supervisor.config.name}")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def adopted(reply: Message, _fds: list[int]) -> None:
+        if supervisor.files.get(file.name) is not file or getattr(reply, "errno", 0) == errno.EPIPE:
+            reply = Failure(errno=errno.EIO, text="the file's process has died")
+        if isinstance(reply, Done):
+            fds = (file.page_fd, supervisor.pages.public_for_users, ours.fileno())
+            received.peer.reply(received.request, m.Opened(slot=file.slot, ports_max=PORTS_2L, mode=file.mode), fds)
+        else:
+            received.peer.reply(received.request, reply)
+        ours.close()
+
+    control.ask(m.Adopt(), adopted, CALL_DEADLINE_S, fds=(theirs.fileno(),))
+    theirs.close()
 
 
 def ignore(_reply: Message, _fds: list[int]) -> None:

@@ -23,8 +23,8 @@ from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.forkserver import ChildExited, ForkServer, Spawned
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop
 from pvbus.actors.runtime.supervision import Child, ChildSpec, ChildTable, State, Verdict
-from pvbus.actors.runtime.wire import Done, Failure, Message
-from pvbus.actors.supervisor.opening import OpenFile, Opening, ignore
+from pvbus.actors.runtime.wire import Done, Failure, Message, socket_cookie
+from pvbus.actors.supervisor.opening import OpenFile, Opening, ignore, reopen
 from pvbus.shm.layout import FILES_MAX, FilePage, Machine, PublicPage
 from pvbus.shm.pages import MachinePages
 from pvbus.shm.segment import sealed_memfd
@@ -247,6 +247,7 @@ class Supervisor(ProcessActor):
         answers: dict[type[Message], Callable[[Any, Received], Message | None]] = {
             m.Hello: lambda _m, _r: m.Welcome(name=self.config.name, run_id=self.run_id),
             m.OpenEvtchn: self._open_evtchn,
+            m.Reopen: lambda _m, received: reopen(self, received),
             m.Status: lambda _m, _r: m.Report(data=self._status()),
             m.Inspect: self._inspect,
             m.InspectFile: self._inspect_file,
@@ -341,7 +342,9 @@ class Supervisor(ProcessActor):
         page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES_2L)
         self.free_slots.pop()  # not before: an EMFILE up to here must not cost a slot
         door.setblocking(False)
-        file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door)
+        door.shutdown(socket.SHUT_RD)  # what a user writes, descriptors too, would lie here for ever
+        cookie, mode = socket_cookie(users_door.fileno()), message.mode & os.O_ACCMODE
+        file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door, cookie, mode)
         child = self.table.add(ChildSpec(name, "pvbus.actors.file.process:FileProcess", "temporary"))
         self.openings[name] = Opening(self, file, child, received, users_door)
         self.openings[name].tell_hypervisor(hypervisor, message.comm)

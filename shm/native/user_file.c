@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define PORTS_A_CALL 1024u                    /* a page (A4.2, A5.2) */
+#define SEGMENTS_MAX 1024                     /* IOV_MAX */
 
 typedef struct {
     PyObject_HEAD
@@ -29,13 +30,13 @@ static PyObject *failed(int64_t error)
 static int enter(FileObject *f, int mode_ok)
 {
     if (f->closed || !mode_ok) {
-        errno = EBADF;
-        PyErr_SetFromErrno(PyExc_OSError);
+        failed(-EBADF);
         return -1;
     }
     if (f->context->fork_generation != pv_fork_generation) {
-        PyObject *r = f->context->on_fork == NULL ? PyErr_Format(PyExc_RuntimeError, "no fork hook")
-                                                  : PyObject_CallFunctionObjArgs(f->context->on_fork, NULL);
+        PyObject *hook = Py_XNewRef(f->context->on_fork);
+        PyObject *r = hook == NULL ? PyErr_Format(PyExc_RuntimeError, "no fork hook") : PyObject_CallFunctionObjArgs(hook, NULL);
+        Py_XDECREF(hook);
         if (r == NULL)
             return -1;
         Py_DECREF(r);
@@ -43,24 +44,33 @@ static int enter(FileObject *f, int mode_ok)
     return 0;
 }
 
-/* A call keeps the context alive; gives the fork generation, for leave. */
-static uint32_t begin(ContextObject *c)
+/*
+ * A call keeps the context alive and its file open; gives the fork generation, for leave.  Whether the reference is still open
+ * is looked at again: since `enter`, the fork hook or the caller's sequence may have let another thread close it.
+ */
+static int begin(FileObject *f, uint32_t *generation)
 {
-    Py_INCREF((PyObject *)c);
-    c->inflight++;
-    return pv_fork_generation;
+    if (f->closed)
+        return -1;
+    Py_INCREF((PyObject *)f->context);
+    f->context->inflight++;
+    *generation = pv_fork_generation;
+    return 0;
 }
 
 /* The last to leave finishes a close that came meanwhile.  Not in a child that a signal handler forked: rebind counted anew. */
 static int64_t leave(ContextObject *c, uint32_t generation, int64_t result)
 {
     if (generation == pv_fork_generation && --c->inflight == 0 && c->closing && c->on_idle != NULL) {
+        c->closing = 0;
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
-        PyObject *r = PyObject_CallFunctionObjArgs(c->on_idle, NULL);
+        PyObject *hook = Py_NewRef(c->on_idle); /* which takes itself back */
+        PyObject *r = PyObject_CallFunctionObjArgs(hook, NULL);
         if (r == NULL)
             PyErr_WriteUnraisable((PyObject *)c);
         Py_XDECREF(r);
+        Py_DECREF(hook);
         PyErr_Restore(type, value, traceback);
     }
     Py_DECREF((PyObject *)c);
@@ -70,7 +80,9 @@ static int64_t leave(ContextObject *c, uint32_t generation, int64_t result)
 static int64_t blocking_read(FileObject *f, uint32_t *out, uint32_t max)
 {
     ContextObject *c = f->context;
-    uint32_t generation = begin(c);
+    uint32_t generation;
+    if (begin(f, &generation) < 0)
+        return -EBADF;
     int64_t n = pv_file_read(c, out, max);
     if (n == -EINTR && PyErr_CheckSignals() < 0)
         n = PV_DEAD;
@@ -78,9 +90,12 @@ static int64_t blocking_read(FileObject *f, uint32_t *out, uint32_t max)
 }
 
 /* Notify or enable: may wait for room, and lets other threads run meanwhile. */
-static int64_t submit_all(ContextObject *c, const uint32_t *ports, size_t n, int64_t (*all)(ContextObject *, const uint32_t *, size_t))
+static int64_t submit_all(FileObject *f, const uint32_t *ports, size_t n, int64_t (*all)(ContextObject *, const uint32_t *, size_t))
 {
-    uint32_t generation = begin(c);
+    ContextObject *c = f->context;
+    uint32_t generation;
+    if (begin(f, &generation) < 0)
+        return -EBADF;
     return leave(c, generation, all(c, ports, n));
 }
 
@@ -136,7 +151,7 @@ static PyObject *file_write(FileObject *f, PyObject *data)
     size_t n = (size_t)view.len / 4 > PORTS_A_CALL ? PORTS_A_CALL : (size_t)view.len / 4;
     memcpy(ports, view.buf, n * 4);
     PyBuffer_Release(&view);
-    int64_t r = n == 0 ? 0 : submit_all(f->context, ports, n, pv_file_enable);
+    int64_t r = n == 0 ? 0 : submit_all(f, ports, n, pv_file_enable);
     return r < 0 ? failed(r) : PyLong_FromLongLong(r * 4);
 }
 
@@ -147,7 +162,7 @@ static PyObject *file_notify(FileObject *f, PyObject *number)
         return NULL;
     if (enter(f, 1) < 0)
         return NULL;
-    int64_t r = submit_all(f->context, &port, 1, pv_file_notify);
+    int64_t r = submit_all(f, &port, 1, pv_file_notify);
     if (r < 0)
         return failed(r);
     Py_RETURN_NONE;
@@ -195,13 +210,80 @@ static PyObject *many(FileObject *f, PyObject *source, int mode_ok, int64_t (*al
     uint32_t *ports = ports_of(source, &n);
     if (ports == NULL)
         return NULL;
-    int64_t r = submit_all(f->context, ports, n, all);
+    int64_t r = submit_all(f, ports, n, all);
     PyMem_Free(ports);
     return r < 0 ? failed(r) : PyLong_FromLongLong(r);
 }
 
 static PyObject *file_notify_many(FileObject *f, PyObject *ports) { return many(f, ports, 1, pv_file_notify); }
 static PyObject *file_enable(FileObject *f, PyObject *ports) { return many(f, ports, f->writable, pv_file_enable); }
+
+/* One driver call of readv or writev: the bytes done, or -errno. */
+static int64_t read_segment(ContextObject *c, Py_buffer *view)
+{
+    uint32_t ports[PORTS_A_CALL];
+    uint32_t max = view->len / 4 > (Py_ssize_t)PORTS_A_CALL ? PORTS_A_CALL : (uint32_t)(view->len / 4);
+    int64_t taken = max == 0 ? 0 : pv_file_read(c, ports, max);
+    if (taken > 0)
+        memcpy(view->buf, ports, (size_t)taken * 4);
+    return taken < 0 ? taken : taken * 4;
+}
+
+static int64_t write_segment(ContextObject *c, Py_buffer *view)
+{
+    uint32_t ports[PORTS_A_CALL];
+    size_t n = (size_t)view->len / 4 > PORTS_A_CALL ? PORTS_A_CALL : (size_t)view->len / 4;
+    memcpy(ports, view->buf, n * 4);
+    int64_t done = n == 0 ? 0 : pv_file_enable(c, ports, n);
+    return done < 0 ? done : done * 4;
+}
+
+/* A call a segment: the first short one ends it, and after some success an error is only the end (A12.3). */
+static int64_t all_segments(FileObject *f, Py_buffer *views, Py_ssize_t n, int64_t (*one)(ContextObject *, Py_buffer *))
+{
+    ContextObject *c = f->context;
+    uint32_t generation;
+    int64_t total = 0, done = 0;
+    if (begin(f, &generation) < 0)
+        return -EBADF;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        done = one(c, &views[i]);
+        if (done > 0)
+            total += done;
+        if (done != views[i].len)
+            break;
+    }
+    if (done == -EINTR && total == 0 && PyErr_CheckSignals() < 0)
+        done = PV_DEAD;
+    return leave(c, generation, done == PV_DEAD || (done < 0 && total == 0) ? done : total);
+}
+
+static PyObject *vectored(FileObject *f, PyObject *buffers, int mode_ok, int flags, int64_t (*one)(ContextObject *, Py_buffer *))
+{
+    if (enter(f, mode_ok) < 0)
+        return NULL;
+    Py_ssize_t held = 0, n = PySequence_Size(buffers);
+    if (n < 0)
+        return NULL;
+    if (n > SEGMENTS_MAX)
+        return failed(-EINVAL);
+    Py_buffer *views = PyMem_Calloc((size_t)n + 1, sizeof *views);
+    if (views == NULL)
+        return PyErr_NoMemory();
+    for (int r = 0; held < n && r == 0; held += r == 0) {
+        PyObject *item = PySequence_GetItem(buffers, held);
+        r = item == NULL ? -1 : PyObject_GetBuffer(item, &views[held], flags);
+        Py_XDECREF(item);
+    }
+    int64_t total = held < n ? PV_DEAD : all_segments(f, views, n, one);
+    while (held > 0)
+        PyBuffer_Release(&views[--held]);
+    PyMem_Free(views);
+    return total < 0 ? failed(total) : PyLong_FromLongLong(total);
+}
+
+static PyObject *file_readv(FileObject *f, PyObject *buffers) { return vectored(f, buffers, f->readable, PyBUF_WRITABLE, read_segment); }
+static PyObject *file_writev(FileObject *f, PyObject *buffers) { return vectored(f, buffers, f->writable, PyBUF_SIMPLE, write_segment); }
 
 static PyObject *file_poll_method(FileObject *f, PyObject *args, PyObject *kwargs)
 {
@@ -216,7 +298,9 @@ static PyObject *file_poll_method(FileObject *f, PyObject *args, PyObject *kwarg
     if (PyErr_Occurred())
         return NULL;
     ContextObject *c = f->context;
-    uint32_t generation = begin(c);
+    uint32_t generation;
+    if (begin(f, &generation) < 0)
+        return failed(-EBADF);
     int64_t mask = pv_file_poll(c, events, timeout_ms);
     if (mask == -EINTR && PyErr_CheckSignals() < 0)
         mask = PV_DEAD;
@@ -254,8 +338,9 @@ static void file_dealloc(FileObject *f)
 static PyObject *file_mark_closed(FileObject *f, PyObject *ignored)
 {
     (void)ignored;
+    int first = !f->closed;
     f->closed = 1;
-    Py_RETURN_NONE;
+    return PyBool_FromLong(first);
 }
 
 static PyObject *file_get_closed(FileObject *f, void *closure) { (void)closure; return PyBool_FromLong(f->closed); }
@@ -270,12 +355,15 @@ static PyMethodDef file_methods[] = {
     {"read", (PyCFunction)file_read_method, METH_O, "read(count) -> bytes: ports, u32 each.  Mirrors evtchn_read.  EAGAIN, EFBIG, EBADF, EINTR, EIO."},
     {"read_ports", (PyCFunction)file_read_ports, METH_O, "read_ports(max) -> list of ports: the batch form of read."},
     {"write", (PyCFunction)file_write, METH_O, "write(ports as u32 bytes) -> bytes taken: write ports back.  Mirrors evtchn_write."},
+    {"readv", (PyCFunction)file_readv, METH_O,
+     "readv(buffers) -> bytes: a driver's read a buffer, until one is not filled; an error after some success is a short count."},
+    {"writev", (PyCFunction)file_writev, METH_O, "writev(buffers) -> bytes: a driver's write a buffer, until one is short."},
     {"enable", (PyCFunction)file_enable, METH_O, "enable(ports) -> how many: write back a sequence of ints, or a buffer of u32, of any length."},
     {"notify", (PyCFunction)file_notify, METH_O, "notify(port).  Mirrors IOCTL_EVTCHN_NOTIFY; ENOTCONN if the port is not this file's."},
     {"notify_many", (PyCFunction)file_notify_many, METH_O, "notify_many(ports) -> how many; ENOTCONN before any is sent if one is not this file's."},
     {"poll", (PyCFunction)(void (*)(void))file_poll_method, METH_VARARGS | METH_KEYWORDS,
      "poll(events=POLLIN, timeout_ms=0) -> mask, 0 at the time-out; None waits without limit.  Mirrors evtchn_poll."},
-    {"_mark_closed", (PyCFunction)file_mark_closed, METH_NOARGS, "This reference answers EBADF from now on."},
+    {"_mark_closed", (PyCFunction)file_mark_closed, METH_NOARGS, "This reference answers EBADF from now on; gives whether it was open."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef file_getset[] = {

@@ -114,7 +114,7 @@ def test_a_port_that_a_dying_file_was_just_given_is_not_leaked(pvbus_machine: An
     with stopped(pid_of(machine, "hypervisor")):
         binder = threading.Thread(target=bind)
         binder.start()
-        wait_until("the call is under way", lambda: file._shared.calls == 1)
+        wait_until("the call is under way", lambda: len(file._shared.under_way) == 1)
         os.kill(process, signal.SIGKILL)
     binder.join(BOUND_S)
 
@@ -137,7 +137,7 @@ def test_a_close_in_one_thread_waits_for_the_call_of_another(pvbus_machine: Any)
     with stopped(pid_of(machine, "hypervisor")):
         binder = threading.Thread(target=bind)
         binder.start()
-        wait_until("the call is under way", lambda: file._shared.calls == 1)
+        wait_until("the call is under way", lambda: len(file._shared.under_way) == 1)
         file.close()
         assert not got
     binder.join(BOUND_S)
