@@ -26,6 +26,8 @@ from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from typing_extensions import Buffer
 
 CALL_TIMEOUT_S = 25.0  # longer than every deadline behind it, so that the machine's own answer comes first
@@ -69,6 +71,7 @@ class _Shared:
         self.cookie = socket_cookie(self.door)
         self.connection = socket.socket(fileno=connection)
         self.lock = threading.Lock()
+        self.asking = 0  # the thread whose call waits for its reply
         self.references = 0
         self.under_way: set[object] = set()  # calls: like a blocked read, they keep the file open
         self.kick = -1
@@ -100,6 +103,7 @@ class _Shared:
     def _forked(self) -> None:
         """In a forked child: who held the lock and who was in a call is not here. What only they kept open is closed."""
         self.lock = threading.Lock()
+        self.asking = 0
         self.under_way = set()
         if self.references == 0 and self.door >= 0:
             os.close(self.door)
@@ -107,16 +111,37 @@ class _Shared:
             self._close_rest()
 
     def _reconnect(self) -> None:
-        """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
-        theirs.close()
+        """In a forked child: the connection is the parent's, make one of our own."""
+        ours = self._another_connection()
         self.connection.close()
         self.connection = ours
 
+    def _another_connection(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        return ours
+
+    @contextlib.contextmanager
+    def _in_call(self) -> Iterator[None]:
+        """Keep the file open meanwhile, whatever other threads close. EBADF when it is not."""
+        token = object()
+        with _life:
+            if self.door < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            under_way = self.under_way
+            under_way.add(token)
+        try:
+            yield
+        except PeerGone:
+            raise OSError(errno.EIO, "the file's process has died") from None
+        finally:
+            under_way.discard(token)  # a signal handler may have forked: then it is the parent's set, and not looked at
+            self.finish()
+
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring; its threads may come here together."""
-        with self.lock:
+        with self._in_call(), self.lock:
             if not self.context.stale:
                 return
             try:
@@ -130,27 +155,27 @@ class _Shared:
 
     def call(self, message: Message) -> int:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
-        token = object()
-        with _life:
-            if self.door < 0:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self.under_way.add(token)
-            under_way = self.under_way
-        try:
+        with self._in_call():
             if self.context.stale:
                 self.rejoin()
-            with self.lock:
-                reply, _ = ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)
+            reply = self._ask(message)
             if isinstance(message, m.Ioctl) and message.request == IOCTL_RESET:
                 self.context.drain_door()
-        except PeerGone:
-            raise OSError(errno.EIO, "the file's process has died") from None
-        finally:
-            under_way.discard(token)
-            self.finish()
         if not isinstance(reply, Done):
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         return reply.value
+
+    def _ask(self, message: Message) -> Message:
+        me = threading.get_ident()
+        if self.asking == me:  # a signal handler calls while our own call waits, and its reply is none of ours
+            with self._another_connection() as connection:
+                return ask_blocking(connection, message, timeout_s=CALL_TIMEOUT_S)[0]
+        with self.lock:
+            self.asking = me
+            try:
+                return ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)[0]
+            finally:
+                self.asking = 0
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""

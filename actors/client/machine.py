@@ -64,6 +64,7 @@ class Machine:
     def __init__(self, name: str) -> None:
         self.name = name
         self._lock = threading.Lock()
+        self._asking = 0  # the thread whose question waits for its answer
         self._files: weakref.WeakSet[EvtchnFile] = weakref.WeakSet()
         self._inspector: Inspector | None = None
         self._path = rundir.run_directory(name)
@@ -73,6 +74,7 @@ class Machine:
     def _forked(self) -> None:
         """In a forked child: who held the lock is not here."""
         self._lock = threading.Lock()
+        self._asking = 0
 
     def _connect(self) -> None:
         try:
@@ -87,16 +89,27 @@ class Machine:
     def _ask(
         self, message: Message, timeout_s: float = CALL_TIMEOUT_S, fds: tuple[int, ...] = ()
     ) -> tuple[Message, list[int]]:
+        me = threading.get_ident()
         try:
+            if self._asking == me:  # a signal handler asks while our own question waits, and its answer is none of ours
+                with rundir.connect_machine(self._path) as another:
+                    return ask_blocking(another, message, fds, timeout_s)
             with self._lock:
-                if self._socket is None:
-                    raise MachineNotFoundError(f"detached from {self.name}")
-                if self._pid != os.getpid():  # the connection is the parent's
-                    self._socket.close()
-                    self._connect()
-                return ask_blocking(self._socket, message, fds, timeout_s)
+                self._asking = me
+                try:
+                    return ask_blocking(self._connected(), message, fds, timeout_s)
+                finally:
+                    self._asking = 0
         except PeerGone:
             raise MachineNotFoundError(f"machine {self.name!r} has stopped") from None
+
+    def _connected(self) -> socket.socket:
+        if self._socket is not None and self._pid != os.getpid():  # the connection is the parent's
+            self._socket.close()
+            self._connect()
+        if self._socket is None:
+            raise MachineNotFoundError(f"detached from {self.name}")
+        return self._socket
 
     # ---- Xen
 
