@@ -73,6 +73,7 @@ class _Shared:
         self.lock = threading.Lock()
         self.asking = 0  # the thread whose call waits for its reply
         self.references = 0
+        self.finishing = False
         self.under_way: set[object] = set()  # calls: like a blocked read, they keep the file open
         self.kick = -1
         self.page = Memory(page_fd, FilePage.BYTES_2L)
@@ -112,14 +113,18 @@ class _Shared:
 
     def _reconnect(self) -> None:
         """In a forked child: the connection is the parent's, make one of our own."""
-        ours = self._another_connection()
-        self.connection.close()
-        self.connection = ours
+        old, self.connection = self.connection, self._another_connection()  # first: a thread may fork at any moment
+        old.close()
 
     def _another_connection(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        try:
             send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        except OSError as error:
+            ours.close()
+            raise PeerGone("the file's process") from error
+        finally:
+            theirs.close()
         return ours
 
     @contextlib.contextmanager
@@ -127,7 +132,7 @@ class _Shared:
         """Keep the file open meanwhile, whatever other threads close. EBADF when it is not."""
         token = object()
         with _life:
-            if self.door < 0:
+            if not self.is_open():
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             under_way = self.under_way
             under_way.add(token)
@@ -139,19 +144,20 @@ class _Shared:
             under_way.discard(token)  # a signal handler may have forked: then it is the parent's set, and not looked at
             self.finish()
 
+    def is_open(self) -> bool:
+        """Whether it can be used, or a close has begun. (Under _life.)"""
+        return self.door >= 0 and not self.finishing
+
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring; its threads may come here together."""
         with self._in_call(), self.lock:
             if not self.context.stale:
                 return
-            try:
-                self._reconnect()
-                self.ring, kick = self._new_ring()
-            except (PeerGone, BrokenPipeError):
-                raise OSError(errno.EIO, "the file's process has died") from None
-            os.close(self.kick)
-            self.kick = kick
+            self._reconnect()
+            self.ring, kick = self._new_ring()
+            old, self.kick = self.kick, kick
             self.context.rebind(self.ring, kick, 0)
+            os.close(old)
 
     def call(self, message: Message) -> int:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
@@ -180,15 +186,17 @@ class _Shared:
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
         with _life:
-            if self.references > 0 or self.under_way or self.door < 0 or self.context.await_idle():
+            if self.references > 0 or self.under_way or not self.is_open() or self.context.await_idle():
                 return
-            door, self.door = self.door, -1
+            self.finishing = True
         own = not self.context.stale
         if not own:
             with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
                 self._reconnect()
                 own = True
-        os.close(door)
+        with _life:  # a fork sees it open and closes its copy, or sees it closed
+            os.close(self.door)
+            self.door = -1
         if own:  # synchronous: after the last close the ports are free, as on the device
             with contextlib.suppress(OSError):
                 ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
@@ -235,7 +243,7 @@ class EvtchnFile(UserFile):
     def _reference(cls, shared: _Shared, fd: int = -1) -> Self:
         self = cls(shared.context, *shared.mode)
         with _life:
-            if shared.door < 0:
+            if not shared.is_open():
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             self._fd = os.dup(shared.door) if fd < 0 else fd
             self._shared = shared

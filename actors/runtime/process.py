@@ -326,9 +326,12 @@ def ask_blocking(
             _wait(sock, select.POLLIN, deadline_s, message)
             answer = _try_receive(sock, request)
             if answer is not None:
-                return answer
+                break
     except (BrokenPipeError, ConnectionResetError):
         raise PeerGone(type(message).__name__) from None
+    if isinstance(answer[0], Failure):  # not above: an EPIPE that the other side reports is not the other side's end
+        raise answer[0].as_oserror()
+    return answer
 
 
 def _wait(sock: socket.socket, events: int, deadline_s: float, message: Message) -> None:
@@ -364,6 +367,4 @@ def _try_receive(sock: socket.socket, request: int) -> tuple[Message, list[int]]
     if not ours and not complaint:
         wire.close_fds(fds)
         return None
-    if isinstance(frame.message, Failure):
-        raise frame.message.as_oserror()
     return frame.message, fds

@@ -45,12 +45,22 @@ class Opening:
         self.user_end, self.connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.hypervisors_end, self.files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def tell_hypervisor(self, hypervisor: Peer, comm: str) -> None:
-        """Make the file known before its process is."""
-        self.arguments["comm"] = comm
+    def tell_hypervisor(self, hypervisor: Peer, message: m.OpenEvtchn) -> None:
+        """Make the file known before its process is. If the hypervisor dies under that, open again with its heir."""
+        self.arguments["comm"] = message.comm
+
+        def known(reply: Message, _fds: list[int]) -> None:
+            if isinstance(reply, Failure) and reply.errno == errno.EPIPE and "answered" not in self.missing:
+                received = self.received
+                self.received = received._replace(request=0)  # this one fails, and nobody hears of it
+                self.fail(reply)
+                self.supervisor.ask_heir(hypervisor, received, lambda: self.supervisor.open_evtchn(message, received))
+            else:
+                self._done("hypervisor", reply)
+
         up = m.FileUp(slot=self.file.slot, domain=self.file.domain)
         fds = (self.hypervisors_end.fileno(), self.file.page_fd, self.file.door.fileno())
-        hypervisor.ask(up, lambda reply, _fds: self._done("hypervisor", reply), CALL_DEADLINE_S, fds=fds)
+        hypervisor.ask(up, known, CALL_DEADLINE_S, fds=fds)
         self.hypervisors_end.close()
 
     def start(self, machine_fd: int) -> None:

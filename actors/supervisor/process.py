@@ -246,7 +246,7 @@ class Supervisor(ProcessActor):
             return None
         answers: dict[type[Message], Callable[[Any, Received], Message | None]] = {
             m.Hello: lambda _m, _r: m.Welcome(name=self.config.name, run_id=self.run_id),
-            m.OpenEvtchn: self._open_evtchn,
+            m.OpenEvtchn: self.open_evtchn,
             m.Reopen: lambda _m, received: reopen(self, received),
             m.Status: lambda _m, _r: m.Report(data=self._status()),
             m.Inspect: self._inspect,
@@ -270,7 +270,24 @@ class Supervisor(ProcessActor):
         if hypervisor is None:
             self._wait_for_heir(lambda: self._forward(message, received))
             return
-        hypervisor.ask(message, lambda reply, _fds: _answer(received, reply), CALL_DEADLINE_S)
+
+        def answered(reply: Message, _fds: list[int]) -> None:
+            if isinstance(reply, Failure) and reply.errno == errno.EPIPE and isinstance(message, m.Settle):
+                self.ask_heir(hypervisor, received, lambda: self._forward(message, received))
+            else:  # a VIRQ is not raised again: it may have been
+                _answer(received, reply)
+
+        hypervisor.ask(message, answered, CALL_DEADLINE_S)
+
+    def ask_heir(self, dead: Peer, received: Received, again: Callable[[], None]) -> None:
+        """Do again, with the heir, what a hypervisor's death has ended."""
+        try:
+            if self.hypervisor() in (None, dead):
+                self._wait_for_heir(again)
+            else:
+                again()
+        except OSError as error:
+            _answer(received, Failure(errno=error.errno or errno.EIO, text=error.strerror or ""))
 
     def _wait_for_heir(self, again: Callable[[], None]) -> None:
         """What needs the hypervisor waits until its heir is up; users wait with a time limit of their own."""
@@ -324,7 +341,8 @@ class Supervisor(ProcessActor):
 
     # ---- open files
 
-    def _open_evtchn(self, message: m.OpenEvtchn, received: Received) -> None:
+    def open_evtchn(self, message: m.OpenEvtchn, received: Received) -> None:
+        """Make an open file; its opener hears when hypervisor, CPUs and the file's process are ready."""
         domain = next((domain for domain in self.config.domain if domain.id == message.domain), None)
         if domain is None or "xen" not in domain.platforms:
             raise OSError(errno.ENODEV, f"domain {message.domain} is no Xen domain")
@@ -334,7 +352,7 @@ class Supervisor(ProcessActor):
             raise OSError(errno.EMFILE, f"{FILES_MAX} files are open")
         hypervisor = self.hypervisor()
         if hypervisor is None:
-            self._wait_for_heir(lambda: self._open_evtchn(message, received))
+            self._wait_for_heir(lambda: self.open_evtchn(message, received))
             return
         slot = self.free_slots[-1]
         name = f"file/{message.domain}.{slot}"
@@ -347,7 +365,7 @@ class Supervisor(ProcessActor):
         file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door, cookie, mode)
         child = self.table.add(ChildSpec(name, "pvbus.actors.file.process:FileProcess", "temporary"))
         self.openings[name] = Opening(self, file, child, received, users_door)
-        self.openings[name].tell_hypervisor(hypervisor, message.comm)
+        self.openings[name].tell_hypervisor(hypervisor, message)
         self._spawn(child)
 
     def _forget_file(self, file: OpenFile) -> None:

@@ -355,3 +355,31 @@ def errno_of(file: Any) -> int | None:
     except OSError as error:
         return error.errno
     return 0
+
+
+@pytest.mark.checklist("A10.3")
+@pytest.mark.parametrize("what", ["open", "settle"])
+def test_an_open_and_a_settle_outlive_the_hypervisor_that_died_under_them(pvbus_machine: Any, what: str) -> None:
+    machine = pvbus_machine.machine
+    hypervisor, supervisor = pid_of(machine, "hypervisor"), pvbus_machine.process.pid
+    before = descriptors(supervisor)
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            machine.settle() if what == "settle" else machine.open_evtchn(domain=0).close()
+        except BaseException as problem:
+            failed.append(problem)
+
+    asker = threading.Thread(target=ask)
+    with stopped(hypervisor):
+        asker.start()
+        if what == "open":
+            wait_until("the supervisor opens", lambda: descriptors(supervisor) > before)
+        else:
+            wait_until("the question is under way", lambda: machine._asking == asker.ident)
+        os.kill(hypervisor, signal.SIGKILL)
+    asker.join(BOUND_S)
+
+    assert failed == []
+    wait_until("all is up, and nothing is left", lambda: everything_is_up(machine, 1) and not machine.status()["files"])
