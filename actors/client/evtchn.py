@@ -17,17 +17,17 @@ import socket
 import struct
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import ATTACH_REQUEST, PeerGone, ask_blocking, await_blocking
-from pvbus.actors.runtime.wire import Done, Message, close_fds, encode, send_frame
+from pvbus.actors.runtime.wire import Done, Message, close_fds, encode, send_frame, socket_cookie
 from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterator
 
     from typing_extensions import Buffer
 
@@ -48,27 +48,38 @@ _ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
 
 _all_shared: weakref.WeakSet[_Shared] = weakref.WeakSet()
 
+_life = threading.RLock()
+"""Guards who refers to what: `references`, `under_way` and `door` of every _Shared. Never held while anything waits, and held
+across a fork, so that a child does not inherit a descriptor that nobody counts. Reentrant: a finalizer may close a file.
+"""
+
 
 def _after_fork_in_child() -> None:
-    for shared in _all_shared:
-        shared._reset_locks()  # noqa: SLF001 - of this module
+    _life.release()
+    for shared in list(_all_shared):
+        shared._forked()  # noqa: SLF001 - of this module
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_life.acquire, after_in_parent=_life.release, after_in_child=_after_fork_in_child)
 
 
 class _Shared:
     """What the references of this process share: mappings, doorbell, connection."""
 
-    def __init__(self, fds: list[int], ports_max: int) -> None:
-        page_fd, self.door, public_fd, connection = fds
+    def __init__(self, fds: list[int], opened: m.Opened) -> None:
+        page_fd, public_fd, connection, self.door = fds
+        mode = opened.mode & os.O_ACCMODE
+        self.mode = (mode in (os.O_RDONLY, os.O_RDWR), mode in (os.O_WRONLY, os.O_RDWR))
+        self.cookie = socket_cookie(self.door)
         self.connection = socket.socket(fileno=connection)
         self.lock = threading.Lock()
-        _all_shared.add(self)
+        self.asking = 0  # the thread whose call waits for its reply
         self.references = 0
-        self.calls = 0  # under way: like a blocked read, they keep the file open
+        self.finishing = False
+        self.under_way: set[object] = set()  # calls: like a blocked read, they keep the file open
         self.kick = -1
         try:
+            fds = [page_fd, public_fd, self.door]
             self.page = Memory(page_fd, FilePage.BYTES)
             self.public = Memory(public_fd, PublicPage.BYTES, False)
             os.close(page_fd)  # before the ring's two come: who is short of descriptors needs no more than these four
@@ -76,12 +87,15 @@ class _Shared:
             fds = [self.door]
             first = m.Attach(pid=os.getpid())
             self.ring, self.kick = self._ring_of(*await_blocking(self.connection, first, ATTACH_REQUEST, CALL_TIMEOUT_S))
-        except BaseException:
+        except BaseException as error:
             self.connection.close()
-            close_fds(fds[:3])
+            close_fds(fds)
+            if isinstance(error, PeerGone):
+                raise OSError(errno.EIO, "the file's process has died") from None
             raise
-        self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, ports_max)
+        self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, opened.ports_max)
         self.context.set_hooks(self.finish, self.rejoin)
+        _all_shared.add(self)
 
     def _ring_of(self, reply: Message, fds: list[int]) -> tuple[Memory, int]:
         if not isinstance(reply, m.Attached) or len(fds) != 2:
@@ -93,45 +107,95 @@ class _Shared:
         check(self.public, MAGIC_PUBLIC, "the public page")
         return ring, fds[1]
 
-    def _reset_locks(self) -> None:
-        """In a forked child: who held them in the parent is not here."""
+    def _forked(self) -> None:
+        """In a forked child: who held the lock and who was in a call is not here. What only they kept open is closed."""
         self.lock = threading.Lock()
-        self.calls = 0
+        self.asking = 0
+        self.under_way = set()
+        if self.references == 0 and self.door >= 0:
+            os.close(self.door)
+            self.door = -1
+            self._close_rest()
 
-    def _adopted(self) -> socket.socket:
-        """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
+    def _reconnect(self) -> None:
+        """In a forked child: the connection is the parent's, make one of our own."""
+        self._replace_connection(self._another_connection())
+
+    def _replace_connection(self, ours: socket.socket) -> None:
+        old, self.connection = self.connection, ours  # first: a thread may fork at any moment
+        old.close()
+
+    def _another_connection(self) -> socket.socket:
+        """Hand the file's process the end of one more connection. If it has no room for that, this one hangs up."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        try:
+            with theirs:
+                send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        except OSError as error:
+            ours.close()
+            if error.errno == errno.EMFILE:
+                raise
+            raise PeerGone("the file's process") from error
         return ours
 
-    def _has_hung_up(self) -> bool:
-        poller = select.poll()
-        poller.register(self.connection.fileno(), 0)
-        return bool(poller.poll(0))
+    def _ask_on(self, another: socket.socket, message: Message) -> tuple[Message, list[int]]:
+        """Ask on one more connection; if the process that hung up there still has the one that we had, it was short of room."""
+        try:
+            return ask_blocking(another, message, timeout_s=CALL_TIMEOUT_S)
+        except PeerGone:
+            poller = select.poll()
+            poller.register(self.connection.fileno(), 0)
+            if poller.poll(0):
+                raise
+            raise OSError(errno.EMFILE, "the file's process has no room for one more connection (ulimit -n)") from None
+
+    @contextlib.contextmanager
+    def _in_call(self) -> Iterator[None]:
+        """Keep the file open meanwhile, whatever other threads close. EBADF when it is not."""
+        token = object()
+        with _life:
+            if not self.is_open():
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            under_way = self.under_way
+            under_way.add(token)
+        try:
+            yield
+        except PeerGone:
+            raise OSError(errno.EIO, "the file's process has died") from None
+        finally:
+            under_way.discard(token)  # a signal handler may have forked: then it is the parent's set, and not looked at
+            self.finish()
+
+    def is_open(self) -> bool:
+        """Whether it can be used, or a close has begun. (Under _life.)"""
+        return self.door >= 0 and not self.finishing
 
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring; its threads may come here together."""
-        with self.lock:
+        with self._in_call(), self.lock:
             if not self.context.stale:
                 return
-            ours = None
+            ours = self._another_connection()
             try:
-                ours = self._adopted()
-                ring, kick = self._ring_of(*ask_blocking(ours, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S))
-            except OSError as error:
-                if ours is not None:
-                    ours.close()
-                if not isinstance(error, ConnectionError):
-                    raise
-                if not self._has_hung_up():  # it lives, and had no room for our connection
-                    raise OSError(errno.EMFILE, "the file's process has no descriptor left (ulimit -n)") from None
-                raise OSError(errno.EIO, "the file's process has died") from None
-            self.connection.close()
-            self.connection, self.ring = ours, ring
-            os.close(self.kick)
-            self.kick = kick
-            self.context.rebind(self.ring, kick, 0)
+                ring, kick = self._ring_of(*self._ask_on(ours, m.Attach(pid=os.getpid())))
+            except BaseException:  # it failed this call; the next one tries again, through the connection that we have
+                ours.close()
+                raise
+            self._replace_connection(ours)
+            self.ring = ring
+            old, self.kick = self.kick, kick
+            self.context.rebind(ring, kick, 0)
+            os.close(old)
+
+    def ask(self, message: Message) -> Message:
+        """Call the file's process. OSError with the driver's errno; EIO when it has died."""
+        with self._in_call():
+            if self.context.stale:
+                self.rejoin()
+            reply = self._ask(message)
+            if isinstance(message, m.Ioctl) and message.request == IOCTL_RESET:
+                self.context.drain_door()
+        return reply
 
     def call(self, message: Message) -> int:
         """Call the file's process for a number."""
@@ -140,42 +204,39 @@ class _Shared:
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         return reply.value
 
-    def ask(self, message: Message) -> Message:
-        """Call the file's process. OSError with the driver's errno; EIO when it has died."""
-        self.calls += 1
-        try:
-            if self.context.stale:
-                self.rejoin()
-            with self.lock:
-                reply, _ = ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)
-            if isinstance(message, m.Ioctl) and message.request == IOCTL_RESET:
-                self.context.drain_door()
-        except PeerGone:
-            raise OSError(errno.EIO, "the file's process has died") from None
-        finally:
-            self.calls -= 1
-            self.finish()
-        return reply
+    def _ask(self, message: Message) -> Message:
+        me = threading.get_ident()
+        if self.asking == me:  # a signal handler calls while our own call waits, and its reply is none of ours
+            with self._another_connection() as connection:
+                return self._ask_on(connection, message)[0]
+        with self.lock:
+            self.asking = me
+            try:
+                return ask_blocking(self.connection, message, timeout_s=CALL_TIMEOUT_S)[0]
+            finally:
+                self.asking = 0
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
-        if self.references > 0 or self.calls > 0 or self.door < 0:
-            return
-        if self.context.inflight > 0:
-            self.context.await_idle()
-            return
-        door, self.door = self.door, -1
+        with _life:
+            if self.references > 0 or self.under_way or not self.is_open() or self.context.await_idle():
+                return
+            self.finishing = True
         own = not self.context.stale
         if not own:
             with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
-                ours = self._adopted()
-                self.connection.close()
-                self.connection = ours
+                self._reconnect()
                 own = True
-        os.close(door)
+        with _life:  # a fork sees it open and closes its copy, or sees it closed
+            os.close(self.door)
+            self.door = -1
         if own:  # synchronous: after the last close the ports are free, as on the device
             with contextlib.suppress(OSError):
                 ask_blocking(self.connection, m.Detach(), timeout_s=CALL_TIMEOUT_S)
+        self._close_rest()
+
+    def _close_rest(self) -> None:
+        self.context.set_hooks(None, None)  # they refer back to us
         self.connection.close()
         os.close(self.kick)
 
@@ -183,33 +244,52 @@ class _Shared:
 class EvtchnFile(UserFile):
     """One reference to an open /dev/xen/evtchn. Made by `Machine.open_evtchn` and `dup`.
 
-    `read`, `readinto`, `read_ports`, `write`, `enable`, `notify`, `notify_many` and `poll` are native. Every call raises OSError
-    with the driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
+    `read`, `readinto`, `read_ports`, `readv`, `write`, `enable`, `writev`, `notify`, `notify_many` and `poll` are native. Every
+    call raises OSError with the driver's errno. Usable as a context manager, and wherever a descriptor is asked for (`fileno`).
     """
 
     _shared: _Shared
     _fd: int
-    _mode: tuple[bool, bool]
 
     @classmethod
-    def _open(cls, fds: list[int], ports_max: int, flags: int) -> Self:
-        shared = _Shared(fds, ports_max)
-        os.set_blocking(shared.door, not flags & os.O_NONBLOCK)
-        mode = flags & os.O_ACCMODE
+    def _open(cls, fds: list[int], opened: m.Opened, *, nonblock: bool, cloexec: bool) -> Self:
+        shared = _Shared(fds, opened)
+        os.set_blocking(shared.door, not nonblock)
         try:
-            return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+            self = cls._reference(shared)
         except OSError:  # no descriptor for the reference: the file is closed again
             shared.finish()
             raise
+        os.set_inheritable(self._fd, not cloexec)
+        return self
 
     @classmethod
-    def _reference(cls, shared: _Shared, *, readable: bool, writable: bool) -> Self:
-        fd = os.dup(shared.door)
-        self = cls(shared.context, readable, writable)
-        self._shared = shared
-        self._mode = (readable, writable)
-        self._fd = fd
-        shared.references += 1
+    def _passed(cls, fds: list[int], opened: m.Opened, fd: int) -> Self:
+        """The first reference of this process to a file whose descriptor it was passed; `fd` is ours from now on."""
+        try:
+            door = os.dup(fd)
+        except OSError:
+            close_fds(fds)
+            raise
+        return cls._reference(_Shared([*fds, door], opened), fd)
+
+    @classmethod
+    def _known(cls, fd: int) -> Self | None:
+        """A reference to a file that this process uses already; None if it does not."""
+        cookie = socket_cookie(fd)
+        with _life:
+            shared = next((one for one in _all_shared if one.cookie == cookie and one.references > 0), None)
+            return cls._reference(shared, fd) if shared is not None else None
+
+    @classmethod
+    def _reference(cls, shared: _Shared, fd: int = -1) -> Self:
+        self = cls(shared.context, *shared.mode)
+        with _life:
+            if not shared.is_open():
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._fd = os.dup(shared.door) if fd < 0 else fd
+            self._shared = shared
+            shared.references += 1
         return self
 
     # ---- the eight ioctls
@@ -289,36 +369,6 @@ class EvtchnFile(UserFile):
                     raise OSError(reply.errno, reply.text or os.strerror(reply.errno))
                 break
         return ports
-
-    # ---- several buffers: the driver has no call for them, so the kernel makes one a segment (A12.3)
-
-    def readv(self, buffers: Iterable[Buffer]) -> int:
-        """Mirror `readv`: one read a buffer, up to the first that is not filled; give the bytes read.
-
-        An error of a later read is dropped: what came before it counts, as of one call. So a blocking file may sleep in a
-        later read, though something has been read.
-        """
-        return self._a_call_a_segment(self.readinto, buffers)
-
-    def writev(self, buffers: Iterable[Buffer | None]) -> int:
-        """Mirror `writev`: one write a buffer, up to the first that is not taken whole; give the bytes taken."""
-        return self._a_call_a_segment(self.write, buffers)
-
-    def _a_call_a_segment(self, call: Callable[[Any], int], segments: Iterable[Any]) -> int:
-        done = 0
-        for segment in segments:
-            length = 0 if segment is None else memoryview(segment).nbytes
-            try:
-                taken = call(segment)
-            except OSError:
-                if done == 0:
-                    raise
-                break
-            done += taken
-            if taken != length:
-                break
-        return done
-
     # ---- the file
 
     def fileno(self) -> int:
@@ -329,19 +379,18 @@ class EvtchnFile(UserFile):
     def dup(self) -> EvtchnFile:
         """Mirror `dup`: a second reference to the same open file."""
         self._check_open()
-        readable, writable = self._mode
-        return self._reference(self._shared, readable=readable, writable=writable)
+        return self._reference(self._shared)
 
     def close(self) -> None:
         """Drop this reference. With the last one the file is released, and its ports are free when this returns.
 
         A reader that is blocked in another thread keeps the file open until its read returns.
         """
-        if self.closed:
-            return
-        self._mark_closed()
-        os.close(self._fd)
-        self._shared.references -= 1
+        with _life:
+            if not self._mark_closed():
+                return
+            os.close(self._fd)
+            self._shared.references -= 1
         self._shared.finish()
 
     def _check_open(self) -> None:

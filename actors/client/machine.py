@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = 25.0
 
+_machines: weakref.WeakSet[Machine] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for machine in list(_machines):
+        machine._forked()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
 
 class MachineNotFoundError(ConnectionError):
     """No machine to attach to; the text says how to start one."""
@@ -54,49 +64,92 @@ class Machine:
     def __init__(self, name: str) -> None:
         self.name = name
         self._lock = threading.Lock()
+        self._asking = 0  # the thread whose question waits for its answer
         self._files: weakref.WeakSet[EvtchnFile] = weakref.WeakSet()
         self._inspector: Inspector | None = None
         self._path = rundir.run_directory(name)
+        self._socket: socket.socket | None = None
         self._connect()
+        _machines.add(self)
+
+    def _forked(self) -> None:
+        """In a forked child: who held the lock is not here."""
+        self._lock = threading.Lock()
+        self._asking = 0
 
     def _connect(self) -> None:
         try:
-            self._socket: socket.socket | None = rundir.connect_machine(self._path)
+            sock = rundir.connect_machine(self._path)
         except (FileNotFoundError, ConnectionRefusedError):
             text = f"no machine {self.name!r} is running; start it with: pvbus up --name {self.name}"
             raise MachineNotFoundError(text) from None
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
         try:
-            welcome = self._ask(m.Hello())[0]
-        except BaseException:
-            self._socket.close()
-            self._socket = None
+            welcome, _ = ask_blocking(sock, m.Hello(), timeout_s=CALL_TIMEOUT_S)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, PeerGone):
+                raise MachineNotFoundError(f"machine {self.name!r} has stopped") from None
             raise
+        self._socket, self._pid = sock, os.getpid()
         self.run_id = welcome.run_id if isinstance(welcome, m.Welcome) else ""
 
-    def _ask(self, message: Message, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Message, list[int]]:
-        if self._pid != os.getpid():  # the connection is the parent's
-            if self._socket is not None:
-                self._socket.close()
-            self._connect()
-        if self._socket is None:
-            raise MachineNotFoundError(f"detached from {self.name}")
+    def _ask(
+        self, message: Message, timeout_s: float = CALL_TIMEOUT_S, fds: tuple[int, ...] = ()
+    ) -> tuple[Message, list[int]]:
+        me = threading.get_ident()
         try:
+            if self._asking == me:  # a signal handler asks while our own question waits, and its answer is none of ours
+                with rundir.connect_machine(self._path) as another:
+                    return ask_blocking(another, message, fds, timeout_s)
             with self._lock:
-                return ask_blocking(self._socket, message, timeout_s=timeout_s)
+                self._asking = me
+                try:
+                    return ask_blocking(self._connected(), message, fds, timeout_s)
+                finally:
+                    self._asking = 0
         except PeerGone:
             raise MachineNotFoundError(f"machine {self.name!r} has stopped") from None
 
+    def _connected(self) -> socket.socket:
+        if self._socket is not None and self._pid != os.getpid():  # the connection is the parent's
+            self._socket.close()
+            self._connect()  # if it cannot now, the next call tries again
+        if self._socket is None:
+            raise MachineNotFoundError(f"detached from {self.name}")
+        return self._socket
+
     # ---- Xen
 
-    def open_evtchn(self, domain: int = 0, *, nonblock: bool = False, flags: int = os.O_RDWR) -> EvtchnFile:
-        """Open /dev/xen/evtchn of a domain. ENODEV for a domain without the xen platform, EMFILE when 1,024 files are open."""
+    def open_evtchn(
+        self, domain: int = 0, *, nonblock: bool = False, flags: int = os.O_RDWR, cloexec: bool = True
+    ) -> EvtchnFile:
+        """Open /dev/xen/evtchn of a domain. ENODEV for a domain without the xen platform, EMFILE when 1,024 files are open.
+
+        `flags` are the access mode and O_NONBLOCK. `cloexec` False lets `fileno()` through an exec, as on the device without
+        O_CLOEXEC; what runs then may give it to `fdopen_evtchn`.
+        """
         comm = Path("/proc/thread-self/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
-        reply, fds = self._ask(m.OpenEvtchn(domain=domain, comm=comm))
+        reply, fds = self._ask(m.OpenEvtchn(domain=domain, comm=comm, mode=flags & os.O_ACCMODE))
         if not isinstance(reply, m.Opened) or len(fds) != 4:
             raise ConnectionError(f"unexpected {type(reply).__name__}")
-        file = EvtchnFile._open(fds, reply.ports_max, flags | (os.O_NONBLOCK if nonblock else 0))  # noqa: SLF001 - its maker
+        nonblock = nonblock or bool(flags & os.O_NONBLOCK)
+        file = EvtchnFile._open(fds, reply, nonblock=nonblock, cloexec=cloexec)  # noqa: SLF001 - its maker
+        self._files.add(file)
+        return file
+
+    def fdopen_evtchn(self, fd: int) -> EvtchnFile:
+        """Make a file of a descriptor of one (`fileno()`, or a copy) that came by SCM_RIGHTS, by fork or through an exec.
+
+        One more reference to the same open file, with its access mode, O_NONBLOCK, ports and restriction. It takes `fd` over
+        and closes it; if this raises, `fd` stays yours. EBADF; EINVAL for what is no open file of this machine; EIO when the
+        file's process has died; EMFILE when 256 processes use the file. Mirrors xenevtchn_fdopen.
+        """
+        file = EvtchnFile._known(fd)  # noqa: SLF001 - its maker
+        if file is None:
+            reply, fds = self._ask(m.Reopen(), fds=(fd,))
+            if not isinstance(reply, m.Opened) or len(fds) != 3:
+                raise ConnectionError(f"unexpected {type(reply).__name__}")
+            file = EvtchnFile._passed(fds, reply, fd)  # noqa: SLF001 - its maker
         self._files.add(file)
         return file
 

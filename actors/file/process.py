@@ -20,7 +20,7 @@ from pvbus.actors.file import batch
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import wire
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, failure_of
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
     MAGIC_FILE,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CALLS_WAITING_MAX = 1024  # users wait for their reply, so this is how many processes and threads share a file
 CALL_DEADLINE_S = 20.0
 USERS_MAX = 256  # each costs a submission ring, of which the machine has 2,048
+CONNECTIONS_MAX = 512  # of processes that have a ring, will ask for one, or have given theirs back
 REPEATS_MAX = 3  # hypervisors that may die under one call, before its user hears EPIPE
 
 
@@ -83,6 +84,7 @@ class FileProcess(ProcessActor):
         self.detaching: list[Received] = []
         self.orphaned = False
         self.attaching: set[Peer] = set()
+        self.orphans: list[Callable[[], None]] = []
         self.leaving: list[tuple[User, Callable[[], None]]] = []
         self._format(arguments)
 
@@ -145,6 +147,9 @@ class FileProcess(ProcessActor):
         if received.peer is self.supervisor and isinstance(message, m.Rewire):
             self._rewire(received.fds[0])
             return Done()
+        if received.peer is self.supervisor and isinstance(message, m.Adopt):
+            self._adopt(received)
+            return Done()
         if received.peer not in self.users:
             raise OSError(errno.EPERM, f"{received.peer.name} does not use this file")
         if isinstance(message, m.Ioctl):
@@ -154,11 +159,7 @@ class FileProcess(ProcessActor):
         elif isinstance(message, m.Attach):
             self._attach(received, message)
         elif isinstance(message, m.Adopt):
-            if len(received.fds) != 1:
-                raise OSError(errno.EBADMSG, "Adopt comes with a connection")
-            if len(self.users) >= USERS_MAX:
-                raise OSError(errno.EMFILE, f"{USERS_MAX} processes use this file")
-            self._add_user(received.fds[0])
+            self._adopt(received)
         elif isinstance(message, m.Detach):
             self.detaching.append(received)
             self._drop_user(received.peer, lambda: self._detached(received))
@@ -232,6 +233,9 @@ class FileProcess(ProcessActor):
             self._forget(user, then)
         with contextlib.suppress(PeerGone):  # the heir died, too: the next one is told
             self.hypervisor.tell(m.Rejoined())
+        orphans, self.orphans = self.orphans, []
+        for repeat in orphans:
+            repeat()
         if self.orphaned:
             self.orphaned = False
             self._step(None, OSError(errno.EPIPE, "the hypervisor died"))
@@ -247,10 +251,23 @@ class FileProcess(ProcessActor):
 
     # ---- users
 
-    def _attach(self, received: Received, message: m.Attach) -> None:
+    def _adopt(self, received: Received) -> None:
+        """Take a connection. A tell's, one too many, hangs up at once: an error would go to the parent, who has not asked."""
+        if len(received.fds) != 1:
+            raise OSError(errno.EBADMSG, "Adopt comes with a connection")
+        if len(self.users) < CONNECTIONS_MAX:
+            self._add_user(received.fds[0])
+        elif received.request:
+            raise OSError(errno.EMFILE, f"{CONNECTIONS_MAX} connections use this file")
+        else:
+            os.close(received.fds[0])
+
+    def _attach(self, received: Received, message: m.Attach, repeats: int = 0) -> None:
         """Give a process its submission ring and doorbell, once the hypervisor drains it."""
         if self.users[received.peer] is not None or received.peer in self.attaching:
             raise OSError(errno.EALREADY, "this connection has its submission ring")
+        if len(self.attaching) + sum(user is not None for user in self.users.values()) >= USERS_MAX:
+            raise OSError(errno.EMFILE, f"{USERS_MAX} processes use this file")
         kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
@@ -264,19 +281,39 @@ class FileProcess(ProcessActor):
         self.attaching.add(received.peer)
 
         def attached(reply: Message, _fds: list[int]) -> None:
-            self.attaching.discard(received.peer)
             if not isinstance(reply, Done):
                 os.close(ring_fd)
                 os.close(kick)
-                _answer(received, reply)
+                if isinstance(reply, Failure) and reply.errno == errno.EPIPE and repeats < REPEATS_MAX:
+                    self._when_rewired(hypervisor, lambda: self._attach_again(received, message, repeats + 1))
+                else:
+                    self.attaching.discard(received.peer)
+                    _answer(received, reply)
                 return
+            self.attaching.discard(received.peer)
             if received.peer in self.users:
                 self.users[received.peer] = User(reply.value, ring_fd, kick, message.pid)
                 _answer(received, m.Attached(index=reply.value), (ring_fd, kick))
             else:  # it died meanwhile
                 self._forget(User(reply.value, ring_fd, kick, message.pid), lambda: None)
 
-        self.hypervisor.ask(m.AttachSubmission(pid=message.pid), attached, CALL_DEADLINE_S, fds=(ring_fd, kick))
+        hypervisor = self.hypervisor
+        hypervisor.ask(m.AttachSubmission(pid=message.pid), attached, CALL_DEADLINE_S, fds=(ring_fd, kick))
+
+    def _when_rewired(self, dead: Peer, again: Callable[[], None]) -> None:
+        if dead is self.hypervisor:
+            self.orphans.append(again)
+        else:
+            again()
+
+    def _attach_again(self, received: Received, message: m.Attach, repeats: int) -> None:
+        """Ask the heir of a hypervisor that died under it, if the process is still there."""
+        self.attaching.discard(received.peer)
+        if received.peer in self.users:
+            try:
+                self._attach(received, message, repeats)
+            except OSError as error:
+                _answer(received, failure_of(error))
 
     def _drop_user(self, peer: Peer, then: Callable[[], None]) -> None:
         """Forget the submission ring of a process. Its connection stays: forked children share it, and adopt through it."""

@@ -7,6 +7,7 @@ A call has a reply (`Done`, `Failure` or the message named); a tell has none. Ca
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import msgspec
@@ -39,14 +40,27 @@ class OpenEvtchn(Message, frozen=True, kw_only=True):
     fds_max: ClassVar[int | None] = 0
     domain: int
     comm: str = ""
+    mode: int = os.O_RDWR
+
+
+class Reopen(Message, frozen=True, kw_only=True):
+    """Use an open file whose descriptor came from another process; fds: that descriptor. The reply is Opened. EINVAL if
+    it is none of ours, EIO when the file's process has died.
+    """
+
+    fds_max: ClassVar[int | None] = 1
 
 
 class Opened(Message, frozen=True, kw_only=True):
-    """Answer OpenEvtchn. fds: file page, doorbell, public page (read-only), connection to the file process."""
+    """Answer OpenEvtchn and Reopen. fds: file page, public page (read-only), connection to the file process; for an open
+    its doorbell, too. `mode` is the access mode of the open. The first Attach on the connection has been sent on the
+    user's behalf.
+    """
 
     fds_max: ClassVar[int | None] = 4
     slot: int
     ports_max: int
+    mode: int = os.O_RDWR
 
 
 class Status(Message, frozen=True, kw_only=True):
@@ -348,8 +362,8 @@ class Attached(Message, frozen=True, kw_only=True):
 
 
 class Adopt(Message, frozen=True, kw_only=True):
-    """A forked child's first word, on the connection that it inherited. fds: a connection of its own. No
-    reply.
+    """One more process uses the file: a forked child's first word, a tell on the connection that it inherited; or from the
+    supervisor, who waits for Done, on behalf of a process that was passed the descriptor. fds: a connection of its own.
     """
 
     fds_max: ClassVar[int | None] = 1

@@ -364,19 +364,36 @@ def ask_blocking(
             while not _try_send(sock, data, fds):
                 _wait(sock, select.POLLOUT, deadline_s, message)
         except BrokenPipeError:
-            _try_receive(sock, request)  # why it has hung up, if it said so
-            raise
-        return _await(sock, request, deadline_s, message)
+            why = _try_receive(sock, request)  # why it has hung up, if it said so
+            if why is None:
+                raise
+            answer = why
+        else:
+            answer = _await(sock, request, deadline_s, message)
     except (BrokenPipeError, ConnectionResetError):
         raise PeerGone(type(message).__name__) from None
+    return _not_failed(answer)
 
 
 def await_blocking(sock: socket.socket, message: Message, request: int, timeout_s: float) -> tuple[Message, list[int]]:
     """Wait for the reply to a request that somebody else has sent on this socket; like `ask_blocking` otherwise."""
     try:
-        return _await(sock, request, time.monotonic() + timeout_s, message)
+        answer = _await(sock, request, time.monotonic() + timeout_s, message)
     except (BrokenPipeError, ConnectionResetError):
         raise PeerGone(type(message).__name__) from None
+    return _not_failed(answer)
+
+
+def _not_failed(answer: tuple[Message, list[int]]) -> tuple[Message, list[int]]:
+    """Raise a Failure; where nothing else is caught: an EPIPE that the other side reports is not the other side's end.
+
+    ESHUTDOWN is: what every actor says that ends with calls unanswered.
+    """
+    if not isinstance(answer[0], Failure):
+        return answer
+    if answer[0].errno == errno.ESHUTDOWN:
+        raise PeerGone(answer[0].text) from None
+    raise answer[0].as_oserror()
 
 
 def _await(sock: socket.socket, request: int, deadline_s: float, message: Message) -> tuple[Message, list[int]]:
@@ -424,6 +441,4 @@ def _try_receive(sock: socket.socket, request: int) -> tuple[Message, list[int]]
     if not ours and not complaint:
         wire.close_fds(fds)
         return None
-    if isinstance(frame.message, Failure):
-        raise frame.message.as_oserror()
     return frame.message, fds

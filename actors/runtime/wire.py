@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
@@ -216,6 +217,8 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags:
         sock.send(data, flags | socket.MSG_NOSIGNAL)
 
 
+_SO_COOKIE = 57  # linux/socket.h; not in Python's socket
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * 4)
 
 
@@ -268,6 +271,25 @@ def _lost(data: bytes) -> WireError:
         return error
     text = f"{kind}: no descriptor is left in the process that it went to (ulimit -n)"
     return DescriptorsLostError(text, request, reply=reply)
+
+
+def socket_cookie(fd: int) -> int:
+    """Return the number that the kernel gives a socket once and never again, the same for every copy of the descriptor.
+
+    OSError: EBADF, or EINVAL for what is no socket.
+    """
+    if fd < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            raise OSError(errno.EINVAL, f"descriptor {fd} is no open event-channel file") from None
+        raise
+    try:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    finally:
+        sock.detach()
 
 
 def close_fds(fds: Iterable[int]) -> None:

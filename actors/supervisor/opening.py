@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.process import ATTACH_REQUEST, Peer, Received, Stop, failure_of
-from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.runtime.wire import Done, Failure, Message, socket_cookie
 from pvbus.actors.supervisor import limits
 from pvbus.shm.layout import PORTS_MAX, FilePage
 from pvbus.shm.segment import sealed_memfd
@@ -38,6 +38,8 @@ class OpenFile(NamedTuple):
     name: str
     page_fd: int
     door: socket.socket
+    cookie: int  # of its users' end: how a descriptor that one process passes to another is recognised
+    mode: int  # access mode of the open
 
 
 class Opening:
@@ -54,14 +56,27 @@ class Opening:
         self.hypervisors_end, self.files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         limits.check_reserve(limits.RESERVE_FOR_OPENS, door.fileno())
         door.setblocking(False)
+        door.shutdown(socket.SHUT_RD)  # what a user writes, descriptors too, would lie here for ever
+        cookie, mode = socket_cookie(self.door.fileno()), message.mode & os.O_ACCMODE
         page_fd = sealed_memfd(f"pvbus-{supervisor.run_id}-{slot}", FilePage.BYTES)
-        self.file = OpenFile(slot, message.domain, f"file/{message.domain}.{slot}", page_fd, door)
+        self.file = OpenFile(slot, message.domain, f"file/{message.domain}.{slot}", page_fd, door, cookie, mode)
 
     def tell_hypervisor(self, hypervisor: Peer) -> None:
-        """Make the file known before its process is."""
+        """Make the file known before its process is. If the hypervisor dies under that, open again with its heir."""
+
+        def known(reply: Message, _fds: list[int]) -> None:
+            if isinstance(reply, Failure) and reply.errno == errno.EPIPE and "answered" not in self.missing:
+                self._leave()
+                self._end_process()
+                self.supervisor.heirs.ask_again(
+                    hypervisor, self.received, lambda: self.supervisor.open_again(self.message, self.received)
+                )
+            else:
+                self._done("hypervisor", reply)
+
         up = m.FileUp(slot=self.file.slot, domain=self.file.domain)
         fds = (self.hypervisors_end.fileno(), self.file.page_fd, self.file.door.fileno())
-        hypervisor.ask(up, lambda reply, _fds: self._done("hypervisor", reply), CALL_DEADLINE_S, fds=fds)
+        hypervisor.ask(up, known, CALL_DEADLINE_S, fds=fds)
         self.hypervisors_end.close()
 
     def start(self, machine_fd: int) -> None:
@@ -76,9 +91,7 @@ class Opening:
         arguments: dict[str, Any] = {"slot": self.file.slot, "domain": self.file.domain, "comm": self.message.comm}
         arguments["opener_pid"] = self.received.peer.pid
         arguments["inject"] = self.supervisor.config.inject.as_dict()
-        # On the user's behalf: its submission ring is made while everything else gets ready.
-        attach = wire.encode(m.Attach(pid=self.received.peer.pid), ATTACH_REQUEST)
-        wire.send_frame(self.user_end, attach, flags=socket.MSG_DONTWAIT)
+        attach_for(self.received.peer, self.user_end)  # its submission ring is made while everything else gets ready
         self.supervisor.ask_start(self.child, arguments, fds, self._started, self._refused)
         self.files_end.close()
         self.connection.close()
@@ -99,8 +112,8 @@ class Opening:
             return
         self.missing.discard(what)
         if not self.missing:
-            fds = (self.file.page_fd, self.door.fileno(), self.supervisor.pages.public_for_users, self.user_end.fileno())
-            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_MAX), fds)
+            fds = (self.file.page_fd, self.supervisor.pages.public_for_users, self.user_end.fileno(), self.door.fileno())
+            self._answer(m.Opened(slot=self.file.slot, ports_max=PORTS_MAX, mode=self.file.mode), fds)
 
     def lost(self) -> None:
         """Its process has died. One of the pool is replaced by a fork; that one's death fails the open."""
@@ -114,9 +127,12 @@ class Opening:
         """Answer the user with an error; the door closes, so whatever exists of the file is released."""
         if "answered" not in self.missing:
             self._answer(reply, ())
-            control = self.supervisor.controls.get(self.file.name)
-            if control is not None:
-                control.ask(Stop(), ignore, STOP_DEADLINE_S)
+            self._end_process()
+
+    def _end_process(self) -> None:
+        control = self.supervisor.controls.get(self.file.name)
+        if control is not None:
+            control.ask(Stop(), ignore, STOP_DEADLINE_S)
 
     def _answer(self, reply: Message, fds: Sequence[int]) -> None:
         self.received.peer.reply(self.received.request, reply, tuple(fds))
@@ -194,6 +210,39 @@ def forget(file: OpenFile) -> None:
     """Close what the supervisor keeps of a file."""
     os.close(file.page_fd)
     file.door.close()
+
+
+def reopen(supervisor: Supervisor, received: Received) -> None:
+    """Make one more process a user of the open file whose descriptor it sent: it was passed that, and has no connection."""
+    if len(received.fds) != 1:
+        raise OSError(errno.EBADMSG, "Reopen comes with a descriptor")
+    cookie = socket_cookie(received.fds[0])
+    file = next((file for file in supervisor.files.values() if file.cookie == cookie), None)
+    control = supervisor.controls.get(file.name) if file is not None else None
+    if file is None or control is None:
+        raise OSError(errno.EINVAL, f"this is no event-channel file that is open on machine {supervisor.config.name}")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    attach_for(received.peer, ours)
+
+    def adopted(reply: Message, _fds: list[int]) -> None:
+        if supervisor.files.get(file.name) is not file or getattr(reply, "errno", 0) == errno.EPIPE:
+            reply = Failure(errno=errno.EIO, text="the file's process has died")
+        if isinstance(reply, Done):
+            fds = (file.page_fd, supervisor.pages.public_for_users, ours.fileno())
+            received.peer.reply(received.request, m.Opened(slot=file.slot, ports_max=PORTS_MAX, mode=file.mode), fds)
+        else:
+            received.peer.reply(received.request, reply)
+        ours.close()
+
+    control.ask(m.Adopt(), adopted, CALL_DEADLINE_S, fds=(theirs.fileno(),))
+    theirs.close()
+    os.close(received.fds[0])  # while that waits it would be a reference, too; what raises above has it closed
+
+
+def attach_for(user: Peer, user_end: socket.socket) -> None:
+    """Send a user's first Attach on its behalf, on the connection that it is about to get."""
+    attach = wire.encode(m.Attach(pid=user.pid), ATTACH_REQUEST)
+    wire.send_frame(user_end, attach, flags=socket.MSG_DONTWAIT)
 
 
 def ignore(_reply: Message, _fds: list[int]) -> None:

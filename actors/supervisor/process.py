@@ -25,7 +25,8 @@ from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received,
 from pvbus.actors.runtime.supervision import Child, ChildSpec, ChildTable, State, Verdict
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.actors.supervisor import limits
-from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore
+from pvbus.actors.supervisor.heirs import Heirs
+from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore, reopen
 from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
 from pvbus.actors.supervisor.status import status_of
 from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
@@ -46,7 +47,6 @@ PRELOAD = (
 )
 STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
-WAITING_MAX = 1024  # calls of users that wait for a hypervisor's heir
 EXIT_BROKEN = 1
 
 
@@ -79,7 +79,7 @@ class Supervisor(ProcessActor):
         self.openings: dict[str, Opening] = {}
         self.pool = Pool(self)
         self.crowd = Crowd(self)
-        self.waiting: list[Callable[[], None]] = []
+        self.heirs = Heirs(self)
         self.stopping = False
         self.booted = False
         self.output: int | None = None  # where children write what they have to say; None: where we do
@@ -213,9 +213,7 @@ class Supervisor(ProcessActor):
             if file.name in self.controls:
                 hand_on(self, file, hypervisor)
         hypervisor.ask(m.FilesKnown(), ignore, CALL_DEADLINE_S)
-        waiting, self.waiting = self.waiting, []
-        for again in waiting:
-            again()
+        self.heirs.is_up()
         self._start_next()
 
     def _cpu_started(self, name: str, domid: int, vcpu: int, hypervisors: socket.socket) -> None:
@@ -284,15 +282,16 @@ class Supervisor(ProcessActor):
         answers: dict[type[Message], Callable[[Any, Received], Message | None]] = {
             m.Hello: lambda _m, _r: m.Welcome(name=self.config.name, run_id=self.run_id),
             m.OpenEvtchn: self._open_evtchn,
+            m.Reopen: lambda _m, received: reopen(self, received),
             m.Status: lambda _m, _r: m.Report(data=status_of(self)),
             m.Inspect: self._inspect,
             m.InspectFile: self._inspect_file,
-            m.Settle: self._forward,
-            m.RaiseVirq: self._forward,
-            m.EventChannelOp: self._forward,
-            m.SetVirqHandler: self._forward,
-            m.SetAffinity: self._forward,
-            m.SoftReset: self._forward,
+            m.Settle: self.heirs.forward,
+            m.RaiseVirq: self.heirs.forward,
+            m.EventChannelOp: self.heirs.forward,
+            m.SetVirqHandler: self.heirs.forward,
+            m.SetAffinity: self.heirs.forward,
+            m.SoftReset: self.heirs.forward,
             m.Advance: self._advance,
             m.Shutdown: self._shut_down,
         }
@@ -305,25 +304,12 @@ class Supervisor(ProcessActor):
         """The hypervisor, while it is up."""
         return self.controls.get("hypervisor") if self.table["hypervisor"].state is State.UP else None
 
-    def _forward(self, message: Message, received: Received) -> None:
-        hypervisor = self.hypervisor()
-        if hypervisor is None:
-            self._wait_for_heir(lambda: self._forward(message, received))
-            return
-        hypervisor.ask(message, lambda reply, _fds: _answer(received, reply), CALL_DEADLINE_S)
-
-    def _wait_for_heir(self, again: Callable[[], None]) -> None:
-        """What needs the hypervisor waits until its heir is up; users wait with a time limit of their own."""
-        if self.stopping or len(self.waiting) >= WAITING_MAX:
-            raise OSError(errno.EAGAIN, "there is no hypervisor")
-        self.waiting.append(again)
-
     def _advance(self, message: m.Advance, received: Received) -> None:
         if message.ns < 0:
             raise OSError(errno.EINVAL, f"the clock cannot go back ({message.ns} ns)")
         at = Machine.CLOCK_OFFSET_NS
         self.pages.machine.store64(at, self.pages.machine.load64(at) + message.ns)
-        self._forward(message, received)  # it may sleep until the time that has come by this
+        self.heirs.forward(message, received)  # it may sleep until the time that has come by this
 
     def _shut_down(self, _message: Message, _received: Received) -> Message:
         self.inbox.call_soon(self.begin_stop)
@@ -360,7 +346,7 @@ class Supervisor(ProcessActor):
             raise OSError(errno.EMFILE, f"{FILES_MAX} files are open")
         hypervisor = self.hypervisor()
         if hypervisor is None:
-            self._wait_for_heir(lambda: self.open_again(message, received))
+            self.heirs.wait(lambda: self.open_again(message, received))
             return
         opening = Opening(self, self.free_slots[-1], message, received)
         self.free_slots.pop()  # not before: an EMFILE up to here must not cost a slot
@@ -381,7 +367,8 @@ class Supervisor(ProcessActor):
         try:
             self.open_evtchn(message, received, warm=False)
         except OSError as error:
-            received.peer.reply(received.request, failure_of(error))
+            if not self.crowd.takes(message, received, error):
+                received.peer.reply(received.request, failure_of(error))
 
     def _forget_file(self, name: str) -> None:
         file = self.files.pop(name)
@@ -456,7 +443,3 @@ class Supervisor(ProcessActor):
         finally:
             self.clean_up()
         return self.exit_code
-
-
-def _answer(received: Received, reply: Message) -> None:
-    received.peer.reply(received.request, reply)

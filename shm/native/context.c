@@ -95,12 +95,11 @@ static PyObject *context_hooks(ContextObject *c, PyObject *args)
     PyObject *idle, *forked;
     if (!PyArg_ParseTuple(args, "OO", &idle, &forked))
         return NULL;
-    Py_INCREF(idle);
-    Py_INCREF(forked);
-    Py_CLEAR(c->on_idle);
-    Py_CLEAR(c->on_fork);
-    c->on_idle = idle;
-    c->on_fork = forked;
+    PyObject *old_idle = c->on_idle, *old_forked = c->on_fork;
+    c->on_idle = idle == Py_None ? NULL : Py_NewRef(idle);
+    c->on_fork = forked == Py_None ? NULL : Py_NewRef(forked);
+    Py_XDECREF(old_idle);
+    Py_XDECREF(old_forked);
     Py_RETURN_NONE;
 }
 
@@ -111,11 +110,12 @@ static PyObject *context_get_inflight(ContextObject *c, void *closure)
     return PyLong_FromLong(c->fork_generation == pv_fork_generation ? c->inflight : 0);
 }
 
+/* One step, so that a call cannot leave between the look and the request.  In a forked child the callers are not there. */
 static PyObject *context_await_idle(ContextObject *c, PyObject *ignored)
 {
     (void)ignored;
-    c->closing = 1;
-    Py_RETURN_NONE;
+    c->closing = c->fork_generation == pv_fork_generation && c->inflight > 0;
+    return PyBool_FromLong(c->closing);
 }
 
 static PyObject *context_get_stale(ContextObject *c, void *closure)
@@ -126,8 +126,8 @@ static PyObject *context_get_stale(ContextObject *c, void *closure)
 
 static PyMethodDef context_methods[] = {
     {"rebind", (PyCFunction)context_rebind, METH_VARARGS, "rebind(ring, kick, tail): a forked child's own submission ring."},
-    {"await_idle", (PyCFunction)context_await_idle, METH_NOARGS, "await_idle(): a close waits; call on_idle when the last call leaves."},
-    {"set_hooks", (PyCFunction)context_hooks, METH_VARARGS, "set_hooks(on_idle, on_fork)."},
+    {"await_idle", (PyCFunction)context_await_idle, METH_NOARGS, "await_idle() -> whether a call is under way: then on_idle is called when the last one leaves."},
+    {"set_hooks", (PyCFunction)context_hooks, METH_VARARGS, "set_hooks(on_idle, on_fork): None for none; they are a cycle that nobody collects, so a close takes them back."},
     {"drain_door", (PyCFunction)context_drain_door, METH_NOARGS, "Take the byte out of the doorbell if the ring is empty (after a RESET)."},
     {NULL, NULL, 0, NULL},
 };

@@ -3,8 +3,9 @@
 #ifndef PVBUS_HV_H
 #define PVBUS_HV_H
 
+#include "path.h" /* first: Python.h says which functions the system headers declare */
+
 #include "hyperv.h"
-#include "path.h"
 
 #define PV_HV_CHANNELS_A_RUN 512u
 #define PV_HV_RELIDS_2012 256u /* 8 words of 32 bits: what the driver of 2012 scans */

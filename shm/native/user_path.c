@@ -121,6 +121,8 @@ static int64_t submit(ContextObject *c, uint32_t op, uint32_t port)
         PV_TRY(r, push_back(c, &deadline));
         if (r < 0)
             return r;
+        if (c->fork_generation != pv_fork_generation)
+            return -EINTR; /* a signal handler has forked, and this is the child: the ring is its parent's */
     }
 }
 

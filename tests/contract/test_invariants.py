@@ -244,7 +244,8 @@ def process(machine: Any, name: str) -> Any:
 def file_processes(machine: Any) -> dict[str, int]:
     """Return the processes of open files: their pids by name."""
     everyone = machine.status()["processes"]
-    return {each["name"]: each["pid"] for each in everyone if each["name"].startswith("file/") and each["state"] != "spare"}
+    files = [each for each in everyone if each["name"].startswith("file/") and not each["name"].startswith("file/spare.")]
+    return {each["name"]: each["pid"] for each in files}
 
 
 def reborn(machine: Any, before: Any) -> bool:

@@ -106,6 +106,55 @@ def test_a_user_may_not_say_what_only_the_machine_says(machine: Any, pair: Any, 
     sock.close()
 
 
+def test_a_descriptor_that_is_no_open_file_is_refused_and_not_kept(machine: Any, pair: Any) -> None:
+    supervisor = next(one["pid"] for one in machine.status()["processes"] if one["name"] == "supervisor")
+    sock = connection(machine)
+    ask_blocking(sock, m.Hello())
+    ours, theirs = socket.socketpair()
+    pipe = os.pipe()
+    before = len(list(Path(f"/proc/{supervisor}/fd").iterdir()))
+    refused = []
+
+    for fds in ((), (ours.fileno(),), (pipe[0],), (sock.fileno(),)):
+        with pytest.raises(OSError) as answer:
+            ask_blocking(sock, m.Reopen(), fds)
+        refused.append(answer.value.errno)
+
+    assert refused == [errno.EBADMSG, errno.EINVAL, errno.EINVAL, errno.EINVAL]
+    assert len(list(Path(f"/proc/{supervisor}/fd").iterdir())) == before
+    for one in (ours, theirs, sock):
+        one.close()
+    wire.close_fds(pipe)
+
+
+def test_a_user_cannot_keep_a_file_by_hiding_its_descriptor_in_its_own_doorbell(machine: Any, pair: Any) -> None:
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    port = file.bind_unbound_port(remote_domain=0)
+    doorbell = socket.socket(fileno=os.dup(file.fileno()))
+
+    with doorbell, pytest.raises(BrokenPipeError):
+        socket.send_fds(doorbell, [b"x"], [file.fileno()])
+    file.close()
+
+    assert port not in [one["port"] for one in machine.ports(0)]
+
+
+def test_a_user_that_passes_a_file_and_dies_before_the_answer_leaves_nothing(machine: Any, pair: Any) -> None:
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    port = file.bind_unbound_port(remote_domain=0)
+    for _ in range(20):
+        sock = connection(machine)
+        wire.send_frame(sock, wire.encode(m.Reopen(), 1), (file.fileno(),))
+        sock.close()
+
+    file.close()
+
+    deadline = time.monotonic() + BOUND_S
+    while port in [one["port"] for one in machine.ports(0)]:
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.005)
+
+
 def test_a_confused_user_loses_its_connection_and_nobody_elses(machine: Any, pair: Any) -> None:
     sock = connection(machine)
     sock.settimeout(5)

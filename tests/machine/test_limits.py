@@ -256,7 +256,7 @@ def test_a_forked_user_that_finds_no_room_in_the_file_s_process_gets_emfile(pvbu
         if child == 0:
             code = 255
             try:
-                file.unbind(4000)
+                file.unbind(port + 1)
             except OSError as error:
                 code = error.errno or 254
             finally:
@@ -265,4 +265,70 @@ def test_a_forked_user_that_finds_no_room_in_the_file_s_process_gets_emfile(pvbu
 
     assert results == [errno.EMFILE, errno.EMFILE, errno.EMFILE, errno.ENOTCONN]
     file.unbind(port)
+    file.close()
+
+
+def test_a_forked_user_that_was_refused_may_try_again(pvbus_machine: Any) -> None:
+    file = pvbus_machine.machine.open_evtchn(nonblock=True)
+    pid = pvbus_machine.machine.status()["files"][0]["process_pid"]
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    before = fds_of(pid)
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            answers = []
+            for limit in (*(limit_for(pid, room) for room in range(3)), old[0]):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, old[1]))
+                try:
+                    answers.append(file.bind_unbound_port(remote_domain=0))
+                except OSError as error:
+                    answers.append(error.errno or 0)
+            code = 0 if answers == [errno.EMFILE, errno.EMFILE, errno.EMFILE, 1] else 254
+        finally:
+            os._exit(code)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    wait_until("the child's connection and ring are gone", lambda: fds_of(pid) == before)
+    file.unbind(1)
+    file.close()
+
+
+@pytest.mark.checklist("A12.7")
+@pytest.mark.parametrize(("role", "needs"), [("user", 4), ("supervisor", 3), ("its process", 3)])
+def test_a_passed_descriptor_without_room_for_more_is_refused_and_stays_its_owners(
+    pvbus_boot: Any, role: str, needs: int
+) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\nplatforms = ["xen"]\n')
+    machine = booted.machine
+    file = machine.open_evtchn(nonblock=True)
+    file._shared.cookie = 0  # so that this process does not know it
+    fd = os.dup(file.fileno())
+    full_pool(machine)
+    rows = machine.status()
+    pid = {"user": os.getpid(), "supervisor": booted.process.pid, "its process": rows["files"][0]["process_pid"]}[role]
+    users = {"user": os.getpid(), "supervisor": booted.process.pid, "file": rows["files"][0]["process_pid"]}
+    before = {name: fds_of(one) for name, one in users.items()}
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+
+    for room in range(needs):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit_for(pid, room), old[1]))
+        refused: int | None = 0
+        try:
+            machine.fdopen_evtchn(fd).close()
+        except OSError as error:
+            refused = error.errno
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+        assert (refused, is_open(fd)) == (errno.EMFILE, True), room
+        wait_until("nothing is left of it", lambda: {name: fds_of(one) for name, one in users.items()} == before)
+
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit_for(pid, needs), old[1]))
+    try:
+        again = machine.fdopen_evtchn(fd)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+    with machine.open_evtchn(nonblock=True) as other:
+        assert carries_an_event(again, other)
+    again.close()
     file.close()

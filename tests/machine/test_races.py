@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
+import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pvbus.actors.file.process import USERS_MAX
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir, wire
 from pvbus.actors.runtime.process import ask_blocking
@@ -20,6 +24,7 @@ from pvbus.actors.supervisor.pool import SPARES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
 BOUND_S = 20.0
 
@@ -115,7 +120,7 @@ def test_a_port_that_a_dying_file_was_just_given_is_not_leaked(pvbus_machine: An
     with stopped(pid_of(machine, "hypervisor")):
         binder = threading.Thread(target=bind)
         binder.start()
-        wait_until("the call is under way", lambda: file._shared.calls == 1)
+        wait_until("the call is under way", lambda: len(file._shared.under_way) == 1)
         os.kill(process, signal.SIGKILL)
     binder.join(BOUND_S)
 
@@ -138,7 +143,7 @@ def test_a_close_in_one_thread_waits_for_the_call_of_another(pvbus_machine: Any)
     with stopped(pid_of(machine, "hypervisor")):
         binder = threading.Thread(target=bind)
         binder.start()
-        wait_until("the call is under way", lambda: file._shared.calls == 1)
+        wait_until("the call is under way", lambda: len(file._shared.under_way) == 1)
         file.close()
         assert not got
     binder.join(BOUND_S)
@@ -177,7 +182,7 @@ def test_descriptors_of_refused_messages_are_closed(pvbus_machine: Any) -> None:
     supervisor = pvbus_machine.process.pid
     sock = rundir.connect_machine(rundir.run_directory(machine.name))
     ask_blocking(sock, m.Hello())  # it has taken the connection
-    wait_until("the pool is full", lambda: [one["state"] for one in machine.status()["processes"]].count("spare") == SPARES)
+    wait_until("the pool is full", lambda: spares(machine) == SPARES)
     before = len(os.listdir(f"/proc/{supervisor}/fd"))  # noqa: PTH208
     pipe = os.pipe()
 
@@ -205,3 +210,186 @@ def test_a_user_cannot_take_more_than_one_submission_ring_a_connection(pvbus_mac
     assert all(isinstance(answer, wire.Failure) for answer in answers)
     assert len(os.listdir(f"/proc/{hypervisor}/fd")) == before  # noqa: PTH208
     file.close()
+
+
+@pytest.mark.checklist("A12.7")
+def test_a_process_joins_a_file_although_the_hypervisor_dies_under_it(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    port, peer = connected(machine, file)
+    hypervisor, process = pid_of(machine, "hypervisor"), machine.status()["files"][0]["process_pid"]
+    before = descriptors(process)
+    child = -1
+    try:
+        with stopped(hypervisor):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    file.notify(peer)
+                    code = 0
+                finally:
+                    os._exit(code)
+            wait_until("its file has asked for a submission ring", lambda: descriptors(process) >= before + 3)
+            os.kill(hypervisor, signal.SIGKILL)
+    finally:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert status == 0
+    assert file.poll(select.POLLIN, 5000)
+    assert file.read_ports(8) == [port]
+    file.close()
+    wait_until("all is released", lambda: machine.ports() == [])
+
+
+def spares(machine: Any) -> int:
+    return [one["state"] for one in machine.status()["processes"]].count("spare")
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+@pytest.mark.checklist("A12.7")
+def test_the_process_that_is_one_too_many_is_refused_and_its_parent_goes_on(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    port = file.bind_unbound_port(remote_domain=0)
+    connections = []
+    for _ in range(USERS_MAX - 1):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        wire.send_frame(file._shared.connection, wire.encode(m.Adopt()), (theirs.fileno(),))
+        theirs.close()
+        connections.append(ours)
+        _, fds = ask_blocking(ours, m.Attach(pid=os.getpid()))
+        wire.close_fds(fds)
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            file.notify(port)
+        except OSError as error:
+            code = error.errno or 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EMFILE
+
+    file.unbind(port)
+    for connection in connections:
+        connection.close()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            file.bind_unbound_port(remote_domain=0)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    file.close()
+
+
+@pytest.mark.checklist("A12.10", "A9.4")
+def test_a_signal_handler_calls_the_file_and_the_machine_while_a_call_waits(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    hypervisor, main = pid_of(machine, "hypervisor"), threading.main_thread().ident
+    first = file.bind_unbound_port(remote_domain=0)
+    assert main is not None
+    entered, states = threading.Event(), []
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        states.append(machine.status()["state"])
+        entered.set()
+        file.unbind(first)
+        machine.settle()
+
+    def interrupt() -> None:
+        wait_until("the call is under way", lambda: len(file._shared.under_way) == 1)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        entered.wait(BOUND_S)
+        os.kill(hypervisor, signal.SIGCONT)
+
+    previous = signal.signal(signal.SIGUSR1, handler)
+    helper = threading.Thread(target=interrupt)
+    try:
+        with stopped(hypervisor):
+            helper.start()
+            second = file.bind_unbound_port(remote_domain=0)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+        helper.join(BOUND_S)
+
+    assert states == ["ready"]
+    assert [port["port"] for port in machine.ports()] == [second]
+
+
+@pytest.mark.checklist("A12.7", "A12.8")
+def test_a_thread_of_a_forked_child_closes_while_another_joins(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    process = machine.status()["files"][0]["process_pid"]
+    before = descriptors(process)
+    child = -1
+    try:
+        with stopped(pid_of(machine, "hypervisor")):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    answers: list[object] = []
+                    joiner = threading.Thread(target=lambda: answers.append(errno_of(file)))
+                    joiner.start()
+                    wait_until("it joins", lambda: len(file._shared.under_way) == 1)
+                    file.close()
+                    joiner.join(BOUND_S)
+                    code = 0 if answers == [errno.EBADF] and file._shared.door == -1 else 2
+                finally:
+                    os._exit(code)
+            wait_until("its file has asked for a submission ring", lambda: descriptors(process) >= before + 3)
+    finally:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert status == 0
+    assert file.bind_unbound_port(remote_domain=0) == 1
+
+
+def errno_of(file: Any) -> int | None:
+    try:
+        file.notify(1)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+@pytest.mark.checklist("A10.3")
+@pytest.mark.parametrize("what", ["open", "settle", "advance"])
+def test_an_open_a_settle_and_an_advance_outlive_the_hypervisor_that_died_under_them(pvbus_machine: Any, what: str) -> None:
+    machine = pvbus_machine.machine
+    hypervisor, supervisor = pid_of(machine, "hypervisor"), pvbus_machine.process.pid
+    wait_until("the pool is full", lambda: spares(machine) == SPARES)
+    before = descriptors(supervisor)
+    failed: list[BaseException] = []
+
+    def advance() -> None:
+        machine.advance(0.001)
+
+    def ask() -> None:
+        try:
+            {"open": lambda: machine.open_evtchn(domain=0).close(), "settle": machine.settle, "advance": advance}[what]()
+        except BaseException as problem:
+            failed.append(problem)
+
+    asker = threading.Thread(target=ask)
+    with stopped(hypervisor):
+        asker.start()
+        if what == "open":
+            wait_until("the supervisor opens", lambda: descriptors(supervisor) > before)
+        else:
+            wait_until("the question is under way", lambda: machine._asking == asker.ident)
+        os.kill(hypervisor, signal.SIGKILL)
+    asker.join(BOUND_S)
+
+    assert failed == []
+    wait_until("all is up, and nothing is left", lambda: everything_is_up(machine, 1) and not machine.status()["files"])

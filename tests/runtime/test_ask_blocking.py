@@ -74,6 +74,23 @@ def test_a_failure_is_an_oserror_of_its_errno(server: Server) -> None:
         ask_blocking(server(answer), BlockingCall())
 
 
+def test_an_epipe_that_the_peer_reports_is_not_its_end(server: Server) -> None:
+    def answer(sock: socket.socket, frame: wire.Frame) -> None:
+        wire.send_frame(sock, wire.encode(Failure(errno=errno.EPIPE), frame.request, reply=True))
+
+    with pytest.raises(BrokenPipeError) as caught:
+        ask_blocking(server(answer), BlockingCall())
+    assert not isinstance(caught.value, PeerGone)
+
+
+def test_a_peer_that_ends_with_the_call_unanswered_is_gone(server: Server) -> None:
+    def answer(sock: socket.socket, frame: wire.Frame) -> None:
+        wire.send_frame(sock, wire.encode(Failure(errno=errno.ESHUTDOWN), frame.request, reply=True))
+
+    with pytest.raises(PeerGone):
+        ask_blocking(server(answer), BlockingCall())
+
+
 def test_a_complaint_about_the_frame_is_raised_too(server: Server) -> None:
     def answer(sock: socket.socket, _frame: wire.Frame) -> None:
         wire.send_frame(sock, wire.encode(Failure(errno=errno.EBADMSG)))
