@@ -27,7 +27,7 @@ from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from typing_extensions import Buffer
 
