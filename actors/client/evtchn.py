@@ -42,6 +42,7 @@ IOCTL_RESET = 0x00004505
 IOCTL_RESTRICT_DOMID = 0x00024506
 IOCTL_BIND_STATIC = 0x00044507
 _OF_THE_VFS = frozenset({0x5421, 0x5450, 0x5451, 0x5452})  # FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC: the driver never sees them
+BINDS_A_MESSAGE = 1024  # well below what a frame holds, and a fraction of a second
 _ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
 
 
@@ -133,6 +134,13 @@ class _Shared:
             self.context.rebind(self.ring, kick, 0)
 
     def call(self, message: Message) -> int:
+        """Call the file's process for a number."""
+        reply = self.ask(message)
+        if not isinstance(reply, Done):
+            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+        return reply.value
+
+    def ask(self, message: Message) -> Message:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
         self.calls += 1
         try:
@@ -147,9 +155,7 @@ class _Shared:
         finally:
             self.calls -= 1
             self.finish()
-        if not isinstance(reply, Done):
-            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
-        return reply.value
+        return reply
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
@@ -248,6 +254,41 @@ class EvtchnFile(UserFile):
     def restrict_domid(self, domid: int) -> None:
         """Mirror IOCTL_EVTCHN_RESTRICT_DOMID: one way."""
         self.ioctl(IOCTL_RESTRICT_DOMID, struct.pack("=H", domid & 0xFFFF))
+
+    # ---- many ports: the driver has no call for them; ours saves the messages
+
+    def bind_unbound_ports(self, remote_domain: int, count: int) -> list[int]:
+        """Call `bind_unbound_port` `count` times, at the cost of a few; give the ports, in order.
+
+        The first failure ends it: fewer ports than asked for are given, and only if there is none its error is raised.
+        """
+        return self._binds(IOCTL_BIND_UNBOUND_PORT, [_u32(remote_domain)] * count)
+
+    def bind_interdomain_ports(self, remote_domain: int, remote_ports: Iterable[int]) -> list[int]:
+        """Call `bind_interdomain` for each of the remote ports, at the cost of a few; give the local ports, in order.
+
+        The first failure ends it: fewer ports than asked for are given, and only if there is none its error is raised.
+        """
+        return self._binds(IOCTL_BIND_INTERDOMAIN, [_u32(remote_domain, port) for port in remote_ports])
+
+    def _binds(self, request: int, arguments: list[bytes]) -> list[int]:
+        self._check_open()
+        ports: list[int] = []
+        for at in range(0, len(arguments), BINDS_A_MESSAGE):
+            try:
+                reply = self._shared.ask(m.Binds(request=request, arguments=arguments[at : at + BINDS_A_MESSAGE]))
+            except OSError:
+                if not ports:
+                    raise
+                break
+            if not isinstance(reply, m.Values):
+                raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+            ports += reply.values
+            if reply.errno:
+                if not ports:
+                    raise OSError(reply.errno, reply.text or os.strerror(reply.errno))
+                break
+        return ports
 
     # ---- several buffers: the driver has no call for them, so the kernel makes one a segment (A12.3)
 

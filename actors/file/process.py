@@ -10,11 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import os
 import select
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pvbus.actors.file import batch
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import wire
@@ -55,8 +57,8 @@ class Call(NamedTuple):
     """An ioctl that waits, or is being executed; `repeats` counts the hypervisors that died under it."""
 
     received: Received
-    message: m.Ioctl
-    steps: Generator[Message, int, int]
+    steps: Callable[[], Generator[Message, Any, Message]]  # from the beginning
+    running: Generator[Message, Any, Message]
     repeats: int = 0
 
 
@@ -146,7 +148,9 @@ class FileProcess(ProcessActor):
         if received.peer not in self.users:
             raise OSError(errno.EPERM, f"{received.peer.name} does not use this file")
         if isinstance(message, m.Ioctl):
-            self._enqueue(received, message)
+            self._enqueue(received, functools.partial(self._steps, message))
+        elif isinstance(message, m.Binds):
+            self._enqueue(received, functools.partial(batch.binds, self.file, message, []))
         elif isinstance(message, m.Attach):
             self._attach(received, message)
         elif isinstance(message, m.Adopt):
@@ -162,10 +166,10 @@ class FileProcess(ProcessActor):
             return super().on_message(received)
         return None
 
-    def _enqueue(self, received: Received, message: m.Ioctl) -> None:
+    def _enqueue(self, received: Received, steps: Callable[[], Generator[Message, Any, Message]]) -> None:
         if len(self.waiting) >= CALLS_WAITING_MAX:
             raise OSError(errno.EBUSY, f"{CALLS_WAITING_MAX} calls are waiting")
-        self.waiting.append(Call(received, message, self._steps(message)))
+        self.waiting.append(Call(received, steps, steps()))
         self._next()
 
     # ---- ioctls, one at a time: the bind lock
@@ -175,25 +179,25 @@ class FileProcess(ProcessActor):
             self.active = self.waiting.popleft()
             self._step(None, None)
 
-    def _steps(self, message: m.Ioctl) -> Generator[Message, int, int]:
+    def _steps(self, message: m.Ioctl) -> Generator[Message, Any, Message]:
         """Run the ioctl lazily: even its first check happens under the bind lock."""
-        return (yield from self.file.ioctl(message.request, message.argument))
+        return Done(value=(yield from self.file.ioctl(message.request, message.argument)))
 
-    def _step(self, value: int | None, error: OSError | None) -> None:
+    def _step(self, value: int | m.Values | None, error: OSError | None) -> None:
         call = self.active
         if call is None:
             return
         try:
             if error is not None:
-                request = call.steps.throw(error)
+                request = call.running.throw(error)
             else:
-                request = next(call.steps) if value is None else call.steps.send(value)
+                request = next(call.running) if value is None else call.running.send(value)
         except StopIteration as stop:
-            self._end(call, Done(value=stop.value))
+            self._end(call, stop.value)
         except OSError as failed:
             if failed.errno == errno.EPIPE and call.repeats < REPEATS_MAX:
                 self.active = None
-                self.waiting.appendleft(Call(call.received, call.message, self._steps(call.message), call.repeats + 1))
+                self.waiting.appendleft(Call(call.received, call.steps, call.steps(), call.repeats + 1))
                 self._next()
             else:
                 self._end(call, Failure(errno=failed.errno or errno.EIO, text=failed.strerror or ""))
@@ -207,6 +211,8 @@ class FileProcess(ProcessActor):
     def _answered(self, peer: Peer, reply: Message) -> None:
         if isinstance(reply, Done):
             self._step(reply.value, None)
+        elif isinstance(reply, m.Values):
+            self._step(reply, None)
         elif isinstance(reply, Failure) and reply.errno == errno.EPIPE and peer is self.hypervisor:
             self.orphaned = True  # goes on in _rewire
         elif isinstance(reply, Failure):

@@ -150,10 +150,20 @@ static PyObject *path_fifo_rebuild(PathObject *self, PyObject *args)
     MemoryObject *domain;
     if (!PyArg_ParseTuple(args, "II", &domid, &vcpu) || (domain = checked_domain(self, domid, vcpu, 0)) == NULL)
         return NULL;
-    int64_t found = pv_fifo_rebuild(domain, vcpu);
-    if (found == -1)
+    uint32_t kicks[PV_VCPUS_MAX], count = 0;
+    int64_t asleep, marked = pv_fifo_rebuild(domain, vcpu);
+    if (marked == -1)
         return PyErr_NoMemory();
-    return found == PV_DEAD ? NULL : PyLong_FromLongLong(found);
+    if (marked == PV_DEAD)
+        return NULL;
+    for (; marked != 0; marked &= marked - 1) {
+        uint32_t to = (uint32_t)__builtin_ctzll((uint64_t)marked);
+        if ((asleep = pv_vcpu_kick(domain, to)) == PV_DEAD)
+            return NULL;
+        if (asleep)
+            kicks[count++] = to;
+    }
+    return numbers(kicks, count);
 }
 
 static PyObject *path_expire(PathObject *self, PyObject *ignored)
@@ -328,7 +338,7 @@ static PyMethodDef path_methods[] = {
     VAR(unmask, "unmask(domain, port, eoi=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors EVTCHNOP_unmask."),
     VAR(mask, "mask(domain, port): the guest masks a port, on the ABI that the domain has now."),
     VAR(clear_pending, "clear_pending(domain, port): on the ABI that the domain has now."),
-    VAR(fifo_rebuild, "fifo_rebuild(domain, vcpu) -> words raised again: for the heir of a hypervisor or of a CPU that does not run."),
+    VAR(fifo_rebuild, "fifo_rebuild(domain, vcpu) -> vCPUs whose doorbell is to be rung: for the heir of a hypervisor or of a CPU that does not run."),
     {"expire", (PyCFunction)path_expire, METH_NOARGS, "expire() -> vCPUs to kick as domain << 8 | vcpu: late EOIs whose time has come take place."},
     VAR(eoi, "eoi(domain, port, slot, spurious=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors xen_irq_lateeoi."),
     VAR(set_doorbell, "set_doorbell(domain, vcpu, eventfd or -1): where serve_hypervisor kicks."),

@@ -103,7 +103,8 @@ static int64_t take_message(MemoryObject *hv, uint32_t vp, pv_hv_effects *out)
     if (!PV_HV_ENABLED(simp) || PV_HV_FRAME(simp) >= PV_HV_FRAMES)
         return 0;
     size_t slot = PV_HV_SLOT(PV_HV_FRAME(simp), PV_HV_SINT_VMBUS, type);
-    PV_LOAD32(type, hv, slot, PV_ACQUIRE, "hv.slot.type");
+    /* SYNC(syn_publish): the type before everything that it announces. */
+    PV_LOAD32(type, hv, slot, PV_ACQUIRE, "syn_publish");
     if (type == 0)
         return 0;
     PV_LOAD32(offered, hv, PV_HV_VP(vp, offered) + 4u * PV_HV_SINT_VMBUS, PV_RELAXED, "hv.offered");
@@ -114,6 +115,7 @@ static int64_t take_message(MemoryObject *hv, uint32_t vp, pv_hv_effects *out)
     }
     out->work = 1;
     PV_STORE32(hv, PV_HV_VP(vp, taken) + 4u * PV_HV_SINT_VMBUS, offered, PV_RELAXED, "hv.taken");
+    /* SYNC(syn_taken): TAKEN before the slot is free (the exchange is locked); an heir of the host looks at them the other way. */
     PV_CAS32(freed, hv, slot, type, 0, "hv.slot.free");
     (void)freed; /* somebody else has freed it: what stands there now is another message */
     /* SYNC(syn_slot): the slot is free before we look at the pending flag; the host sets the flag before it looks at the slot. */
@@ -216,8 +218,8 @@ static int64_t take_vectors(MemoryObject *hv, uint32_t vp, uint32_t vector)
         PV_LOAD64(bits, hv, PV_HV_VP(vp, irr) + 8u * word, PV_RELAXED, "hv.irr.look");
         if (bits == 0)
             continue;
-        /* SYNC(hv_irr): the request is taken before we look at flags and slot; the host sets those before it requests. */
-        PV_XCHG64(bits, hv, PV_HV_VP(vp, irr) + 8u * word, 0, "hv_irr");
+        /* SYNC(syn_irr): the request is taken before we look at flags and slot; the host sets those before it requests. */
+        PV_XCHG64(bits, hv, PV_HV_VP(vp, irr) + 8u * word, 0, "syn_irr");
         if (vector / 64 == word)
             mine = bits >> (vector % 64) & 1;
     }
