@@ -5,6 +5,7 @@ from typing import Any
 from typing_extensions import Buffer
 
 LAYOUT: dict[str, int]
+VMBUS_LAYOUT: dict[str, int]
 
 def now_ns() -> int: ...
 

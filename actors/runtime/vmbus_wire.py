@@ -33,6 +33,7 @@ from pvbus.actors.runtime.vmbus_facts import (
     version_text,
 )
 
+
 class ChannelMessage(msgspec.Struct, frozen=True):
     """Be the base of every message: a kind, and fields that lie one behind the other after the header.
 
@@ -113,9 +114,10 @@ class OfferChannel(ChannelMessage, frozen=True, kw_only=True):
     def parse(cls, payload: bytes, version: int) -> Self:
         """Read the 196 or 190 bytes; of the two flag words only bit 0 means something."""
         layout = cls.LAYOUT + (cls.INTERRUPT[1:] if has_dedicated_interrupts(version) else "")
-        *offered, sub, optional, relid, monitor, allocated = _unpack(layout, payload, cls.KIND)[:13]
-        class_id, instance_id, latency, revision, context, flags, mmio, user = offered
-        dedicated, connection = _unpack(layout, payload, cls.KIND)[13:] or (0, 0)
+        fields = _unpack(layout, payload, cls.KIND)
+        class_id, instance_id, latency, revision, context, flags, mmio, user = fields[:8]
+        sub, optional, relid, monitor, allocated = fields[8:13]
+        dedicated, connection = fields[13:] or (0, 0)
         return cls(
             class_id=uuid.UUID(bytes_le=_bytes(class_id)), instance_id=uuid.UUID(bytes_le=_bytes(instance_id)), relid=relid,
             latency_100ns=latency, revision=revision, context_bytes=context, flags=flags, mmio_mb=mmio, user_data=_bytes(user),
