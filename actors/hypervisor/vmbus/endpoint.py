@@ -2,8 +2,8 @@
 """Between a channel's rings and a service: reads batches, sends what the service answers, signals when the ring says so.
 
 A service (echo.py, heartbeat.py, shutdown.py) knows packets only. While something of it waits for room in the ring nothing more
-is read, and what a timer sends is dropped, so at most one batch of answers is held; the guest signals when it has made room. A ring
-in which the guest has written something impossible is left alone from then on: that channel is broken, no other notices.
+is read, and what a timer sends is dropped, so at most one batch of answers is held; the guest signals when it has made room. A
+ring in which the guest has written something impossible is left alone from then on: that channel is broken, no other notices.
 """
 
 from __future__ import annotations

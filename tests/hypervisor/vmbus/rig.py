@@ -178,3 +178,20 @@ class Rig:
         """Give a channel's state; None: there is none."""
         channel = self.server.offers.get(relid)
         return channel.state if channel is not None else None
+
+
+def connected(rig: Rig) -> int:
+    """Offer one device, connect."""
+    relid = rig.server.offer(ECHO, INSTANCE, PacedDevice())
+    rig.connect()
+    return relid
+
+
+def opened(rig: Rig, device: PacedDevice, vp: int = 0) -> int:
+    """Offer a device, and open it."""
+    relid = rig.server.offer(ECHO, INSTANCE, device)
+    rig.connect()
+    rig.give_pages(relid)
+    rig.say(rig.opening(relid, vp=vp))
+    assert rig.state(relid) is (State.OPENING if device.slow else State.OPEN)
+    return relid
