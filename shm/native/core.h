@@ -13,6 +13,7 @@ int pv_memory_check_readable(PyObject *object, size_t size_min, const char *what
 int pv_memory_init(PyObject *module);
 int pv_event_path_init(PyObject *module);
 int pv_user_file_init(PyObject *module);
+int pv_channel_ring_init(PyObject *module);
 
 /*
  * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its

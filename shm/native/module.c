@@ -97,7 +97,7 @@ PyMODINIT_FUNC INIT(void)
         return NULL;
     PyObject *table = layout_table();
     if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || pv_memory_init(module) < 0 ||
-        pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0)
+        pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0 || pv_channel_ring_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
     return module;
