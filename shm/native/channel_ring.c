@@ -250,7 +250,7 @@ int64_t pv_channel_release(RingObject *self)
      * stands for SYNC(vmr_signal) where no mask is used: index moved, then the next look at the writer's.
      */
     PV_SMP_MB(self->memory, "vmr_room");
-    /* The demand before write_index: by an older one the ring would seem to have had that room all along. */
+    /* And write_index after the demand: by one from before, the ring would seem to have had that room all along. */
     PV_LOAD32(pending, self->memory, self->in + PV_CONTROL(pending_send_sz), PV_ACQUIRE, "vmr.pending");
     pending &= ~7u;
     if (pending == 0)
