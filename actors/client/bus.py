@@ -99,7 +99,7 @@ class BusConnection:
                 reply = Done()
             except OSError as error:
                 reply = Failure(errno=error.errno or errno.EIO, text=error.strerror or "")
-            except Exception as error:  # noqa: BLE001 - the driver's own: it is reported to the bus and to its author
+            except Exception as error:
                 traceback.print_exc()
                 reply = Failure(errno=errno.EIO, text=f"{type(error).__name__}: {error}")
             with contextlib.suppress(OSError), self._sending:

@@ -96,7 +96,7 @@ class HypervHost:
             message = self.synic.take(connection)
             if message is None:
                 return
-            if message.type == MESSAGE_TYPE and connection == connection_id(self.server.link.version or 0) or True:
+            if (message.type == MESSAGE_TYPE and connection == connection_id(self.server.link.version or 0)) or True:
                 self.server.on_message(message.payload)
             self._connect_channels()
             self.keep()
