@@ -78,7 +78,7 @@ class VmbusChannel:
     # ---- packets
 
     def send(self, payload: Buffer, transaction_id: int = 0, *, completion: bool = False) -> None:
-        """Send a packet. EAGAIN when the ring is full (the host says when there is room), EMSGSIZE, EIO when the ring is broken."""
+        """Send a packet. EAGAIN when the ring is full (the host signals room), EMSGSIZE, EIO when the ring is broken."""
         if self._open_ring().send(payload, transaction_id, completion):
             self._signal()
 
@@ -95,7 +95,7 @@ class VmbusChannel:
         packet = ring.recv(max_bytes)
         if packet is None and self._arm():
             packet = ring.recv(max_bytes)
-        if ring.must_signal:
+        if ring.take_signal():
             self._signal()
         return packet
 
@@ -105,7 +105,7 @@ class VmbusChannel:
         packets = ring.recv_many(max_packets, max_bytes)
         if not packets and self._arm():
             packets = ring.recv_many(max_packets, max_bytes)
-        if ring.must_signal:
+        if ring.take_signal():
             self._signal()
         return packets
 

@@ -8,29 +8,40 @@ Pure as its parts are: interrupts leave through `interrupt(vp, vector)`, and wha
 from __future__ import annotations
 
 import errno
+import functools
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.synic import ConnectionKind, HvFault, HvStatus, Synic
 from pvbus.actors.hypervisor.vmbus import snapshot
 from pvbus.actors.hypervisor.vmbus.channel import State
-from pvbus.actors.hypervisor.vmbus.devices import DEVICES
+from pvbus.actors.hypervisor.vmbus.echo import Echo
+from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
+from pvbus.actors.hypervisor.vmbus.heartbeat import Heartbeat
 from pvbus.actors.hypervisor.vmbus.offers import event_connection
 from pvbus.actors.hypervisor.vmbus.server import Server
-from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, MESSAGE_TYPE, VMBUS_SINT, connection_id
-from pvbus.shm import hyperv
+from pvbus.actors.hypervisor.vmbus.shutdown import Shutdown
+from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, MESSAGE_TYPE, VMBUS_SINT
+from pvbus.shm import hyperv, store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pvbus.actors.hypervisor.vmbus.channel import Channel, Device
+    from pvbus.actors.hypervisor.vmbus.channel import Channel, Device, RingPages
+    from pvbus.actors.hypervisor.vmbus.endpoint import Ring, Service
     from pvbus.shm.memory import Memory
 
 MESSAGE_PORT, EVENT_PORT = 1, 2
 MESSAGE_CONNECTIONS = (1, 4)
 EVENT_CONNECTION = 2
 MESSAGES_A_TURN = 16
+SHUTDOWN_NS_MAX = 10_000_000_000
+SERVICES: dict[uuid.UUID, Callable[[], Service]] = {
+    DEVICE_CLASSES["echo"]: Echo,
+    DEVICE_CLASSES["heartbeat"]: Heartbeat,
+    DEVICE_CLASSES["shutdown"]: Shutdown,
+}
+"""What the host can offer."""
 
 
 class Frames:
@@ -65,19 +76,25 @@ class HypervHost:
     """What the hypervisor is for one domain on the Hyper-V platform."""
 
     def __init__(
-        self, segment: Memory, store: Memory, vcpus: int, interrupt: Callable[[int, int], None], clock: Callable[[], int]
+        self,
+        segment: Memory,
+        kept: Memory,
+        vcpus: int,
+        interrupt: Callable[[int, int], None],
+        make_ring: Callable[[RingPages], Ring],
+        clock: Callable[[], int],
     ) -> None:
         self.frames = Frames(segment)
         self.synic = Synic(segment, vcpus, interrupt, clock=clock)
         self.server = Server(self._post, self.frames, self._raise_flag, vcpus)
-        self._store = store
+        self._kept = kept
+        self._make_ring = make_ring
         self._clock = clock
         self.synic.create_message_port(MESSAGE_PORT, VMBUS_SINT)
         self.synic.create_event_port(EVENT_PORT, VMBUS_SINT)
         for number in MESSAGE_CONNECTIONS:
             self.synic.connect(number, ConnectionKind.MESSAGE, self._message_waits)
         self.synic.connect(EVENT_CONNECTION, ConnectionKind.EVENT, lambda _flag: self.server.on_event())
-        self._turns = 0
 
     # ---- host to guest
 
@@ -96,8 +113,8 @@ class HypervHost:
             message = self.synic.take(connection)
             if message is None:
                 return
-            if (message.type == MESSAGE_TYPE and connection == connection_id(self.server.link.version or 0)) or True:
-                self.server.on_message(message.payload)
+            if message.type == MESSAGE_TYPE and not self.server.on_message(message.payload):
+                return  # no room for the answer: it stays in its buffer
             self._connect_channels()
             self.keep()
             self.synic.done(message)
@@ -105,12 +122,18 @@ class HypervHost:
     def _connect_channels(self) -> None:
         """Each channel that the guest may signal has an event connection of its own (from 2.4)."""
         for channel in self.server.offers:
-            relid = channel.relid
-            self.synic.connect(event_connection(relid), ConnectionKind.EVENT, lambda _flag, relid=relid: self.signal(relid), flags=1)
+            number = event_connection(channel.relid)
+            self.synic.connect(number, ConnectionKind.EVENT, functools.partial(self._signalled, channel.relid), flags=1)
+
+    def _signalled(self, relid: int, _flag: int) -> None:
+        self.signal(relid)
 
     def signal(self, relid: int) -> None:
         """The guest has signalled a channel: by its connection, or by its doorbell, which is the same without the hypercall."""
         self.server.on_signal(relid)
+        channel = self.server.offers.get(relid)
+        if channel is not None and channel.state is State.OPEN and self.server.devices[relid].save():
+            self.keep()
 
     def write_msr(self, vp: int, msr: int, value: int) -> None:
         """Write a register. EFAULT for what faults on a processor."""
@@ -145,10 +168,10 @@ class HypervHost:
         return relid
 
     def _device_of_class(self, class_id: uuid.UUID) -> Device:
-        factory = DEVICES.get(class_id)
-        if factory is None:
+        service = SERVICES.get(class_id)
+        if service is None:
             raise HypercallError(errno.EINVAL, f"class {class_id}: no synthetic device of it")
-        return factory(self._clock)
+        return Endpoint(service(), self._make_ring)
 
     def rescind(self, relid: int) -> None:
         """Withdraw a device. ENOENT."""
@@ -156,14 +179,26 @@ class HypervHost:
             raise HypercallError(errno.ENOENT, f"relid {relid} is not offered")
         self.keep()
 
-    def device(self, relid: int) -> Device:
+    def service(self, relid: int) -> tuple[Endpoint, Service]:
         """Give a device that its guest has opened. ENOENT, ENOTCONN."""
         channel = self.server.offers.get(relid)
         if channel is None or relid not in self.server.devices:
             raise HypercallError(errno.ENOENT, f"relid {relid} is not offered")
         if channel.state is not State.OPEN:
             raise HypercallError(errno.ENOTCONN, f"relid {relid} is {channel.state}")
-        return self.server.devices[relid]
+        device = self.server.devices[relid]
+        assert isinstance(device, Endpoint)  # we made it
+        return device, device.service
+
+    def shut_down(self, relid: int, on_answer: Callable[[int | None], None]) -> None:
+        """Ask the guest to shut down, through its shutdown device; its status, or None, goes to `on_answer`.
+
+        EINVAL for another device, EBUSY while one is asked, ENOTCONN without a driver, and as `service`.
+        """
+        endpoint, service = self.service(relid)
+        if not isinstance(service, Shutdown):
+            raise HypercallError(errno.EINVAL, f"relid {relid} is no shutdown device")
+        endpoint.submit(service.shutdown(0, self._clock() + SHUTDOWN_NS_MAX, on_answer))
 
     def channels(self) -> list[dict[str, Any]]:
         """List the channels as the host sees them."""
@@ -190,13 +225,13 @@ class HypervHost:
 
     def keep(self) -> None:
         """Store what an heir needs."""
-        hyperv.Snapshot.write(self._store, snapshot.take(self.server))
+        store.write(self._kept, snapshot.take(self.server))
 
     def recover(self) -> None:
         """Go on where a forerunner died: with its channels, its messages, and the memory that the guest has given again."""
-        data = hyperv.Snapshot.read(self._store)
+        data = store.read(self._kept)
         if data:
-            snapshot.restore(self.server, data, lambda channel: self._again(channel))
+            snapshot.restore(self.server, data, self._again)
         self._connect_channels()
         self.synic.recover()
         for number in MESSAGE_CONNECTIONS:

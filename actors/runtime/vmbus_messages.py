@@ -79,6 +79,22 @@ class DetachChannel(Message, frozen=True, kw_only=True):
     relid: int
 
 
+class MemoryKnown(Message, frozen=True, kw_only=True):
+    """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
+# ---- supervisor -> hypervisor
+
+
+class WorkqueueUp(Message, frozen=True, kw_only=True):
+    """Connect a domain's workqueue, first or reborn. fds: the socket."""
+
+    fds_max: ClassVar[int | None] = 1
+    domain: int
+
+
 # ---- hypervisor -> cpu
 
 
@@ -135,14 +151,14 @@ class HostShutdown(Message, frozen=True, kw_only=True):
 
 
 class ConnectBus(Message, frozen=True, kw_only=True):
-    """Ask for a connection to a domain's bus; the reply is BusConnection. ENODEV without the platform, or when it did not start."""
+    """Ask for a connection to a domain's bus; the reply is BusConnection. ENODEV without the platform, or a bus."""
 
     fds_max: ClassVar[int | None] = 0
     domain: int
 
 
 class BusConnection(Message, frozen=True, kw_only=True):
-    """Answer ConnectBus. fds: the connection, the domain's Hyper-V segment's monitor pages are not among them."""
+    """Answer ConnectBus. fds: the connection."""
 
     fds_max: ClassVar[int | None] = 1
 
