@@ -76,6 +76,7 @@ class Evidence:
     state: int
     peer_closed: bool
     static: bool  # made by the configuration
+    raw: bool  # made by a hypercall of the domain's kernel itself
     remote_domain: int
     remote_port: int  # of a VIRQ its number
     irq: int
@@ -196,6 +197,7 @@ def _words(
         state=state,
         peer_closed=bool(word & Port.PEER_CLOSED),
         static=bool(word & Port.STATIC),
+        raw=bool(word & Port.RAW),
         remote_domain=remote_domain,
         remote_port=remote_port,
         irq=irq,

@@ -125,7 +125,8 @@ def _no_handler(e: Evidence) -> _Answer | None:
     if e.static:
         text = f"Port {e.name} is one end of a static channel, but no handler is bound to it.{pending}"
         return _Answer("no-handler", text, "a file binds it (bind_static)")
-    text = f"Port {e.name} has a channel, but no handler is bound to it.{pending}"
+    made = "was made by a hypercall of its domain's kernel" if e.raw else "has a channel"
+    text = f"Port {e.name} {made}, but no handler is bound to it.{pending}"
     return _Answer("no-handler", text, "a file binds it (bind_static), or its domain closes it")
 
 

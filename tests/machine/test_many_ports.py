@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ ROUNDS = 4
 STORM_S_MAX = 60.0
 RELEASE_S_MAX = 10.0
 PING_S_MAX = 1.0  # a stranger's round trip during a release, of which a turn takes about a millisecond
+MANY = 10_000
+KILL_AT_PORT = 3_000
 READ_PORTS_MAX = 1024
 NOTIFY_PORTS_MAX = 4096
 
@@ -149,13 +152,37 @@ def test_the_last_port_of_the_abi_can_be_bound_and_none_after_it(pvbus_boot: Any
     assert machine.ports() == []
 
 
+@pytest.mark.checklist("A11.5")
+def test_a_hypervisor_that_is_killed_under_many_binds_costs_none_and_leaves_none_twice(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    first = file.bind_unbound_ports(0, 10)
+    hypervisor = next(one["pid"] for one in machine.status()["processes"] if one["name"] == "hypervisor")
+    valid = machine.inspector().domain_pages[0]
+
+    def kill() -> None:
+        while valid.load32(Domain.VALID_EVTCHNS) < KILL_AT_PORT:
+            os.sched_yield()
+        os.kill(hypervisor, signal.SIGKILL)
+
+    with child(kill):
+        ports = file.bind_unbound_ports(0, MANY)
+
+    assert first + ports == list(range(1, MANY + 11))
+    assert [one["port"] for one in machine.ports(0)] == first + ports
+    hypervisors = [one for one in machine.status()["processes"] if one["name"] == "hypervisor"]
+    assert hypervisors[0]["restarts"] == 1
+    file.close()
+    assert machine.ports() == []
+
+
 @pytest.mark.checklist("A12.14")
 def test_the_toolstacks_limit_ends_what_all_files_of_a_domain_can_bind(pvbus_boot: Any) -> None:
     machine = pvbus_boot(ONE_DOMAIN.format(abi="fifo") + "max_event_channels = 100\n").machine
     one, other = machine.open_evtchn(domain=0, nonblock=True), machine.open_evtchn(domain=0, nonblock=True)
 
     assert one.bind_unbound_ports(0, 90) == list(range(1, 91))
-    assert other.bind_unbound_ports(0, 90) == list(range(91, 100))
+    assert other.bind_unbound_ports(0, 90) == list(range(91, 101))  # the limit is the highest number
 
     with pytest.raises(OSError) as full:
         one.bind_virq(3)
