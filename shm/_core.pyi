@@ -6,6 +6,7 @@ from typing_extensions import Buffer
 
 LAYOUT: dict[str, int]
 HYPERV_LAYOUT: dict[str, int]
+VMBUS_LAYOUT: dict[str, int]
 
 def now_ns() -> int: ...
 
