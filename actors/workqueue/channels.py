@@ -241,6 +241,7 @@ class Channels:
             raise failed(errno.ENODEV if channel.gone else errno.EINVAL if len(user_data) > USER_DATA_BYTES else errno.EBUSY)
         channel.state = ChannelState.OPENING
         channel.busy += 1
+        lent = None
         try:
             lent = yield from self._establish(channel, pages)
             yield Listen(channel.relid)     # the first interrupt may come before OPEN_RESULT
@@ -251,9 +252,8 @@ class Channels:
                 raise
             channel.ring, channel.target_vp, channel.state = lent, target_vp, ChannelState.OPENED
         except HostError:
-            if not channel.gone and not channel.late_open_id:
-                for lent in [entry for entry in channel.lent.values() if not entry.limbo]:
-                    yield from self._teardown(channel, lent)
+            if lent is not None and not channel.gone:
+                yield from self._teardown(channel, lent)
             raise
         finally:
             channel.busy -= 1

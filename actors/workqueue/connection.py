@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's connection with its VMBus host: version, pages, posting, and leaving.
 
-    DISCONNECTED --connect--> CONNECTING --accepted--> CONNECTED --unload--> DISCONNECTED
-         ^-------refused by all, time-out, post failed------'
+    DISCONNECTED --connect--> CONNECTING --accepted--> CONNECTED --unload--> DISCONNECTING
+         ^-------refused by all, time-out, post failed---------'      answer, time-out --> DISCONNECTED
 
 Owns the interrupt page and the two monitor pages of the domain's segment, and the header's word that says how channels are
 signalled. Pure: waits are yielded (waits.py). Requests are registered before they are posted, and unlinked however they end.
@@ -57,6 +57,7 @@ class ConnectionState(enum.StrEnum):
     DISCONNECTED = "disconnected"
     CONNECTING = "connecting"
     CONNECTED = "connected"
+    DISCONNECTING = "disconnecting"
 
 
 class HostError(OSError):
@@ -100,7 +101,8 @@ class Connection:
 
     def post(self, message: wire.ChannelMessage) -> Steps[int]:
         """Mirror vmbus_post_msg (X17): post, and try again while the host has no buffer free. Gives the raw status."""
-        if self.state is ConnectionState.DISCONNECTED:
+        leaving = self.state is ConnectionState.DISCONNECTING and not isinstance(message, wire.Unload)
+        if leaving or self.state is ConnectionState.DISCONNECTED:
             raise failed(errno.ENOTCONN)
         payload = message.encode(self.version)
         if len(payload) > PAYLOAD_BYTES_MAX:
@@ -208,6 +210,7 @@ class Connection:
         """
         if self.state is not ConnectionState.CONNECTED:
             return True
+        self.state = ConnectionState.DISCONNECTING  # nothing may come behind UNLOAD: the host would not know of what it speaks
         try:
             if not has_unload_response(self.version):
                 return (yield from self.post(wire.Unload())) == HV_SUCCESS

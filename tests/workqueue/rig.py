@@ -72,9 +72,9 @@ class Echo:
     """A device of the host that opens at once, or when it is told to."""
 
     def __init__(self, status: int | None = STATUS_SUCCESS) -> None:
-        self.status, self.handle, self.pages, self.signals = status, None, None, 0
-        self.handle: Handle | None
-        self.pages: RingPages | None
+        self.status, self.signals = status, 0
+        self.handle: Handle | None = None
+        self.pages: RingPages | None = None
 
     def on_open(self, handle: Handle, pages: RingPages) -> int | None:
         self.handle, self.pages = handle, pages
