@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from pvbus.actors.workqueue.attributes import RingState
-from pvbus.shm.hyperv import FRAME_CHANNELS, PAGE
+from pvbus.shm.hyperv import PAGE, Frame
 from pvbus.shm.memory import ChannelRing, Memory
 from pvbus.shm.segment import sealed_memfd
 
@@ -67,7 +67,7 @@ class RingMemory:
         look = ChannelRing(self._memory, 0, self.ring_bytes, self.ring_bytes).state()
         out, inbound = (
             RingState(*(look[f"{side}_{name}"] for name in (
-                "interrupt_mask", "read_index", "write_index", "bytes_to_read", "bytes_to_write",
+                "intr_mask", "read_index", "write_index", "read_bytes_avail", "write_bytes_avail",
             ))) for side in ("out", "in")
         )  # fmt: skip
         return out, inbound
@@ -90,7 +90,7 @@ class RingMemories:
     def make(self, ring_bytes: int) -> RingMemory:
         """Make rings. EINVAL for a size that is none, ENOSPC, EMFILE."""
         for index in range(CHANNELS_MAX):
-            frame = FRAME_CHANNELS + index * FRAMES_A_CHANNEL
+            frame = Frame.CHANNELS + index * FRAMES_A_CHANNEL
             if frame not in self.all:
                 self.all[frame] = RingMemory(frame, ring_bytes, self._gone)
                 return self.all[frame]
