@@ -24,6 +24,7 @@ from pvbus.benchmarks.page import RECEIVED, STOP, Page
 
 WARM_UP_S = 0.05
 ANSWER_S_MAX = 30.0
+BIND_S_MAX = 0.02  # a port, both ends, on a loaded computer
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,21 @@ class Setup:
     zmq_from_peer: str | None
 
 
-def _rows(setup: Setup, page: Page, file: Any, ports: list[int], ends: dict[str, Any]) -> dict[str, Any]:
-    """Return what this process does in each row; the argument is how many ports to use."""
+def _pvbus_rows(setup: Setup, page: Page, transport: str, file: Any, ports: list[int]) -> dict[str, Any]:
     rows: dict[str, Callable[[int], object]] = {}
     if setup.is_sender:
-        rows["pvbus single"] = lambda count: evtchn.send_single(page, file, ports[:count])
-        rows["pvbus batch"] = lambda count: evtchn.send_batch(page, file, ports[:count], peers.BATCH)
-        rows["pvbus trip"] = lambda _: evtchn.trip(page, file, ports[0])
+        rows["single"] = lambda count: evtchn.send_single(page, file, ports[:count])
+        rows["batch"] = lambda count: evtchn.send_batch(page, file, ports[:count], peers.BATCH)
+        rows["trip"] = lambda _: evtchn.trip(page, file, ports[0])
     else:
-        rows["pvbus single"] = lambda count: evtchn.receive_single(page, file, ports[:count])
-        rows["pvbus batch"] = lambda _: evtchn.receive_batch(page, file, peers.BATCH)
-        rows["pvbus trip"] = lambda _: evtchn.echo(page, file, ports[0])
+        rows["single"] = lambda count: evtchn.receive_single(page, file, ports[:count])
+        rows["batch"] = lambda _: evtchn.receive_batch(page, file, peers.BATCH)
+        rows["trip"] = lambda _: evtchn.echo(page, file, ports[0])
+    return {f"{transport} {kind}": row for kind, row in rows.items()}
+
+
+def _peer_rows(setup: Setup, page: Page, ends: dict[str, Any]) -> dict[str, Any]:
+    rows: dict[str, Callable[[int], object]] = {}
     for name, end in ends.items():
         if setup.is_sender:
             rows[f"{name} single"] = lambda _, end=end: peers.send_single(page, end.send)  # type: ignore[misc]
@@ -68,21 +73,19 @@ def _serve(setup: Setup, page: Page, control: Connection, pipes: tuple[Connectio
             ends["zmq"] = peers.ZmqEnds(setup.zmq_to_peer, setup.zmq_from_peer)
             stack.callback(ends["zmq"].close)
         machine = stack.enter_context(attach(name=setup.machine))
-        domain = evtchn.SENDER_DOMAIN if setup.is_sender else evtchn.RECEIVER_DOMAIN
-        file = machine.open_evtchn(domain=domain, nonblock=False)
-        stack.callback(file.close)
-        ports = evtchn.accept(file, control.recv()) if setup.is_sender else evtchn.offer(file, setup.ports_max)
-        control.send(("ok", ports))
-        if not setup.is_sender:
-            ports = ports[: control.recv()]
-        rows = _rows(setup, page, file, ports, ends)
+        rows = _peer_rows(setup, page, ends)
+        for abi in evtchn.ABIS:
+            file = machine.open_evtchn(domain=abi.sender if setup.is_sender else abi.receiver, nonblock=False)
+            stack.callback(file.close)
+            ports = evtchn.accept(file, abi, control.recv()) if setup.is_sender else evtchn.offer(file, abi, setup.ports_max)
+            control.send(("ok", ports))
+            if not setup.is_sender:
+                ports = ports[: control.recv()]
+            rows |= _pvbus_rows(setup, page, abi.transport, file, ports)
+            rows[f"{abi.transport} drain"] = lambda _, file=file: evtchn.drain(machine, file)
         while (command := control.recv()) is not None:
             row, count = command
-            if row == "drain":
-                evtchn.drain(machine, file)
-                control.send(("ok", None))
-            else:
-                control.send(("ok", rows[row](count)))
+            control.send(("ok", rows[row](count)))
 
 
 def process(setup: Setup, control: Connection, pipes: tuple[Connection, Connection]) -> None:
@@ -125,14 +128,18 @@ class Pair:
         for end in (a_in, a_out, b_in, b_out):
             end.close()
         sender, receiver = self._controls
-        sender.send(self._answer(receiver))
-        self.ports = len(self._answer(sender))
-        receiver.send(self.ports)
+        bound_s_max = ANSWER_S_MAX + ports_max * BIND_S_MAX
+        self.ports: dict[str, int] = {}
+        for abi in evtchn.ABIS:
+            sender.send(self._answer(receiver, bound_s_max))
+            count = len(self._answer(sender, bound_s_max))
+            receiver.send(count)
+            self.ports[abi.transport] = count
 
     @staticmethod
-    def _answer(control: Connection) -> Any:
-        if not control.poll(ANSWER_S_MAX):
-            raise PairError(f"a process of the pair did not answer within {ANSWER_S_MAX:.0f} s")
+    def _answer(control: Connection, s_max: float = ANSWER_S_MAX) -> Any:
+        if not control.poll(s_max):
+            raise PairError(f"a process of the pair did not answer within {s_max:.0f} s")
         kind, value = control.recv()
         if kind == "error":
             raise PairError(value)
@@ -165,8 +172,9 @@ class Pair:
     def _finish(self, row: str) -> Any:
         self.page.words[STOP] = 1
         results = [self._answer(control) for control in self._controls]
-        if row.startswith("pvbus"):
-            self._both("drain", 0)
+        transport = row.partition(" ")[0]
+        if transport in self.ports:
+            self._both(f"{transport} drain", 0)
             for control in self._controls:
                 self._answer(control)
         return results[0]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the whole path beside multiprocessing.Pipe and pyzmq: `make bench`.
 
-    benchmarks/run.py [--quick] [--json] [--seconds S] [--rounds N]
+    benchmarks/run.py [--quick] [--json] [--seconds S] [--rounds N] [--ports-max N]
 
-One machine, one pair of processes, no pinning. All rows are run in each round, so that whatever the
-computer does meanwhile falls on all of them; a row's figure is the median of its rounds, a ratio the median
-of the ratios within each round. Nothing but figures of this run is printed.
+One machine whose domains 0 and 1 have the FIFO ABI and 2 and 3 the 2-level one, one pair of processes with a file on each
+side of both, no pinning. All rows are run in each round, every second round backwards, so that whatever the computer does
+meanwhile falls on all of them; a row's figure is the median of its rounds, a ratio the median of the ratios within each
+round. Nothing but figures of this run is printed.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from typing import Any
 if __name__ in {"__main__", "__mp_main__"}:  # started as a script: the checkout is the package pvbus
     sys.path.append(str(Path(__file__).resolve().parent.parent / ".dev"))
 
-from pvbus.benchmarks.evtchn import PORTS_MAX
-from pvbus.benchmarks.machine_facts import MachineFigures, measure_boot, measure_running
+from pvbus.benchmarks.evtchn import ABIS, FIFO, MACHINE, TWO_LEVEL
+from pvbus.benchmarks.machine_facts import MachineFigures, measure_machine
 from pvbus.benchmarks.page import percentiles
 from pvbus.benchmarks.pair import Pair
 from pvbus.verify.launch import launched
 
-SCHEMA = 1
+SCHEMA = 2
 EVENTS_RATIO_MIN = {"pipe": 5.0, "zmq": 2.0}  # what the shape of the data path lets one expect
 TRIP_RATIO_MAX = 2.0  # to Pipe: two hops more, each a wake-up at worst
+FIFO_SHARE_MIN = 0.7  # of the 2-level ABI's events: a word more is linked and taken out
+PORTS = (1, 256, 4095, 65536)  # as far as --ports-max and the ABI allow
+TITLES = {**{abi.transport: abi.title for abi in ABIS}, "pipe": "multiprocessing.Pipe", "zmq": "pyzmq PUSH/PULL ipc"}
 
 
 @dataclass
@@ -52,10 +56,13 @@ class Row:
     @property
     def title(self) -> str:
         """What the row is called."""
-        names = {"pipe": "multiprocessing.Pipe", "zmq": "pyzmq PUSH/PULL ipc"}
-        if self.transport != "pvbus":
-            return names[self.transport]
-        return f"pvbus, {self.ports} port{'s' * (self.ports != 1)}" if self.kind != "trip" else "pvbus"
+        name = TITLES[self.transport]
+        return f"{name}, {self.ports:,} port{'s' * (self.ports != 1)}" if self.is_ours and self.kind != "trip" else name
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it goes through the machine."""
+        return any(abi.transport == self.transport for abi in ABIS)
 
     def median(self, figure: int = 0) -> float:
         """Return the median over the rounds of one figure."""
@@ -67,24 +74,24 @@ class Row:
         return statistics.median(mine[figure] / (theirs[figure] or 1.0) for mine, theirs in both)
 
 
-def make_rows(ports: int, with_zmq: bool) -> list[Row]:
-    """List what is measured, in the order of the table."""
+def make_rows(ports: dict[str, int], with_zmq: bool) -> list[Row]:
+    """List what is measured, in the order of the table; `ports` says how many each ABI has bound."""
     peers = ["pipe", "zmq"] if with_zmq else ["pipe"]
-    counts = sorted({min(count, ports) for count in (1, 256, PORTS_MAX)})
+    ours = [(abi.transport, count) for count in PORTS for abi in ABIS if count <= ports[abi.transport]]
     return [
-        *(Row("single", "pvbus", count) for count in counts),
+        *(Row("single", transport, count) for transport, count in ours),
         *(Row("single", peer) for peer in peers),
-        *(Row("batch", "pvbus", count) for count in counts if count > 1),
+        *(Row("batch", transport, count) for transport, count in ours if count > 1),
         *(Row("batch", peer) for peer in peers),
-        Row("trip", "pvbus"),
+        *(Row("trip", abi.transport) for abi in ABIS),
         *(Row("trip", peer) for peer in peers),
     ]
 
 
 def measure(pair: Pair, rows: Sequence[Row], seconds: float, rounds: int) -> None:
     """Run all rows, round by round."""
-    for _ in range(rounds):
-        for row in rows:
+    for turn in range(rounds):
+        for row in reversed(rows) if turn % 2 else rows:
             name = f"{row.transport} {row.kind}"
             if row.kind == "trip":
                 row.rounds.append(percentiles(pair.trips(name, seconds / rounds)))
@@ -105,8 +112,14 @@ def facts() -> dict[str, Any]:
 
 
 def _ratios(row: Row, rows: Sequence[Row], figure: int = 0) -> dict[str, float]:
-    others = [other for other in rows if other.kind == row.kind and other.transport != "pvbus"]
-    return {other.transport: row.ratio(other, figure) for other in others} if row.transport == "pvbus" else {}
+    if not row.is_ours:
+        return {}
+    others = [other for other in rows if other.kind == row.kind and not other.is_ours]
+    if row.transport == FIFO.transport:
+        others += [
+            other for other in rows if (other.kind, other.transport, other.ports) == (row.kind, TWO_LEVEL.transport, row.ports)
+        ]
+    return {other.transport: row.ratio(other, figure) for other in others}
 
 
 def as_json(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +146,14 @@ def table(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -
         f"{about['cores']} cores, {about['cpu']}, Linux {about['kernel']}, {about['python']}",
         f"{about['rounds']} interleaved rounds of {each_s:.2g} s a row, medians: {about['command']}",
     ]
+    peers = ("pipe", "zmq", TWO_LEVEL.transport)
     heads = {
         "single": ("events a second, one call an event (read and written back)", "events/s", ""),
         "batch": ("events a second, batch forms (at most 256 ids a call)", "events/s", ""),
         "trip": ("round trip, blocking on both sides", "p50 µs", "p99 µs"),
     }
     for kind, (head, first, second) in heads.items():
-        lines += ["", f"{head:<60}{first:>12}{second:>10}   to Pipe   to zmq"]
+        lines += ["", f"{head:<60}{first:>12}{second:>10}   to Pipe    to zmq   to 2-level"]
         for row in rows:
             if row.kind != kind:
                 continue
@@ -147,7 +161,8 @@ def table(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -
             middle = f"{row.median():12,.0f}{'':10}"
             if kind == "trip":
                 middle = f"{row.median():12.1f}{row.median(1):10.1f}"
-            lines.append(f"  {row.title:<58}{middle}{_cell(ratios, 'pipe')}{_cell(ratios, 'zmq')}")
+            cells = "".join(_cell(ratios, peer) for peer in peers).rstrip()
+            lines.append(f"  {row.title:<58}{middle}{cells}".rstrip())
     return "\n".join([*lines, "", *machine.lines()])
 
 
@@ -159,10 +174,25 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         for peer, least in EVENTS_RATIO_MIN.items():
             if peer in ratios:
                 said.append(f"{row.title}: {ratios[peer]:.2f} × {peer} in events/s, expected ≥ {least:g}")
-    trips = next(row for row in rows if row.kind == "trip" and row.transport == "pvbus")
-    trip_ratio = _ratios(trips, rows)["pipe"]
-    said.append(f"round trip p50: {trip_ratio:.2f} × pipe, expected ≤ {TRIP_RATIO_MAX:g}")
-    return said
+    said += [
+        f"{row.title}, round trip p50: {_ratios(row, rows)['pipe']:.2f} × pipe, expected ≤ {TRIP_RATIO_MAX:g}"
+        for row in rows
+        if row.kind == "trip" and row.is_ours
+    ]
+    return [*said, between_abis(rows)]
+
+
+def between_abis(rows: Sequence[Row]) -> str:
+    """Say whether the FIFO ABI keeps up with the 2-level one: events a second, and round trips."""
+    shares = []
+    for row in rows:
+        ratio = _ratios(row, rows).get(TWO_LEVEL.transport)
+        if ratio is not None:  # a round trip is the better the shorter it is
+            what = "round trip" if row.kind == "trip" else f"{row.kind} {row.ports:,}"
+            shares.append((1 / ratio if row.kind == "trip" else ratio, f"{what} {ratio:.2f} ×"))
+    holds = all(share >= FIFO_SHARE_MIN for share, _ in shares)
+    within = f"{1 - FIFO_SHARE_MIN:.0%}".replace("%", " %")
+    return f"FIFO within {within} of 2-level: {'yes' if holds else 'NO'} ({', '.join(text for _, text in shares)})"
 
 
 def main() -> int:
@@ -172,11 +202,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seconds", type=float, help="a row, all rounds together (default 2)")
     parser.add_argument("--rounds", type=int, help="(default 5)")
+    parser.add_argument("--ports-max", type=int, default=4095, help="65536 adds a row for FIFO; binding them takes long")
     options = parser.parse_args()
     seconds = options.seconds or (0.5 if options.quick else 2.0)
     rounds = options.rounds or (2 if options.quick else 5)
     if not 0 < seconds <= 600 or not 0 < rounds <= 100:
         parser.error("--seconds must be within 0 … 600 and --rounds within 1 … 100")
+    if not 1 <= options.ports_max <= FIFO.ports_max:
+        parser.error(f"--ports-max must be within 1 … {FIFO.ports_max}")
     with_zmq = importlib.util.find_spec("zmq") is not None
     if not with_zmq:
         print("pyzmq is not installed, its rows are left out: pip install pyzmq", file=sys.stderr)
@@ -184,12 +217,11 @@ def main() -> int:
     about = {**facts(), "seconds": seconds, "rounds": rounds, "command": command}
     begin = time.monotonic()
     name = f"bench-{os.getpid()}"
-    boots = measure_boot(name, 2 if options.quick else 5)
+    figures = measure_machine(name, 2 if options.quick else 5)
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pvbus-bench-"))
-        machine = stack.enter_context(launched(name))
-        pair = stack.enter_context(closing(Pair(name, PORTS_MAX, directory, with_zmq)))
-        figures = measure_running(name, boots, machine.process.pid)
+        stack.enter_context(launched(name, MACHINE))
+        pair = stack.enter_context(closing(Pair(name, options.ports_max, directory, with_zmq)))
         rows = make_rows(pair.ports, with_zmq)
         measure(pair, rows, seconds, rounds)
     about["took_s"] = round(time.monotonic() - begin, 1)

@@ -142,6 +142,7 @@ class Vcpu:
     ARRIVALS_SEEN: Final = 708
     CONTROL: Final = 712
     FIFO_DROPPED: Final = 720
+    EOIS_PUT_OFF: Final = 728
     FIFO_TAIL: Final = 768
 
 
@@ -181,7 +182,9 @@ class Port:
 
     FREE, RESERVED, UNBOUND, INTERDOMAIN, PIRQ, VIRQ, IPI = range(7)
     PEER_CLOSED: Final = 1 << 3  # on an unbound port: it had a peer; for those who ask why nothing arrives
-    STATIC: Final = 1 << 4  # made by the configuration before anything ran: no heir closes it, whether it has a handler or not
+    STATIC: Final = 1 << 4  # made by the configuration before anything ran
+    RAW: Final = 1 << 5  # made by a hypercall of the domain's kernel itself, for no file
+    KEPT: Final = STATIC | RAW  # as long as it is bound: no heir closes it, whether it has a handler or not
 
     @staticmethod
     def pack(state: int, *, remote_domain: int = 0, remote_port: int = 0, vcpu: int = 0) -> int:
@@ -238,6 +241,7 @@ class Machine:
     VARIANT_LEAK_ON_ENOMEM: Final = 4
     VARIANT_DOUBLE_CLOSE: Final = 8
     VARIANT_STRICT_STATIC: Final = 16
+    VARIANT_ONE_TASKLET_PAIR: Final = 32
 
     @staticmethod
     def file(slot: int, field: int) -> int:

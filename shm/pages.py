@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from pvbus.shm import hyperv
 from pvbus.shm.layout import (
     MAGIC_DOMAIN,
     MAGIC_MACHINE,
@@ -20,18 +21,21 @@ from pvbus.shm.memory import Memory
 from pvbus.shm.segment import Segment, read_only, sealed_memfd, stamp
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 
 class MachinePages:
-    """The machine's segment, one segment a domain, and the public page."""
+    """The machine's segment, one segment a domain, a second one for those on the Hyper-V platform, and the public page."""
 
-    def __init__(self, run_id: str, domains: Mapping[int, int], variants: int) -> None:
+    def __init__(self, run_id: str, domains: Mapping[int, int], variants: int, hyperv_domains: Collection[int] = ()) -> None:
         """Create everything for `domains` {domain id: number of vCPUs}. Raises OSError when /dev/shm is full or missing."""
         self.segments: dict[str, Segment] = {}
         self.public_fd = -1
         try:
             self._create(run_id, domains, variants)
+            for domid in hyperv_domains:
+                segment = self.segments[f"hyperv{domid}"] = Segment(f"pvbus-{run_id}-h{domid}", hyperv.BYTES)
+                format_hyperv(segment.memory, domid, domains[domid])
         except BaseException:
             self.close()
             raise
@@ -64,6 +68,10 @@ class MachinePages:
         """A domain's segment."""
         return self.segments[f"domain{domid}"].memory
 
+    def hyperv(self, domid: int) -> Memory:
+        """The Hyper-V segment of a domain on that platform. Raises KeyError for others."""
+        return self.segments[f"hyperv{domid}"].memory
+
     def fds(self) -> dict[str, int]:
         """Name every descriptor that the machine's own processes may map."""
         return {**{name: segment.fd for name, segment in self.segments.items()}, "public": self.public_fd}
@@ -78,3 +86,13 @@ class MachinePages:
             os.close(self.public_for_users)
             os.close(self.public_fd)
             self.public_fd = -1
+
+
+def format_hyperv(memory: Memory, domid: int, vcpus: int) -> None:
+    """Write the state in which a fresh, zeroed Hyper-V segment boots: every SINT masked, everything else off."""
+    stamp(memory, hyperv.MAGIC)
+    memory.store32(hyperv.Header.VCPUS, vcpus)
+    memory.store32(hyperv.Header.DOMID, domid)
+    for vp in range(vcpus):
+        for sint in range(hyperv.SINTS):
+            memory.store64(hyperv.Vp.sint(vp, sint), hyperv.Sint.MASKED)

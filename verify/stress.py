@@ -34,13 +34,14 @@ from typing import Any
 from pvbus.actors.client import attach
 from pvbus.verify.crew import Crew, CrewError
 from pvbus.verify.fleet import Fleet, Load
-from pvbus.verify.launch import LaunchError, launched
+from pvbus.verify.launch import TWO_DOMAINS, LaunchError, launched
 from pvbus.verify.strikes import Striker, plan_strikes
 from pvbus.verify.tally import Tally
 
 SCHEMA = 1
 SECONDS_MAX = 86_400.0
 VIOLATIONS_MAX = 200  # beyond it the run ends: it will not get clearer
+ABIS = (("2-level", "2-level"), ("fifo", "fifo"), ("fifo", "2-level"))  # of domains 0 and 1: the seed says which
 HELD, BROKEN, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -51,6 +52,7 @@ class Report:
     seconds: float
     seed: int
     replay: str
+    abis: str = ""  # of a machine of its own
     held: bool = True
     violations: list[str] = field(default_factory=list)
     explanations: list[str] = field(default_factory=list)
@@ -64,7 +66,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """Say it in a few lines."""
-        said = [
+        said = [f"ABI of domains 0 and 1: {self.abis}"] if self.abis else []
+        said += [
             f"{self.notifies} notifies, {self.events} events read and written back",
             f"{self.churn_cycles} cycles of bind, notify and unbind",
             f"{self.cpu_kills} cpus killed, back within {self.cpu_back_ms_max:.0f} ms",
@@ -81,6 +84,12 @@ def replay_line(seconds: float, seed: int, name: str | None) -> str:
     """Return the command that repeats a run."""
     machine = f" --name {name}" if name else ""
     return f"pvbus stress --seconds {seconds:g} --seed {seed}{machine}"
+
+
+def config_of(abis: tuple[str, str]) -> str:
+    """Return the configuration of a machine whose domains have these ABIs."""
+    before, between, after = TWO_DOMAINS.split('abi = "2-level"')
+    return f'{before}abi = "{abis[0]}"{between}abi = "{abis[1]}"{after}'
 
 
 def _drive(machine: Any, name: str, report: Report, load: Load) -> None:
@@ -122,7 +131,9 @@ def run(
     with ExitStack() as stack:
         name = machine_name or f"stress-{os.getpid()}"
         if machine_name is None:
-            stack.enter_context(launched(name))
+            abis = ABIS[seed % len(ABIS)]
+            report.abis = ", ".join(abis)
+            stack.enter_context(launched(name, config_of(abis)))
         machine = stack.enter_context(attach(name=name))
         try:
             _drive(machine, name, report, load or Load())

@@ -12,6 +12,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -89,16 +90,22 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, does: str, *, of_machine: bool = True) -> argparse.ArgumentParser:
+    def verb(
+        name: str, does: str, *, of_machine: bool = True, which: str = "$PVBUS_MACHINE, or the one that runs"
+    ) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         if of_machine:
-            one.add_argument("--name", metavar="N", help="the machine ($PVBUS_MACHINE, or the one that runs)")
+            one.add_argument("--name", metavar="N", help=f"the machine ({which})")
         one.add_argument("--json", action="store_true", help="one JSON object with a schema number")
         return one
 
-    up = verb("up", "boot a machine, and print `ready` once it can be attached to")
+    up = verb(
+        "up",
+        "boot a machine, and print `ready` once it can be attached to",
+        which="default: as its configuration says, else `default`",
+    )
     up.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="its configuration (default: two domains)"
+        "--config", type=Path, metavar="FILE.toml", help="its configuration (default: two Xen domains, FIFO ABI)"
     )
     up.add_argument("--detach", action="store_true", help="leave it running in the background")
     verb("down", "stop a machine in order, and wait until it is gone")
@@ -109,10 +116,15 @@ def parser() -> argparse.ArgumentParser:
     virq.add_argument("virq", type=int, metavar="VIRQ", help=f"its number, 0 to {NR_VIRQS - 1}")
     virq.add_argument("--domain", type=int, default=0, metavar="D")
     virq.add_argument("--vcpu", type=int, default=0, metavar="V")
+    affinity = verb("affinity", "have a virtual CPU serve a port (smp_affinity)")
+    affinity.add_argument("port", metavar="D:P", help="domain and port, for example 0:5")
+    affinity.add_argument("vcpu", type=int, metavar="V", help="the number of the virtual CPU")
+    soft_reset = verb("soft-reset", "boot another kernel in a domain: its files and ports go")
+    soft_reset.add_argument("domain", type=int, metavar="D")
     explain = verb("explain", "say where an interrupt stands, and what would move it on")
     explain.add_argument("what", choices=["port"], metavar="port")
     explain.add_argument("port", metavar="D:P", help="domain and port, for example 0:5")
-    stress = verb("stress", "stress a machine (its own, unless named) and judge it")
+    stress = verb("stress", "stress a machine and judge it", which="default: one of its own")
     stress.add_argument("--seconds", type=float, default=10.0, metavar="S")
     stress.add_argument(
         "--seed", type=int, default=1, metavar="N", help="what all random decisions come from"
@@ -231,6 +243,36 @@ def _virq(arguments: argparse.Namespace) -> int:
     return HELD
 
 
+def _affinity(arguments: argparse.Namespace) -> int:
+    domain, port = parse_place(arguments.port)
+    with attach(arguments.name) as machine:
+        cpus = _known_domain(machine, domain)
+        if not 0 <= arguments.vcpu < cpus:
+            raise UsageError(f"vCPU {arguments.vcpu}: domain {domain} has vCPUs 0 to {cpus - 1}")
+        try:
+            machine.set_affinity(domain, port, arguments.vcpu)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise UsageError(f"port {domain}:{port} cannot be moved: {error.strerror}") from None
+            raise
+    if arguments.json:
+        print_json({"domain": domain, "port": port, "vcpu": arguments.vcpu})
+    else:
+        print(f"port {domain}:{port} is served by cpu/{domain}.{arguments.vcpu}")
+    return HELD
+
+
+def _soft_reset(arguments: argparse.Namespace) -> int:
+    with attach(arguments.name) as machine:
+        _known_domain(machine, arguments.domain)
+        machine.soft_reset(arguments.domain)
+    if arguments.json:
+        print_json({"domain": arguments.domain, "state": "reset"})
+    else:
+        print(f"domain {arguments.domain} has booted another kernel")
+    return HELD
+
+
 def _known_domain(machine: Machine, domain: int) -> int:
     """Give the number of CPUs of a domain; UsageError without it."""
     domains = {spec["id"]: spec["cpus"] for spec in machine.status()["domains"]}
@@ -316,6 +358,8 @@ _VERBS: dict[str, Verb] = {
     "status": _status,
     "ports": _ports,
     "virq": _virq,
+    "affinity": _affinity,
+    "soft-reset": _soft_reset,
     "explain": _explain,
     "demo": _demo,
     "doctor": _doctor,

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pvbus.actors.runtime import rundir
+from pvbus.actors.supervisor.limits import DESCRIPTORS_OF_A_MACHINE, DESCRIPTORS_PER_FILE
+from pvbus.actors.supervisor.pool import SPARES
 from pvbus.shm.layout import DOMAINS_MAX, FILES_MAX, Domain, Machine
 
-DESCRIPTORS_PER_FILE = (
-    6  # what the hypervisor and the supervisor keep of an open file, with a submission ring, and some air
-)
-DESCRIPTORS_NEEDED = 256
-PROCESSES_NEEDED = 64
+DESCRIPTORS_OF_A_USER = 5  # what who opens a file keeps of it, and some air
+PROCESSES_NEEDED = 64 + SPARES
 SHM_BYTES_NEEDED = Machine.BYTES + 2 * Domain.BYTES  # the default machine
 SHM_BYTES_WISHED = Machine.BYTES + DOMAINS_MAX * Domain.BYTES
 SEGMENT = re.compile(r"pvbus-([a-z0-9]{4,32})-\w+")
@@ -116,13 +115,17 @@ def _shm() -> Check:
 
 
 def _descriptors() -> Check:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    wished = FILES_MAX * DESCRIPTORS_PER_FILE
-    if limit == resource.RLIM_INFINITY or limit >= wished:
-        return Check("descriptors", "ok", "no limit" if limit == resource.RLIM_INFINITY else str(limit))
-    files = limit // DESCRIPTORS_PER_FILE
-    advice = f"about {files} files can be open at once; for all {FILES_MAX}: ulimit -n {wished}"
-    return Check("descriptors", "limited" if limit >= DESCRIPTORS_NEEDED else "lacking", str(limit), advice)
+    """A machine raises its soft limit to the hard one; who opens files lives with the soft one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wished = FILES_MAX * DESCRIPTORS_PER_FILE + DESCRIPTORS_OF_A_MACHINE
+    if hard != resource.RLIM_INFINITY and hard < wished:
+        files = max(0, hard - DESCRIPTORS_OF_A_MACHINE) // DESCRIPTORS_PER_FILE
+        advice = f"about {files} files can be open at once; for all {FILES_MAX}: ulimit -Hn {wished}"
+        return Check("descriptors", "limited" if hard >= DESCRIPTORS_OF_A_MACHINE else "lacking", str(hard), advice)
+    if soft != resource.RLIM_INFINITY and soft < FILES_MAX * DESCRIPTORS_OF_A_USER:
+        advice = f"one process can hold about {soft // DESCRIPTORS_OF_A_USER} files open; for more: ulimit -n"
+        return Check("descriptors", "ok", str(soft), advice)
+    return Check("descriptors", "ok", "no limit" if soft == resource.RLIM_INFINITY else str(soft))
 
 
 def _processes() -> Check:

@@ -76,6 +76,7 @@ class Evidence:
     state: int
     peer_closed: bool
     static: bool  # made by the configuration
+    raw: bool  # made by a hypercall of the domain's kernel itself
     remote_domain: int
     remote_port: int  # of a VIRQ its number
     irq: int
@@ -93,11 +94,20 @@ class Evidence:
     sender: submissions.Waiting | None
     sender_name: str
     driver_order: bool
+    fifo: bool
+    linked: bool  # FIFO: its word is in a queue
+    queue: tuple[int, int]  # FIFO: the virtual CPU and the priority of that queue, or of the one that it goes to next
+    put_off_ns: int  # how long its late EOI still has to wait; 0 = it does not
 
     @property
     def name(self) -> str:
         """Name the port as people type it."""
         return f"{self.domain}:{self.port}"
+
+    @property
+    def queue_name(self) -> str:
+        """Name the queue of the FIFO ABI."""
+        return f"queue of priority {self.queue[1]} of cpu/{self.domain}.{self.queue[0]}"
 
     @property
     def active(self) -> bool:
@@ -145,11 +155,24 @@ def _page(machine: RunningMachine, slot: int) -> Memory | None:
         return None
 
 
+def _queue(pages: Memory, port: int, vcpu: int) -> tuple[int, int]:
+    """FIFO: the virtual CPU and the priority of the queue that a port is in, or will be in when it is raised."""
+    priority, was_on, was_priority = Fifo.queue(pages.load64(Domain.table(Domain.QUEUE_WORDS, port)))
+    return (was_on, was_priority) if channel.state(pages, port).linked else (vcpu, priority)
+
+
+def _put_off_ns(look: Inspector, pages: Memory, port: int, irq: int) -> int:
+    """Say how long a late EOI still waits, on the machine's clock, which tests move; at least 1 while it does."""
+    if not irq & Irq.DELAYED:
+        return 0
+    now = now_ns() + look.machine.load64(Machine.CLOCK_OFFSET_NS)
+    return max(1, pages.load64(Domain.table(Domain.EOI_AT, port)) - now)
+
+
 def _serving(pages: Memory, port: int, vcpu: int) -> list[int]:
     """2-level: who looks at the port's bit. FIFO: on whose queue it is, or will be."""
     if channel.is_fifo(pages):
-        queue = pages.load64(Domain.table(Domain.QUEUE_WORDS, port))
-        return [Fifo.queue(queue)[1] if channel.state(pages, port).linked else vcpu]
+        return [_queue(pages, port, vcpu)[0]]
     return [
         number
         for number in range(min(pages.load32(Domain.VCPUS) or VCPUS_MAX, VCPUS_MAX))
@@ -174,6 +197,7 @@ def _words(
         state=state,
         peer_closed=bool(word & Port.PEER_CLOSED),
         static=bool(word & Port.STATIC),
+        raw=bool(word & Port.RAW),
         remote_domain=remote_domain,
         remote_port=remote_port,
         irq=irq,
@@ -191,6 +215,10 @@ def _words(
         sender=sender,
         sender_name=sender_name,
         driver_order=bool(look.machine.load32(Machine.VARIANTS) & Machine.VARIANT_DRIVER_WAKEUP),
+        fifo=channel.is_fifo(pages),
+        linked=channel.state(pages, port).linked,
+        queue=_queue(pages, port, vcpu),
+        put_off_ns=_put_off_ns(look, pages, port, irq),
     )
 
 

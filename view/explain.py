@@ -125,7 +125,8 @@ def _no_handler(e: Evidence) -> _Answer | None:
     if e.static:
         text = f"Port {e.name} is one end of a static channel, but no handler is bound to it.{pending}"
         return _Answer("no-handler", text, "a file binds it (bind_static)")
-    text = f"Port {e.name} has a channel, but no handler is bound to it.{pending}"
+    made = "was made by a hypercall of its domain's kernel" if e.raw else "has a channel"
+    text = f"Port {e.name} {made}, but no handler is bound to it.{pending}"
     return _Answer("no-handler", text, "a file binds it (bind_static), or its domain closes it")
 
 
@@ -238,6 +239,17 @@ def _not_written_back(e: Evidence) -> _Answer | None:
     )
 
 
+def _put_off(e: Evidence) -> _Answer | None:
+    if not e.put_off_ns:
+        return None
+    event = f"it is {_pending(e)}" if e.pending else "no other event is pending"
+    text = f"Port {e.name} has been written back, but its late EOI is put off until {duration(e.put_off_ns)} from now"
+    why = "its upcall loop ran for more than two ticks, or it was spurious too often"
+    if not e.hypervisor.runs:
+        return _Answer("hypervisor-not-running", f"{text}, and the hypervisor {e.hypervisor.said}.", e.hypervisor.remedy)
+    return _Answer("eoi-put-off", f"{text} ({why}); until then it stays masked, and {event}.", "that time, or machine.advance()")
+
+
 def _masked(e: Evidence) -> _Answer | None:
     if not e.pending or not e.masked:
         return None
@@ -269,10 +281,15 @@ def _on_its_way(e: Evidence) -> _Answer | None:
         )
     cpu = e.cpus[0]
     if not cpu.runs:
-        text = f"Port {e.name} is {_pending(e)}, but {cpu.name}, which would take it, {cpu.said}."
+        where = f", linked in the {e.queue_name}" if e.linked else ""
+        text = f"Port {e.name} is {_pending(e)}{where}, but {cpu.name}, which would take it, {cpu.said}."
         return _Answer("cpu-not-running", text, cpu.remedy)
+    if e.fifo and not e.linked:
+        text = f"Port {e.name} is {_pending(e)}, but its event word is in no queue: {cpu.name} does not find it yet."
+        return _Answer("on-its-way", text, "the hypervisor links it; look again")
     told = "has been told" if e.upcall_pending or not e.cpu_asleep else "sleeps and is about to be told"
-    text = f"Port {e.name} is {_pending(e)}: {cpu.name} {told} and is about to take it."
+    where = f", linked in the {e.queue_name}" if e.fifo else ""
+    text = f"Port {e.name} is {_pending(e)}{where}: {cpu.name} {told} and is about to take it."
     return _Answer("on-its-way", text, "nothing is needed: look again")
 
 
@@ -364,6 +381,7 @@ _QUESTIONS: tuple[Callable[[Evidence], _Answer | None], ...] = (
     _in_service,
     _overflowed,
     _unread,
+    _put_off,
     _not_written_back,
     _masked,
     _on_its_way,

@@ -46,6 +46,9 @@ def hops(evidence: Evidence) -> list[dict[str, Any]]:
     when = since(evidence.now_ns, evidence.pending_since_ns)
     pending = f"set {when}, {mask}" if evidence.pending else f"clear, {mask}; last set {when}"
     steps.append(_hop("pending bit", evidence.pending, pending + _reasons(evidence)))
+    if evidence.fifo:
+        linked = "its event word is linked in it" if evidence.linked else "its event word is not linked"
+        steps.append(_hop(evidence.queue_name, evidence.linked and evidence.pending, linked))
     served = f"served {evidence.irq >> 32} times, last {since(evidence.now_ns, evidence.served_at_ns)}"
     steps += [
         _hop(
@@ -72,16 +75,19 @@ def _hops_in_file(evidence: Evidence, file: OpenFile) -> list[dict[str, Any]]:
         detail = f"{ring.unread} unread of {ring.size}{at}{marks}"
         steps.append(_hop("event ring", bool(ring.positions), detail))
         steps.append(_hop("doorbell", False, "raised" if ring.door else "not raised"))
-    held = evidence.active and evidence.server is None and ring is not None and not ring.positions
+    written_back = not evidence.active or evidence.put_off_ns
+    held = not written_back and evidence.server is None and ring is not None and not ring.positions
     users = "; ".join(f"{user} is {user.condition}" for user in file.users)
     back = file.waiting.write_backs(evidence.port) if file.waiting is not None else 0
     steps.append(
         _hop(
             f"user of {file.name}",
             held,
-            f"{users}; {'has not' if evidence.active else 'has'} written it back",
+            f"{users}; {'has' if written_back else 'has not'} written it back",
         )
     )
+    if evidence.put_off_ns:
+        steps.append(_hop("late EOI", True, f"put off for {duration(evidence.put_off_ns)} more"))
     if file.waiting is not None:
         steps.append(_hop(f"submission ring of {file.name}", False, f"{back} write-backs of this port wait"))
     return steps

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import threading
@@ -19,8 +20,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from pvbus.actors.runtime import messages as m
-from pvbus.actors.runtime.process import PeerGone, ask_blocking
-from pvbus.actors.runtime.wire import Done, Message, encode, send_frame
+from pvbus.actors.runtime.process import ATTACH_REQUEST, PeerGone, ask_blocking, await_blocking
+from pvbus.actors.runtime.wire import Done, Message, close_fds, encode, send_frame
 from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile
 from pvbus.shm.segment import check
@@ -41,6 +42,7 @@ IOCTL_RESET = 0x00004505
 IOCTL_RESTRICT_DOMID = 0x00024506
 IOCTL_BIND_STATIC = 0x00044507
 _OF_THE_VFS = frozenset({0x5421, 0x5450, 0x5451, 0x5452})  # FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC: the driver never sees them
+BINDS_A_MESSAGE = 1024  # well below what a frame holds, and a fraction of a second
 _ARGUMENT_BYTES_MAX = 64  # the longest structure has 8
 
 
@@ -66,21 +68,22 @@ class _Shared:
         self.references = 0
         self.calls = 0  # under way: like a blocked read, they keep the file open
         self.kick = -1
-        self.page = Memory(page_fd, FilePage.BYTES)
-        self.public = Memory(public_fd, PublicPage.BYTES, False)
-        os.close(page_fd)
-        os.close(public_fd)
         try:
-            self.ring, self.kick = self._new_ring()
+            self.page = Memory(page_fd, FilePage.BYTES)
+            self.public = Memory(public_fd, PublicPage.BYTES, False)
+            os.close(page_fd)  # before the ring's two come: who is short of descriptors needs no more than these four
+            os.close(public_fd)
+            fds = [self.door]
+            first = m.Attach(pid=os.getpid())
+            self.ring, self.kick = self._ring_of(*await_blocking(self.connection, first, ATTACH_REQUEST, CALL_TIMEOUT_S))
         except BaseException:
             self.connection.close()
-            os.close(self.door)
+            close_fds(fds[:3])
             raise
         self.context = Context(self.page, self.ring, self.public, self.door, self.kick, 0, ports_max)
         self.context.set_hooks(self.finish, self.rejoin)
 
-    def _new_ring(self) -> tuple[Memory, int]:
-        reply, fds = ask_blocking(self.connection, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S)
+    def _ring_of(self, reply: Message, fds: list[int]) -> tuple[Memory, int]:
         if not isinstance(reply, m.Attached) or len(fds) != 2:
             raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
         ring = Memory(fds[0], SubmissionRing.BYTES)
@@ -95,29 +98,49 @@ class _Shared:
         self.lock = threading.Lock()
         self.calls = 0
 
-    def _reconnect(self) -> None:
+    def _adopted(self) -> socket.socket:
         """In a forked child: the connection is the parent's; hand the file's process the end of one of our own."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
-        theirs.close()
-        self.connection.close()
-        self.connection = ours
+        with theirs:
+            send_frame(self.connection, encode(m.Adopt()), (theirs.fileno(),))
+        return ours
+
+    def _has_hung_up(self) -> bool:
+        poller = select.poll()
+        poller.register(self.connection.fileno(), 0)
+        return bool(poller.poll(0))
 
     def rejoin(self) -> None:
         """Give a forked child its own connection and submission ring; its threads may come here together."""
         with self.lock:
             if not self.context.stale:
                 return
+            ours = None
             try:
-                self._reconnect()
-                self.ring, kick = self._new_ring()
-            except (PeerGone, BrokenPipeError):
+                ours = self._adopted()
+                ring, kick = self._ring_of(*ask_blocking(ours, m.Attach(pid=os.getpid()), timeout_s=CALL_TIMEOUT_S))
+            except OSError as error:
+                if ours is not None:
+                    ours.close()
+                if not isinstance(error, ConnectionError):
+                    raise
+                if not self._has_hung_up():  # it lives, and had no room for our connection
+                    raise OSError(errno.EMFILE, "the file's process has no descriptor left (ulimit -n)") from None
                 raise OSError(errno.EIO, "the file's process has died") from None
+            self.connection.close()
+            self.connection, self.ring = ours, ring
             os.close(self.kick)
             self.kick = kick
             self.context.rebind(self.ring, kick, 0)
 
     def call(self, message: Message) -> int:
+        """Call the file's process for a number."""
+        reply = self.ask(message)
+        if not isinstance(reply, Done):
+            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+        return reply.value
+
+    def ask(self, message: Message) -> Message:
         """Call the file's process. OSError with the driver's errno; EIO when it has died."""
         self.calls += 1
         try:
@@ -132,9 +155,7 @@ class _Shared:
         finally:
             self.calls -= 1
             self.finish()
-        if not isinstance(reply, Done):
-            raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
-        return reply.value
+        return reply
 
     def finish(self) -> None:
         """Close, once no reference is left and no call is blocked: a blocked reader keeps the ports alive."""
@@ -147,7 +168,9 @@ class _Shared:
         own = not self.context.stale
         if not own:
             with contextlib.suppress(OSError):  # else the parent's connection stays the parent's, and nobody waits for us
-                self._reconnect()
+                ours = self._adopted()
+                self.connection.close()
+                self.connection = ours
                 own = True
         os.close(door)
         if own:  # synchronous: after the last close the ports are free, as on the device
@@ -173,14 +196,19 @@ class EvtchnFile(UserFile):
         shared = _Shared(fds, ports_max)
         os.set_blocking(shared.door, not flags & os.O_NONBLOCK)
         mode = flags & os.O_ACCMODE
-        return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+        try:
+            return cls._reference(shared, readable=mode in (os.O_RDONLY, os.O_RDWR), writable=mode in (os.O_WRONLY, os.O_RDWR))
+        except OSError:  # no descriptor for the reference: the file is closed again
+            shared.finish()
+            raise
 
     @classmethod
     def _reference(cls, shared: _Shared, *, readable: bool, writable: bool) -> Self:
+        fd = os.dup(shared.door)
         self = cls(shared.context, readable, writable)
         self._shared = shared
         self._mode = (readable, writable)
-        self._fd = os.dup(shared.door)
+        self._fd = fd
         shared.references += 1
         return self
 
@@ -226,6 +254,41 @@ class EvtchnFile(UserFile):
     def restrict_domid(self, domid: int) -> None:
         """Mirror IOCTL_EVTCHN_RESTRICT_DOMID: one way."""
         self.ioctl(IOCTL_RESTRICT_DOMID, struct.pack("=H", domid & 0xFFFF))
+
+    # ---- many ports: the driver has no call for them; ours saves the messages
+
+    def bind_unbound_ports(self, remote_domain: int, count: int) -> list[int]:
+        """Call `bind_unbound_port` `count` times, at the cost of a few; give the ports, in order.
+
+        The first failure ends it: fewer ports than asked for are given, and only if there is none its error is raised.
+        """
+        return self._binds(IOCTL_BIND_UNBOUND_PORT, [_u32(remote_domain)] * count)
+
+    def bind_interdomain_ports(self, remote_domain: int, remote_ports: Iterable[int]) -> list[int]:
+        """Call `bind_interdomain` for each of the remote ports, at the cost of a few; give the local ports, in order.
+
+        The first failure ends it: fewer ports than asked for are given, and only if there is none its error is raised.
+        """
+        return self._binds(IOCTL_BIND_INTERDOMAIN, [_u32(remote_domain, port) for port in remote_ports])
+
+    def _binds(self, request: int, arguments: list[bytes]) -> list[int]:
+        self._check_open()
+        ports: list[int] = []
+        for at in range(0, len(arguments), BINDS_A_MESSAGE):
+            try:
+                reply = self._shared.ask(m.Binds(request=request, arguments=arguments[at : at + BINDS_A_MESSAGE]))
+            except OSError:
+                if not ports:
+                    raise
+                break
+            if not isinstance(reply, m.Values):
+                raise OSError(errno.EPROTO, f"unexpected {type(reply).__name__}")
+            ports += reply.values
+            if reply.errno:
+                if not ports:
+                    raise OSError(reply.errno, reply.text or os.strerror(reply.errno))
+                break
+        return ports
 
     # ---- several buffers: the driver has no call for them, so the kernel makes one a segment (A12.3)
 

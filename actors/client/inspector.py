@@ -109,7 +109,8 @@ class Inspector:
         irq = self.irq_word(domid, port)
         slot = (irq & Irq.SLOT) - 1
         peer = state in (Port.UNBOUND, Port.INTERDOMAIN)
-        nobodys = "lost" if irq & Irq.LOST else "kernel" if irq & Irq.KERNEL else None
+        kernels = irq & Irq.KERNEL or word & Port.RAW
+        nobodys = "lost" if irq & Irq.LOST else "kernel" if kernels else None
         return {
             "domain": domid,
             "port": port,
@@ -165,6 +166,7 @@ class Inspector:
         """Describe one virtual CPU."""
         memory = self.domain_pages[domid]
         fields = {"upcalls": Vcpu.UPCALLS, "events": Vcpu.EVENTS, "unhandled": Vcpu.UNHANDLED, "warnings": Vcpu.WARNINGS}
+        fields["eois_put_off"] = Vcpu.EOIS_PUT_OFF
         return {
             "vcpu": vcpu,
             "generation": memory.load32(Domain.vcpu(vcpu, Vcpu.GENERATION)),

@@ -67,7 +67,12 @@ class Machine:
             raise MachineNotFoundError(text) from None
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        welcome = self._ask(m.Hello())[0]
+        try:
+            welcome = self._ask(m.Hello())[0]
+        except BaseException:
+            self._socket.close()
+            self._socket = None
+            raise
         self.run_id = welcome.run_id if isinstance(welcome, m.Welcome) else ""
 
     def _ask(self, message: Message, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Message, list[int]]:

@@ -112,22 +112,28 @@ class EvtchnFile:
             raise _error(errno.EACCES)
         (virq,) = copy_from_user(argument, "=I")
         port = yield m.BindVirq(virq=virq, vcpu=0)
-        return (yield from self._bind_to_user(port))
+        return (yield from self.bind_to_user(port))
 
     def _bind_interdomain(self, argument: bytes | None) -> Generator[Message, int, int]:
+        port = yield self.hypercall_of(BIND_INTERDOMAIN, argument)
+        return (yield from self.bind_to_user(port))
+
+    def _bind_unbound_port(self, argument: bytes | None) -> Generator[Message, int, int]:
+        port = yield self.hypercall_of(BIND_UNBOUND_PORT, argument)
+        return (yield from self.bind_to_user(port))
+
+    def hypercall_of(self, request: int, argument: bytes | None) -> Message:
+        """Check what BIND_UNBOUND_PORT and BIND_INTERDOMAIN check first; give their hypercall. EACCES, EFAULT, in their order."""
+        if request == BIND_UNBOUND_PORT:
+            if self.restrict_domid != UNRESTRICTED:
+                raise _error(errno.EACCES)
+            (remote_domain,) = copy_from_user(argument, "=I")
+            return m.AllocUnbound(remote_domain=remote_domain & 0xFFFF)
         remote_domain, remote_port = copy_from_user(argument, "=II")
         # Compared as u32, passed on as u16: 65541 is not 5 here, and is domain 5 for the hypervisor.
         if self.restrict_domid not in (UNRESTRICTED, remote_domain):
             raise _error(errno.EACCES)
-        port = yield m.BindInterdomain(remote_domain=remote_domain & 0xFFFF, remote_port=remote_port)
-        return (yield from self._bind_to_user(port))
-
-    def _bind_unbound_port(self, argument: bytes | None) -> Generator[Message, int, int]:
-        if self.restrict_domid != UNRESTRICTED:
-            raise _error(errno.EACCES)
-        (remote_domain,) = copy_from_user(argument, "=I")
-        port = yield m.AllocUnbound(remote_domain=remote_domain & 0xFFFF)
-        return (yield from self._bind_to_user(port))
+        return m.BindInterdomain(remote_domain=remote_domain & 0xFFFF, remote_port=remote_port)
 
     def _unbind(self, argument: bytes | None) -> Generator[Message, int, int]:
         (port,) = copy_from_user(argument, "=I")
@@ -167,36 +173,30 @@ class EvtchnFile:
         (port,) = copy_from_user(argument, "=I")
         if port in self.ports:
             raise _error(errno.EISCONN)
-        yield from self._bind_to_user(port, static=True)
+        yield from self.bind_to_user(port, static=True)
         return 0  # not the port
 
     # ---- A2, A6, A7
 
-    def _bind_to_user(self, port: int, *, static: bool = False) -> Generator[Message, int, int]:
+    def bind_to_user(self, port: int, *, static: bool = False) -> Generator[Message, int, int]:
         """Mirror evtchn_bind_to_user (A7): record, room in the ring, then the handler, whose first event may fire at once."""
         if self._fails("record_allocation_failures"):
             yield from self._without_record(port, static=static)
-        self.nr_evtchns += 1
-        duplicate, asked = port in self.ports, False
+        duplicate, recorded = port in self.ports, False
         try:
-            if duplicate:
-                raise _error(errno.EEXIST)
-            self._resize()
-            if port < PORTS_MAX:
-                self._mark(port, bound=True)
-            asked = True
+            self.record(port)
+            recorded = True
             yield m.BindIrq(port=port, static=static)
         except OSError as error:
-            self.nr_evtchns -= 1
-            if not duplicate and port < PORTS_MAX:
-                self._mark(port, bound=False)
+            if recorded:
+                self.forget([port])
             if error.errno == errno.EPIPE:
                 # The hypervisor died. Its heir has closed what had no handler, and may have given the number to another
                 # file since; so only a handler of ours goes, if the forerunner had bound it before it died.
                 yield m.UnbindIrq(port=port)
             elif not static:  # closed once (H4), and not leaked (H3)
-                yield from self._close_quietly(port)
-                if asked and self.variants & MachinePage.VARIANT_DOUBLE_CLOSE:
+                yield from self.close_quietly(port)
+                if recorded and self.variants & MachinePage.VARIANT_DOUBLE_CLOSE:
                     # H4: the irq layer has closed it, and now the driver does. Not carried out: the number may be another
                     # file's by now. The guest kernel ends in BUG, this process ends here.
                     raise InvariantError(f"port {port} is closed twice (variant double-close): BUG") from error
@@ -206,12 +206,32 @@ class EvtchnFile:
         self.ports.add(port)
         return port
 
+    def record(self, port: int) -> None:
+        """Count the port, see to room for its event, let its users write it back (A7.1, A7.2). EEXIST, ENOMEM."""
+        self.nr_evtchns += 1
+        try:
+            if port in self.ports:
+                raise _error(errno.EEXIST)
+            self._resize()
+        except OSError:
+            self.nr_evtchns -= 1
+            raise
+        if port < PORTS_MAX:
+            self._mark(port, bound=True)
+
+    def forget(self, ports: list[int]) -> None:
+        """Undo `record` of ports that got no handler."""
+        for port in ports:
+            self.nr_evtchns -= 1
+            if port < PORTS_MAX:
+                self._mark(port, bound=False)
+
     def _without_record(self, port: int, *, static: bool) -> Generator[Message, int, None]:
         """A7.1 failed: close what the hypervisor has handed out, or leave it to nobody, as the driver does (H3)."""
         if not static and self.variants & MachinePage.VARIANT_LEAK_ON_ENOMEM:
             yield m.ForgetPorts(leaked=port)
         elif not static:
-            yield from self._close_quietly(port)
+            yield from self.close_quietly(port)
         raise _error(errno.ENOMEM, "no memory for the port's record (injected)")
 
     def _erase_what_was_not_inserted(self) -> Generator[Message, int, None]:
@@ -223,7 +243,8 @@ class EvtchnFile:
             self._mark(port, bound=False)
         self.ports.clear()  # and not nr_evtchns: the driver goes on counting them
 
-    def _close_quietly(self, port: int) -> Generator[Message, int, None]:
+    def close_quietly(self, port: int) -> Generator[Message, int, None]:
+        """Close a port of the hypervisor's that no handler was bound to."""
         try:
             yield m.ClosePort(port=port)
         except OSError as error:

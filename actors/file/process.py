@@ -10,14 +10,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import os
 import select
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pvbus.actors.file import batch
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.runtime import messages as m
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
+from pvbus.actors.runtime import wire
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
     MAGIC_FILE,
@@ -54,8 +57,8 @@ class Call(NamedTuple):
     """An ioctl that waits, or is being executed; `repeats` counts the hypervisors that died under it."""
 
     received: Received
-    message: m.Ioctl
-    steps: Generator[Message, int, int]
+    steps: Callable[[], Generator[Message, Any, Message]]  # from the beginning
+    running: Generator[Message, Any, Message]
     repeats: int = 0
 
 
@@ -82,6 +85,38 @@ class FileProcess(ProcessActor):
         self.attaching: set[Peer] = set()
         self.leaving: list[tuple[User, Callable[[], None]]] = []
         self._format(arguments)
+
+    @classmethod
+    def rehearse(cls) -> None:
+        """Live through a start, an Attach and an ioctl on pages and sockets of no machine.
+
+        What a fork shares is copied when it is first written, reference counts included; that takes longer than the start
+        itself, and a spare child has it behind it.
+        """
+        ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+        (control, _), (hypervisor, hypervisors), (user, users) = ends
+        door, users_door = socket.socketpair()
+        pages = {"page": sealed_memfd("pvbus-spare", FilePage.BYTES), "machine": sealed_memfd("pvbus-spare", Machine.BYTES)}
+        fds = {**pages, "hypervisor": hypervisor.detach(), "user": user.detach(), "door": door.detach()}
+        start = Start(name="", entry="", arguments={"slot": 0, "domain": 0, "opener_pid": 0, "comm": ""}, fds=list(fds))
+        wire.decode(wire.encode(start, 1))
+        actor = cls("file/spare", control, start.arguments, fds)
+        wire.send_frame(users, wire.encode(m.Attach(pid=0), 1))
+        actor.on_receive(actor.inbox.get().message)
+        wire.send_frame(hypervisors, wire.encode(Done(value=0), 1, reply=True))
+        for request in (2, 3):  # one frame of each peer in turn: the reply is handled before the second of these
+            wire.send_frame(users, wire.encode(m.Ioctl(request=0, argument=None), request))
+            actor.on_receive(actor.inbox.get().message)
+        actor.inbox.abandon()
+        for user_of in filter(None, actor.users.values()):
+            wire.close_fds((user_of.ring_fd, user_of.kick))
+        actor.page.close()
+        actor.machine.close()
+        actor.door.close()
+        users_door.close()
+        wire.close_fds(pages.values())
+        for _, far in ends:
+            far.close()
 
     def _format(self, arguments: dict[str, Any]) -> None:
         stamp(self.page, MAGIC_FILE)
@@ -113,7 +148,9 @@ class FileProcess(ProcessActor):
         if received.peer not in self.users:
             raise OSError(errno.EPERM, f"{received.peer.name} does not use this file")
         if isinstance(message, m.Ioctl):
-            self._enqueue(received, message)
+            self._enqueue(received, functools.partial(self._steps, message))
+        elif isinstance(message, m.Binds):
+            self._enqueue(received, functools.partial(batch.binds, self.file, message, []))
         elif isinstance(message, m.Attach):
             self._attach(received, message)
         elif isinstance(message, m.Adopt):
@@ -129,10 +166,10 @@ class FileProcess(ProcessActor):
             return super().on_message(received)
         return None
 
-    def _enqueue(self, received: Received, message: m.Ioctl) -> None:
+    def _enqueue(self, received: Received, steps: Callable[[], Generator[Message, Any, Message]]) -> None:
         if len(self.waiting) >= CALLS_WAITING_MAX:
             raise OSError(errno.EBUSY, f"{CALLS_WAITING_MAX} calls are waiting")
-        self.waiting.append(Call(received, message, self._steps(message)))
+        self.waiting.append(Call(received, steps, steps()))
         self._next()
 
     # ---- ioctls, one at a time: the bind lock
@@ -142,25 +179,25 @@ class FileProcess(ProcessActor):
             self.active = self.waiting.popleft()
             self._step(None, None)
 
-    def _steps(self, message: m.Ioctl) -> Generator[Message, int, int]:
+    def _steps(self, message: m.Ioctl) -> Generator[Message, Any, Message]:
         """Run the ioctl lazily: even its first check happens under the bind lock."""
-        return (yield from self.file.ioctl(message.request, message.argument))
+        return Done(value=(yield from self.file.ioctl(message.request, message.argument)))
 
-    def _step(self, value: int | None, error: OSError | None) -> None:
+    def _step(self, value: int | m.Values | None, error: OSError | None) -> None:
         call = self.active
         if call is None:
             return
         try:
             if error is not None:
-                request = call.steps.throw(error)
+                request = call.running.throw(error)
             else:
-                request = next(call.steps) if value is None else call.steps.send(value)
+                request = next(call.running) if value is None else call.running.send(value)
         except StopIteration as stop:
-            self._end(call, Done(value=stop.value))
+            self._end(call, stop.value)
         except OSError as failed:
             if failed.errno == errno.EPIPE and call.repeats < REPEATS_MAX:
                 self.active = None
-                self.waiting.appendleft(Call(call.received, call.message, self._steps(call.message), call.repeats + 1))
+                self.waiting.appendleft(Call(call.received, call.steps, call.steps(), call.repeats + 1))
                 self._next()
             else:
                 self._end(call, Failure(errno=failed.errno or errno.EIO, text=failed.strerror or ""))
@@ -174,6 +211,8 @@ class FileProcess(ProcessActor):
     def _answered(self, peer: Peer, reply: Message) -> None:
         if isinstance(reply, Done):
             self._step(reply.value, None)
+        elif isinstance(reply, m.Values):
+            self._step(reply, None)
         elif isinstance(reply, Failure) and reply.errno == errno.EPIPE and peer is self.hypervisor:
             self.orphaned = True  # goes on in _rewire
         elif isinstance(reply, Failure):
@@ -212,13 +251,16 @@ class FileProcess(ProcessActor):
         """Give a process its submission ring and doorbell, once the hypervisor drains it."""
         if self.users[received.peer] is not None or received.peer in self.attaching:
             raise OSError(errno.EALREADY, "this connection has its submission ring")
-        ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
+        kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            ring_fd = sealed_memfd(f"pvbus-{self.name}-submission", SubmissionRing.BYTES)
+        except OSError:
+            os.close(kick)
+            raise
         ring = Memory(ring_fd, SubmissionRing.BYTES)
         stamp(ring, MAGIC_SUBMISSION)
         ring.store32(SubmissionRing.ENTRIES, SUBMISSION_ENTRIES)
         ring.close()
-        kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
         self.attaching.add(received.peer)
 
         def attached(reply: Message, _fds: list[int]) -> None:

@@ -7,18 +7,24 @@ starts every submission ring is drained, so it sees every notify that had return
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from pvbus.actors.hypervisor.errors import HypercallError
+from pvbus.actors.hypervisor.ports import DOMID_SELF
+from pvbus.actors.runtime import messages as m
+from pvbus.shm import channel
 from pvbus.shm.layout import Irq, Port
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pvbus.actors.hypervisor.irqs import IrqLayer
+    from pvbus.actors.runtime.wire import Message
 
-UNBINDS_A_TURN = 256
+UNBINDS_A_TURN = 64  # about a millisecond
+LOOKS_A_TURN = 512
 HANDLER_ROUNDS_MAX = 1_000_000  # a handler takes a microsecond; a dead CPU's heir finishes it within the restart time
 
 
@@ -42,7 +48,7 @@ def barrier(domid: int) -> Generator[Wait, None, int]:
 
 
 def _disable_all(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait, None, int]:
-    running = [port for port in ports if irqs.disable(domid, port)]
+    running = yield from _those(ports, lambda port: irqs.disable(domid, port))
     for _ in range(HANDLER_ROUNDS_MAX):
         running = [port for port in running if irqs.disable(domid, port)]
         if not running:
@@ -50,19 +56,25 @@ def _disable_all(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait
         yield Again()
     else:
         raise HypercallError(errno.EIO, f"the handler of port {running[0]} does not end")
-    yield from _wait_until_unlinked(irqs, domid, ports)
-    return 0
-
-
-def _wait_until_unlinked(irqs: IrqLayer, domid: int, ports: list[int]) -> Generator[Wait, None, int]:
-    """FIFO: a word that is linked is taken out by its CPU, which has been told; its number is free only then."""
-    linked = ports
+    # FIFO: a word that is linked is taken out by its CPU, which has been told; its number is free only then.
+    linked = yield from _those(ports, lambda port: irqs.is_linked(domid, port))
     for _ in range(HANDLER_ROUNDS_MAX):
         linked = [port for port in linked if irqs.is_linked(domid, port)]
         if not linked:
             return 0
         yield Again()
     raise HypercallError(errno.EIO, f"port {linked[0]} stays in its queue")
+
+
+def _those(ports: list[int], condition: Callable[[int], bool]) -> Generator[Wait, None, list[int]]:
+    """Find the ports for which a condition holds, in turns: there may be 131,071, and others' notifies go on meanwhile."""
+    found = []
+    for at, port in enumerate(ports):
+        if condition(port):
+            found.append(port)
+        if at % LOOKS_A_TURN == LOOKS_A_TURN - 1:
+            yield Again()
+    return found
 
 
 def unbind_irq(irqs: IrqLayer, domid: int, slot: int, port: int) -> Generator[Wait, None, int]:
@@ -112,3 +124,34 @@ def bind_irq(irqs: IrqLayer, domid: int, slot: int, port: int, *, static: bool) 
     """Mirror bind_evtchn_to_irqhandler_lateeoi."""
     irqs.bind(domid, port, slot, static=static)
     return port
+
+
+def at_once(irqs: IrqLayer, domid: int, slot: int, message: Message, unclaimed: set[int]) -> int:
+    """Execute a call of a file that has nothing to wait for; what it is given is in `unclaimed` until it binds a handler.
+
+    A file that dies in between must not leak a port.
+    """
+    channels = irqs.channels
+    match message:
+        case m.AllocUnbound():
+            value = channels.alloc_unbound(domid, DOMID_SELF, message.remote_domain)
+        case m.BindInterdomain():
+            value = channels.bind_interdomain(domid, message.remote_domain, message.remote_port)
+        case m.BindVirq():
+            value = channels.bind_virq(domid, message.virq, message.vcpu)
+        case m.BindIrq():
+            value = bind_irq(irqs, domid, slot, message.port, static=message.static)
+            unclaimed.discard(message.port)
+            return value
+        case m.NrChannels():
+            return channel.nr_channels(channels.domains[domid].memory)
+        case m.SendPort():
+            with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
+                channels.send(domid, message.port)
+            return 0
+        case m.ForgetPorts():
+            return forget_ports(irqs, domid, slot, message.leaked)
+        case _:
+            raise HypercallError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
+    unclaimed.add(value)
+    return value

@@ -51,7 +51,8 @@ class Cpus:
             os.close(old)
         self._doorbells[key] = doorbell
         self._channels.path.set_doorbell(*key, doorbell)
-        self._channels.path.fifo_rebuild(*key)  # it does not run yet, and we raise nothing meanwhile
+        for vcpu in self._channels.path.fifo_rebuild(*key):  # it does not run yet, and we raise nothing meanwhile
+            self.kick(message.domain, vcpu)
         return self._inbox.add_peer(socket.socket(fileno=sock), f"cpu/{message.domain}.{message.vcpu}")
 
     def go(self, key: tuple[int, int], peer: Peer, received: Received) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     BIND_IPI, BIND_VCPU, UNMASK, RESET, INIT_CONTROL, EXPAND_ARRAY, SET_PRIORITY,
 ) = range(14)  # fmt: skip
 
+DOMID_SELF = 0x7FF0
 STATUS_UNBOUND, STATUS_INTERDOMAIN, STATUS_PIRQ, STATUS_VIRQ = 1, 2, 3, 4
 
 
@@ -42,11 +43,11 @@ class Operation(NamedTuple):
 
 
 def _bind_interdomain(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:
-    return (a[0], a[1], channels.bind_interdomain(caller, a[0], a[1]))
+    return (a[0], a[1], channels.keep(caller, channels.bind_interdomain(caller, a[0], a[1])))
 
 
 def _bind_virq(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:
-    return (a[0], a[1], channels.bind_virq(caller, a[0], a[1]))
+    return (a[0], a[1], channels.keep(caller, channels.bind_virq(caller, a[0], a[1])))
 
 
 def _bind_pirq(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:
@@ -76,11 +77,12 @@ def _status(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[i
 
 
 def _alloc_unbound(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:
-    return (a[0], a[1], channels.alloc_unbound(caller, a[0], a[1]))
+    domid = caller if a[0] == DOMID_SELF else a[0]
+    return (a[0], a[1], channels.keep(domid, channels.alloc_unbound(caller, a[0], a[1])))
 
 
 def _bind_ipi(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:
-    return (a[0], channels.bind_ipi(caller, a[0]))
+    return (a[0], channels.keep(caller, channels.bind_ipi(caller, a[0])))
 
 
 def _bind_vcpu(channels: EventChannels, caller: int, a: tuple[int, ...]) -> tuple[int, ...]:

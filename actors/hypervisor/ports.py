@@ -62,7 +62,7 @@ _STATUS = {
 class EventChannels:
     """The EVTCHNOP operations. `hardware_domain` is privileged, and handles the global VIRQs that nobody else was given.
 
-    `limits` {domain id: number of ports} is the toolstack's max_event_channels; without one the ABI is the limit.
+    `limits` {domain id: highest port} is the toolstack's max_event_channels; without one the ABI is the limit.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class EventChannels:
     def _allocate(self, domid: int) -> int:
         """Find the lowest free port (A12.14); ENOSPC without one. Ports that are still linked in a FIFO queue are passed over."""
         memory = self.domains[domid].memory
-        end = min(self.ports_max(domid), self.limits.get(domid, self.ports_max(domid)))
+        end = min(self.ports_max(domid), self.limits.get(domid, self.ports_max(domid)) + 1)
         fifo = channel.is_fifo(memory)
         first_free = 0
         for port in range(self._lowest_free[domid], end):
@@ -186,7 +186,7 @@ class EventChannels:
         # The local end first: until the remote word names it nobody can send to it, so an heir that finds it alone frees it.
         self._set_word(caller, port, Port.pack(Port.INTERDOMAIN, remote_domain=remote.domid, remote_port=remote_port))
         peer = Port.pack(Port.INTERDOMAIN, remote_domain=caller, remote_port=port, vcpu=vcpu)
-        self._set_word(remote.domid, remote_port, peer | self.word(remote.domid, remote_port) & Port.STATIC)
+        self._set_word(remote.domid, remote_port, peer | self.word(remote.domid, remote_port) & Port.KEPT)
         self.raise_port(caller, port)
         return port
 
@@ -233,7 +233,7 @@ class EventChannels:
         if state in (Port.FREE, Port.RESERVED, Port.IPI) or (state == Port.VIRQ and remote_port in VIRQS_PER_VCPU):
             raise HypercallError(errno.EINVAL, f"port {port} cannot move")
         moved = Port.pack(state, remote_domain=remote_domain, remote_port=remote_port, vcpu=vcpu)
-        self._set_word(caller, port, moved | self.word(caller, port) & (Port.PEER_CLOSED | Port.STATIC))
+        self._set_word(caller, port, moved | self.word(caller, port) & (Port.PEER_CLOSED | Port.KEPT))
 
     def close(self, caller: int, port: int) -> None:
         """Mirror EVTCHNOP_close: EINVAL for a port out of range, free or reserved. The peer becomes unbound, without an event."""
@@ -258,7 +258,7 @@ class EventChannels:
         state, back_domain, back_port, vcpu = Port.unpack(self.word(remote_domain, remote_port))
         if state == Port.INTERDOMAIN and (back_domain, back_port) == (caller, port):
             unbound = Port.pack(Port.UNBOUND, remote_domain=caller, vcpu=vcpu)
-            kept = self.word(remote_domain, remote_port) & Port.STATIC
+            kept = self.word(remote_domain, remote_port) & Port.KEPT
             self._set_word(remote_domain, remote_port, unbound | kept | Port.PEER_CLOSED)
 
     def send(self, caller: int, port: int) -> None:
@@ -333,6 +333,11 @@ class EventChannels:
     def _ring(self, domid: int, vcpu: int) -> None:
         if vcpu >= 0:
             self.kick(domid, vcpu)
+
+    def keep(self, domid: int, port: int) -> int:
+        """Note that a port was made for no file, so that no heir takes it for one that a file has lost; give the port."""
+        self._set_word(domid, port, self.word(domid, port) | Port.RAW)
+        return port
 
     def bind_static_pair(self, domid: int, port: int, remote_domid: int, remote_port: int) -> None:
         """Connect two numbers of free ports, before anything runs. EBUSY when one is taken. Neither is born pending."""

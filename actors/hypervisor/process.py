@@ -15,7 +15,7 @@ import select
 import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pvbus.actors.hypervisor import calls, kernel, records, recovery, toolstack
+from pvbus.actors.hypervisor import calls, kernel, records, recovery, together, toolstack
 from pvbus.actors.hypervisor.cpus import Cpus
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.executor import Executor
@@ -24,7 +24,6 @@ from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Failure, Message
-from pvbus.shm import channel
 from pvbus.shm.layout import (
     MAGIC_DOMAIN,
     MAGIC_MACHINE,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 SETTLE_ROUNDS_MAX = 10_000
+DRAIN_BUDGET = 256  # entries of one ring between two turns of a long call
 BYTE = b"\x01"
 
 
@@ -83,7 +83,7 @@ class HypervisorProcess(ProcessActor):
         self.rings: dict[int, int] = {}  # submission index -> slot
         self.ring_kicks: dict[int, int] = {}
         self.cpus = Cpus(self.inbox, self.channels, self._flushed)
-        self.calls = Executor(self.inbox.call_soon, self._before_a_call, self.cpus.flush)
+        self.calls = Executor(self._take_turns, self._before_a_call, self.cpus.flush)
         self.doors = select.epoll()
         self.releasing: set[int] = set()
         self.unclaimed: dict[int, set[int]] = {}  # ports handed out to a file and not bound by it yet
@@ -143,8 +143,28 @@ class HypervisorProcess(ProcessActor):
         if isinstance(message, m.Rejoined):
             self.doors.register(self.files[slot].door.fileno(), 0)
             return None
-        self.calls.start(self._call_of(slot, received.peer, message), lambda reply: _reply(received, reply))
+        if isinstance(message, m.Hypercalls):
+            self._several(slot, message, received)
+        else:
+            self.calls.start(self._call_of(slot, received.peer, message), lambda reply: _reply(received, reply))
         return None
+
+    def _several(self, slot: int, message: m.Hypercalls, received: Received) -> None:
+        """Make calls of a file one after the other, up to the first that fails."""
+        values: list[int] = []
+        wanted = together.decode(message)
+
+        def steps() -> Generator[calls.Wait, None, int]:
+            for one in wanted:
+                value = yield from self._call_of(slot, received.peer, one)
+                values.append(value)
+            return 0
+
+        def answer(reply: Message) -> None:
+            failed = reply if isinstance(reply, Failure) else Failure(errno=0)
+            _reply(received, m.Values(values=values, errno=failed.errno, text=failed.text))
+
+        self.calls.start(steps(), answer)
 
     def _from_supervisor(self, received: Received) -> Message | None:
         message = received.message
@@ -209,38 +229,11 @@ class HypervisorProcess(ProcessActor):
             yield from ()
             if self.slots.get(caller) != slot:
                 raise HypercallError(errno.EPERM, "the file was released meanwhile")
-            return self._at_once(slot, domid, message)
+            if isinstance(message, m.DetachSubmission):
+                return self._detach_submission(slot, message.index)
+            return calls.at_once(irqs, domid, slot, message, self.unclaimed.setdefault(slot, set()))
 
         return run()
-
-    def _at_once(self, slot: int, domid: int, message: Message) -> int:
-        """Execute a call that has nothing to wait for."""
-        channels = self.channels
-        unclaimed = self.unclaimed.setdefault(slot, set())
-        if isinstance(message, m.AllocUnbound):
-            value = channels.alloc_unbound(domid, 0x7FF0, message.remote_domain)
-        elif isinstance(message, m.BindInterdomain):
-            value = channels.bind_interdomain(domid, message.remote_domain, message.remote_port)
-        elif isinstance(message, m.BindVirq):
-            value = channels.bind_virq(domid, message.virq, message.vcpu)
-        elif isinstance(message, m.BindIrq):
-            value = calls.bind_irq(self.irqs, domid, slot, message.port, static=message.static)
-            unclaimed.discard(message.port)
-            return value
-        elif isinstance(message, m.NrChannels):
-            return channel.nr_channels(channels.domains[domid].memory)
-        elif isinstance(message, m.SendPort):
-            with contextlib.suppress(HypercallError):  # A9.6: 0 whatever the hypervisor said
-                channels.send(domid, message.port)
-            return 0
-        elif isinstance(message, m.ForgetPorts):
-            return calls.forget_ports(self.irqs, domid, slot, message.leaked)
-        elif isinstance(message, m.DetachSubmission):
-            return self._detach_submission(slot, message.index)
-        else:
-            raise HypercallError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
-        unclaimed.add(value)  # nobody's, until BindIrq: a file that dies in between must not leak it
-        return value
 
     # ---- calls, one at a time
 
@@ -250,6 +243,13 @@ class HypervisorProcess(ProcessActor):
         if drained is not None:
             self._effects(drained)
         self._look_for_hangups()
+
+    def _take_turns(self, resume: Callable[[], None]) -> None:
+        """A call goes on after a look at the messages; the events of all others do not wait for its end."""
+        drained = self.path.drain(DRAIN_BUDGET)
+        if drained is not None:
+            self._effects(drained)
+        self.inbox.call_soon(resume)
 
     def _settle(self) -> Generator[calls.Wait, None, int]:
         """Wait until a whole round finds nothing to do: rings drained, every CPU asleep without an upcall."""

@@ -19,10 +19,11 @@ VARIANTS = {  # what is switched on -> its bit in the machine's header, where ev
     "leak-on-enomem": Machine.VARIANT_LEAK_ON_ENOMEM,
     "double-close": Machine.VARIANT_DOUBLE_CLOSE,
     "strict-static-restriction": Machine.VARIANT_STRICT_STATIC,
+    "one-tasklet-pair": Machine.VARIANT_ONE_TASKLET_PAIR,
 }
 PROFILES = {
     "linux-6.12": (),  # the answers as they were recorded
-    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close"),
+    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair"),
     "strict": ("strict-static-restriction",),
 }
 INJECT_MAX = PORTS_FIFO  # a file binds no more ports
@@ -42,7 +43,7 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpus: int = 1
     platforms: tuple[str, ...] = ("xen",)
     abi: Literal["fifo", "2-level"] = "fifo"
-    max_event_channels: int = 0  # 0: as many as the ABI has
+    max_event_channels: int = 0  # the highest port; 0: as many as the ABI has
     global_virqs: tuple[int, ...] = ()  # those that this domain handles; all others are domain 0's
     kernel_virqs: tuple[int, ...] = ()
     kernel_ports: int = 0
@@ -51,7 +52,8 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def ports_max(self) -> int:
         """How many port numbers there are, 0 included."""
-        return self.max_event_channels or (PORTS_FIFO if self.abi == "fifo" else PORTS_2L)
+        ports = PORTS_FIFO if self.abi == "fifo" else PORTS_2L
+        return min(self.max_event_channels + 1, ports) if self.max_event_channels else ports
 
 
 class StaticEvtchnConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -73,10 +73,13 @@ class Preloaded(Message, frozen=True, kw_only=True):
 
 
 class Spawn(Message, frozen=True, kw_only=True):
-    """Ask for a child; its control socket comes along."""
+    """Ask for a child; its control socket comes along. A spare one, for `entry`, prepares itself and waits for its
+    Start without a limit.
+    """
 
     fds_max: ClassVar[int | None] = 1
     name: str
+    entry: str = ""
 
 
 class Spawned(Message, frozen=True, kw_only=True):
@@ -147,11 +150,12 @@ class ForkServer:
         message = Preload(modules=list(modules), directories=list(directories), shm_prefix=shm_prefix)
         self.peer.ask(message, then, PRELOAD_S_MAX)
 
-    def spawn(self, name: str, sock: socket.socket, then: Then) -> None:
+    def spawn(self, name: str, sock: socket.socket, then: Then, *, entry: str = "") -> None:
         """Fork a child with `sock` as its control socket (close yours afterwards); `then` gets Spawned or a
-        Failure.
+        Failure. With an `entry` it is a spare one: it gets ready for that, and waits for its Start without a
+        limit.
         """
-        self.peer.ask(Spawn(name=name), then, SPAWN_S_MAX, fds=(sock.fileno(),))
+        self.peer.ask(Spawn(name=name, entry=entry), then, SPAWN_S_MAX, fds=(sock.fileno(),))
 
     def kill(self, pid: int, number: int, then: Then | None = None) -> None:
         """Send a signal to a child that still lives; `then` gets Done(value=0) if it does not."""
@@ -248,17 +252,17 @@ class _Server:
         own_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._be_child(fds[0], own_pid)
+            self._be_child(fds[0], own_pid, message)
         self.children[pid] = message.name
         return Spawned(pid=pid)
 
-    def _be_child(self, control_fd: int, parent_pid: int) -> NoReturn:
+    def _be_child(self, control_fd: int, parent_pid: int, spawn: Spawn) -> NoReturn:
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self.inbox.abandon()
             wire.close_fds(leftover.fd for leftover in self.leftovers)
-            child_main(socket.socket(fileno=control_fd), parent_pid)
+            child_main(socket.socket(fileno=control_fd), parent_pid, spawn.name, spawn.entry)
         finally:
             os._exit(70)
 

@@ -43,9 +43,7 @@ FOREIGN_FRAMES_MAX = 16
 LOCAL_MESSAGES_MAX = 65536
 """Envelopes of pykka references in this process: they are few, the bound keeps a loop from eating memory."""
 POLL_ROUNDS = 8
-"""Rounds of idle work between two looks at the sockets: a round is a batch already, a look costs a system
-call.
-"""
+"""Rounds of idle work between two looks at the sockets: a round is a batch already, a look costs a system call."""
 _log = logging.getLogger("pvbus.runtime")
 
 
@@ -98,9 +96,7 @@ class Inbox:
         return [source for source in self._sources.values() if isinstance(source, Peer)]
 
     def add_listener(self, sock: socket.socket, on_accept: Callable[[socket.socket], None]) -> None:
-        """Call `on_accept(connection)` for each connection; the listening socket stays the caller's
-        (`remove_fd`).
-        """
+        """Call `on_accept(connection)` for each connection; the listening socket stays the caller's (`remove_fd`)."""
         Listener(self, sock, on_accept)
 
     def add_fd(self, fd: int, eventmask: int, callback: Callable[[int], None]) -> None:
@@ -130,8 +126,10 @@ class Inbox:
 
     def wake_on_signals(self) -> None:
         """Have every signal of this process end the loop's sleep: its handler may come just before epoll
-        sleeps, and would then run only after it. The process's main thread calls this, once.
+        sleeps, and would then run only after it. The process's main thread calls this; a second call does nothing.
         """
+        if self._signal_ends:
+            return
         receiving, sending = self._signal_ends = socket.socketpair()
         receiving.setblocking(False)
         sending.setblocking(False)
@@ -246,8 +244,7 @@ class Inbox:
 
     def _turn(self, *, sleep: bool) -> None:
         if sleep:
-            # `_asleep` before the look at the queues: who appends behind that look sees it and writes the
-            # eventfd.
+            # `_asleep` before the look at the queues: who appends behind that look sees it and writes the eventfd.
             self._asleep = True
             while True:
                 timeout_s = self._timeout_s()
@@ -257,8 +254,7 @@ class Inbox:
                     self._serve(self._epoll.fileno(), -1 if timeout_s is None else math.ceil(timeout_s * 1000))
                     events = self._epoll.poll(0)
                 next_ns = self._timers.next_ns()
-                # A clock that may jump is asked again and again; that is no waking, and must not hide a lost
-                # one.
+                # A clock that may jump is asked again and again; that is no waking, and must not hide a lost one.
                 if events or timeout_s == 0 or (next_ns is not None and next_ns <= self.clock.now_ns()):
                     break
             self._asleep = False
@@ -325,11 +321,15 @@ class Inbox:
         return True
 
     def _foreign(self, peer: Peer, error: WireError) -> None:
-        peer.foreign_frames += 1
-        self.foreign_frames += 1
-        failure = Failure(errno=errno.EBADMSG, text=str(error)[:512])
+        """Answer a frame that is wrong, or whose descriptors found no room here: that is not its sender's fault."""
+        failure = Failure(errno=error.number, text=str(error)[:512])
+        wrong = error.number == errno.EBADMSG
+        peer.foreign_frames += wrong
+        self.foreign_frames += wrong
         if error.reply:
             self._queue.append(Reply(peer, error.request, failure, []))
+        elif not wrong and not error.request:
+            _log.warning("%s: %s", self.name, error)  # a tell: nobody waits, and its sender sees the hang-up
         elif not self.closed:
             with contextlib.suppress(PeerGone):
                 if error.request:
@@ -362,8 +362,7 @@ class Inbox:
             self.closed = True
         peers = self.peers()
         for peer in peers:
-            # From here on a sender gets EPIPE; what it sent before is all in the socket, so the count is
-            # exact.
+            # From here on a sender gets EPIPE; what it sent before is all in the socket, so the count is exact.
             with contextlib.suppress(OSError):
                 peer.sock.shutdown(socket.SHUT_RD)
             while self._read(peer):

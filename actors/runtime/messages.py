@@ -256,6 +256,24 @@ class BindIrq(Message, frozen=True, kw_only=True):
     static: bool = False
 
 
+class Hypercalls(Message, frozen=True, kw_only=True):
+    """Make several of the calls of this section, by name and fields, one after the other up to the first that fails; the reply
+    is Values.
+    """
+
+    fds_max: ClassVar[int | None] = 0
+    calls: list[tuple[str, dict[str, int | bool]]]
+
+
+class Values(Message, frozen=True, kw_only=True):
+    """Answer Hypercalls and Binds: what those that were made gave, and the errno of the one that failed, or 0."""
+
+    fds_max: ClassVar[int | None] = 0
+    values: list[int]
+    errno: int = 0
+    text: str = ""
+
+
 class UnbindIrq(Message, frozen=True, kw_only=True):
     """Mirror disable_irq and unbind_from_irqhandler: nothing of the port enters the ring after Done."""
 
@@ -343,6 +361,14 @@ class Ioctl(Message, frozen=True, kw_only=True):
     fds_max: ClassVar[int | None] = 0
     request: int
     argument: bytes | None
+
+
+class Binds(Message, frozen=True, kw_only=True):
+    """Make one binding ioctl with each of `arguments`, in order, up to the first that fails; the reply is Values."""
+
+    fds_max: ClassVar[int | None] = 0
+    request: int
+    arguments: list[bytes]
 
 
 class Detach(Message, frozen=True, kw_only=True):

@@ -140,8 +140,8 @@ class Peer:
         """Send a request and return its id; `then(reply, fds)` is called from the loop, exactly once.
 
         What it gets is the reply, or Failure(ETIMEDOUT) at the deadline, Failure(EPIPE) when the peer is gone
-        (also if it was before), Failure(ESHUTDOWN) when our inbox closes. PeerGone only if our inbox is
-        closed already.
+        (also if it was before), Failure(EMFILE) when no descriptor is left for `fds`, Failure(ESHUTDOWN) when
+        our inbox closes. PeerGone only if our inbox is closed already.
         """
         inbox = self._inbox
         if inbox.closed:
@@ -158,6 +158,8 @@ class Peer:
             self._send(data, fds)
         except PeerGone:
             inbox.fail_soon(self, request)
+        except OSError as error:
+            inbox.call_soon(functools.partial(self.fail, request, error.errno or errno.EIO))
         except BaseException:
             del self._asked[request]
             timer.cancel()
@@ -178,6 +180,8 @@ class Peer:
             self._send(data, fds)
         except PeerGone:
             self.undelivered += 1
+        except OSError as error:  # it cannot go with its descriptors; without any it can always be queued
+            self.reply(request, Failure(errno=error.errno or errno.EIO, text=error.strerror or ""))
 
     def complete(self, request: int, message: Message, fds: list[int]) -> None:
         """Hand a reply to its continuation; a late or unknown one is dropped and counted. (For the inbox.)"""
@@ -233,9 +237,28 @@ class Peer:
                 self._deaf = True
                 self._drop_outgoing()
                 break
+            except OSError as error:
+                if not fds:
+                    raise
+                self._outgoing.popleft()
+                wire.close_fds(fds)
+                self._refuse(data, error)
+                continue
             self._outgoing.popleft()
             wire.close_fds(fds)
         self._inbox.watch_output(self, wanted=False)
+
+    def _refuse(self, data: bytes, error: OSError) -> None:
+        """Fail a call whose descriptors cannot go; a reply's asker is told instead."""
+        frame = wire.decode(data)
+        number = error.errno or errno.EIO
+        if frame.reply:
+            failure = Failure(errno=number, text=error.strerror or "")
+            self._outgoing.appendleft((wire.encode(failure, frame.request, reply=True), []))
+        elif frame.request:
+            self._inbox.call_soon(functools.partial(self.fail, frame.request, number))
+        else:
+            self.undelivered += 1
 
     def _drop_outgoing(self) -> None:
         self.undelivered += len(self._outgoing)

@@ -32,7 +32,7 @@ from pykka import ActorDeadError, ActorRegistry, ThreadingFuture
 from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.clock import Clock, MonotonicClock
 from pvbus.actors.runtime.inbox import Inbox, InvariantError, Peer, PeerGone, Received
-from pvbus.actors.runtime.wire import FDS_MAX, Done, Failure, Message, WireError
+from pvbus.actors.runtime.wire import FDS_MAX, DescriptorsLostError, Done, Failure, Message, WireError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +63,8 @@ EXIT_START_FAILED = 72
 
 START_WAIT_S = 30.0
 """How long a forked child waits for its Start, which the supervisor sends at once."""
+_inboxes: list[Inbox] = []
+"""What a forked child has made before it knows whose it will be; its actor takes it."""
 TEXT_MAX = 512
 """Letters of an exception in a Failure; the whole traceback is on stderr."""
 
@@ -110,7 +112,11 @@ class ProcessActor(pykka.Actor):
         self.inbox.on_hangup = self._on_peer_hangup
         self.supervisor = self.inbox.add_peer(control, "supervisor")
 
-    # What a room overrides; pykka's `on_stop` is the third.
+    # What a room overrides; pykka's `on_stop` is one more.
+
+    @classmethod
+    def rehearse(cls) -> None:
+        """Get ready for a Start that comes later, in a spare child."""
 
     def on_ready(self) -> None:
         """Do what is left before the supervisor hears that we are up; an exception fails the start."""
@@ -130,7 +136,7 @@ class ProcessActor(pykka.Actor):
 
     @staticmethod
     def _create_actor_inbox() -> Inbox:
-        return Inbox(MonotonicClock())
+        return _inboxes.pop() if _inboxes else Inbox(MonotonicClock())
 
     @staticmethod
     def _create_future() -> Future[Any]:
@@ -236,6 +242,8 @@ class ProcessActor(pykka.Actor):
 def failure_of(error: BaseException) -> Failure:
     """Return what a caller is told of an exception: an OSError's errno, EIO for anything else."""
     if isinstance(error, OSError):
+        if error.errno == errno.EMFILE and error.strerror == os.strerror(errno.EMFILE):
+            return Failure(errno=errno.EMFILE, text="a process of the machine has no descriptor left (ulimit -n)")
         return Failure(errno=error.errno or errno.EIO, text=(error.strerror or str(error))[:TEXT_MAX])
     return Failure(errno=errno.EIO, text=f"{type(error).__name__}: {error}"[:TEXT_MAX])
 
@@ -249,11 +257,16 @@ def set_parent_death_signal(number: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
-def child_main(control: socket.socket, parent_pid: int | None = None) -> NoReturn:
-    """Be a forked child until the process ends: receive Start, build the actor, run it."""
+def child_main(control: socket.socket, parent_pid: int | None = None, name: str = "", entry: str = "") -> NoReturn:
+    """Be a forked child until the process ends: receive Start, build the actor, run it.
+
+    With an `entry` it is a spare one, forked ahead: it gets ready for that, and waits as long as it takes.
+    """
     code = EXIT_BROKEN
     try:
-        code = _run_child(control, parent_pid)
+        if entry:
+            _get_ready(name, entry)
+        code = _run_child(control, parent_pid, None if entry else START_WAIT_S)
     except BaseException as error:
         traceback.print_exception(error)
     finally:
@@ -263,14 +276,17 @@ def child_main(control: socket.socket, parent_pid: int | None = None) -> NoRetur
         os._exit(code)
 
 
-def _run_child(control: socket.socket, parent_pid: int | None) -> int:
+def _run_child(control: socket.socket, parent_pid: int | None, wait_s: float | None) -> int:
     set_parent_death_signal(signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
         return EXIT_ORPHANED
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control.settimeout(START_WAIT_S)
-    data, fds = wire.recv_frame(control)
+    control.settimeout(wait_s)
+    try:
+        data, fds = wire.recv_frame(control)
+    except DescriptorsLostError as error:
+        return _refuse(control, error.request, OSError(error.number, str(error)))
     if not data:
         return EXIT_ORPHANED
     frame = wire.decode(data)
@@ -280,12 +296,34 @@ def _run_child(control: socket.socket, parent_pid: int | None) -> int:
     try:
         actor = _build(frame.message, control, fds)
     except BaseException as error:
-        traceback.print_exception(error)
-        control.settimeout(START_WAIT_S)
-        wire.send_frame(control, wire.encode(failure_of(error), frame.request, reply=True))
-        return EXIT_START_FAILED
+        return _refuse(control, frame.request, error)
     actor.start_request = frame.request
     return actor.run()
+
+
+def _get_ready(name: str, entry: str) -> None:
+    """Do what a child can do before it knows whose it is; an exception ends it."""
+    from setproctitle import setproctitle
+
+    setproctitle(f"pvbus: {name}")
+    _class_of(entry).rehearse()
+    inbox = Inbox(MonotonicClock())
+    inbox.wake_on_signals()
+    _inboxes.append(inbox)
+
+
+def _class_of(entry: str) -> Any:
+    module_name, _, class_name = entry.partition(":")
+    return getattr(importlib.import_module(module_name), class_name)
+
+
+def _refuse(control: socket.socket, request: int, error: BaseException) -> int:
+    """Tell who starts us why we cannot; what is no OSError leaves its trace, too."""
+    if not isinstance(error, OSError):
+        traceback.print_exception(error)
+    control.settimeout(START_WAIT_S)
+    wire.send_frame(control, wire.encode(failure_of(error), request, reply=True))
+    return EXIT_START_FAILED
 
 
 def _build(start: Message, control: socket.socket, fds: list[int]) -> ProcessActor:
@@ -295,16 +333,17 @@ def _build(start: Message, control: socket.socket, fds: list[int]) -> ProcessAct
     from setproctitle import setproctitle
 
     setproctitle(f"pvbus: {start.name}")
-    module_name, _, class_name = start.entry.partition(":")
-    entry = getattr(importlib.import_module(module_name), class_name)
-    actor = entry(start.name, control, start.arguments, dict(zip(start.fds, fds, strict=True)))
+    actor = _class_of(start.entry)(start.name, control, start.arguments, dict(zip(start.fds, fds, strict=True)))
     if not isinstance(actor, ProcessActor):
         text = f"{start.entry} made a {type(actor).__name__}, not a ProcessActor"
         raise TypeError(text)
+    actor.inbox.wake_on_signals()  # here, where it may still fail for want of descriptors
     return actor
 
 
-_requests = itertools.count(1)
+ATTACH_REQUEST = 1
+"""The request number of the first Attach on a file's connection: the supervisor has sent it for who opens."""
+_requests = itertools.count(ATTACH_REQUEST + 1)
 
 
 def ask_blocking(
@@ -312,7 +351,8 @@ def ask_blocking(
 ) -> tuple[Message, list[int]]:
     """Send a request on a SEQPACKET socket and wait for its reply: for clients, which have no loop.
 
-    One caller at a time a socket. TimeoutError; PeerGone; a Failure is raised as OSError(errno, text).
+    One caller at a time a socket. TimeoutError; PeerGone; a Failure is raised as OSError(errno, text), EMFILE
+    if this process has no descriptor left for those of the reply.
     Replies to earlier calls that timed out are dropped.
     """
     request = next(_requests)
@@ -320,15 +360,31 @@ def ask_blocking(
     data = wire.encode(message, request)
     deadline_s = time.monotonic() + timeout_s
     try:
-        while not _try_send(sock, data, fds):
-            _wait(sock, select.POLLOUT, deadline_s, message)
-        while True:
-            _wait(sock, select.POLLIN, deadline_s, message)
-            answer = _try_receive(sock, request)
-            if answer is not None:
-                return answer
+        try:
+            while not _try_send(sock, data, fds):
+                _wait(sock, select.POLLOUT, deadline_s, message)
+        except BrokenPipeError:
+            _try_receive(sock, request)  # why it has hung up, if it said so
+            raise
+        return _await(sock, request, deadline_s, message)
     except (BrokenPipeError, ConnectionResetError):
         raise PeerGone(type(message).__name__) from None
+
+
+def await_blocking(sock: socket.socket, message: Message, request: int, timeout_s: float) -> tuple[Message, list[int]]:
+    """Wait for the reply to a request that somebody else has sent on this socket; like `ask_blocking` otherwise."""
+    try:
+        return _await(sock, request, time.monotonic() + timeout_s, message)
+    except (BrokenPipeError, ConnectionResetError):
+        raise PeerGone(type(message).__name__) from None
+
+
+def _await(sock: socket.socket, request: int, deadline_s: float, message: Message) -> tuple[Message, list[int]]:
+    while True:
+        _wait(sock, select.POLLIN, deadline_s, message)
+        answer = _try_receive(sock, request)
+        if answer is not None:
+            return answer
 
 
 def _wait(sock: socket.socket, events: int, deadline_s: float, message: Message) -> None:
@@ -352,6 +408,10 @@ def _try_receive(sock: socket.socket, request: int) -> tuple[Message, list[int]]
         data, fds = wire.recv_frame(sock, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return None
+    except DescriptorsLostError as error:
+        if not error.reply or error.request != request:
+            return None
+        raise OSError(error.number, str(error)) from None
     if not data:
         raise BrokenPipeError
     try:

@@ -71,9 +71,10 @@ def plan_stop(running: Sequence[T]) -> tuple[T, ...]:
 
 
 class State(enum.Enum):
-    """Tell where a child stands."""
+    """Tell where a child stands; a spare one is forked ahead and waits to become another one."""
 
     DOWN = "down"
+    SPARE = "spare"
     STARTING = "starting"
     UP = "up"
     STOPPING = "stopping"
@@ -156,6 +157,21 @@ class ChildTable:
         """Note that the child was forked."""
         child = self._children[name]
         child.state, child.pid = State.STARTING, pid
+
+    def spare(self, name: str, pid: int) -> None:
+        """Note that a child was forked ahead: it waits to become another one."""
+        child = self._children[name]
+        child.pid = pid
+        if child.state is State.STARTING:  # else it is being stopped
+            child.state = State.SPARE
+
+    def adopt(self, name: str, spec: ChildSpec) -> Child:
+        """Turn a spare child into the one that `spec` describes, behind all others; ValueError if its name is taken."""
+        spare = self._children[name]
+        child = self.add(spec)
+        child.state, child.pid = State.STARTING, spare.pid
+        del self._children[name]
+        return child
 
     def started(self, name: str) -> None:
         """Note that the child answered Start."""

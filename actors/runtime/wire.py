@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -52,13 +53,23 @@ _encode_body = msgspec.msgpack.Encoder().encode
 
 class WireError(ValueError):
     """Say what is wrong with a frame; `request` and `reply` tell which call it belonged to, if that could be
-    read.
+    read. `number` is the errno that its sender is told.
     """
+
+    number = errno.EBADMSG
 
     def __init__(self, text: str, request: int = 0, *, reply: bool = False) -> None:
         super().__init__(text)
         self.request = request
         self.reply = reply
+
+
+class DescriptorsLostError(WireError):
+    """Say that the descriptors of a good frame found no room here: this process has none left, and the kernel
+    has closed them. Not its sender's fault.
+    """
+
+    number = errno.EMFILE
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,7 +206,12 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags:
         raise WireError(f"{len(fds)} descriptors with one frame, at most {FDS_MAX}")
     if fds:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        sock.sendmsg((data,), ancillary, flags | socket.MSG_NOSIGNAL)
+        try:
+            sock.sendmsg((data,), ancillary, flags | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:  # what is under way in sockets counts against the same limit
+                raise
+            raise OSError(errno.EMFILE, "too many descriptors are under way in sockets") from None
     else:
         sock.send(data, flags | socket.MSG_NOSIGNAL)
 
@@ -207,7 +223,8 @@ def recv_frame(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """Return one frame's bytes and the descriptors that came with it; empty bytes are the other side's
     hang-up.
 
-    WireError for a frame that was cut (too long, or with too many descriptors); its descriptors are closed.
+    WireError for a frame that was cut (too long, or with too many descriptors), DescriptorsLostError if there
+    was no room for its descriptors; what came of them is closed.
     """
     try:
         return recv_frame_once(sock, flags)
@@ -232,16 +249,25 @@ def recv_frame_once(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[in
             fds.extend(received)
     if answer & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_fds(fds)
-        what = (
-            f"longer than {FRAME_BYTES_MAX} bytes"
-            if answer & socket.MSG_TRUNC
-            else f"more than {FDS_MAX} descriptors"
-        )
-        raise WireError(f"frame with {what}")
+        if answer & socket.MSG_TRUNC:
+            raise WireError(f"frame with longer than {FRAME_BYTES_MAX} bytes")
+        if len(fds) >= FDS_MAX:  # our buffer is full; with less in it the kernel found no free descriptor
+            raise WireError(f"frame with more than {FDS_MAX} descriptors")
+        raise _lost(data)
     if not data:
         close_fds(fds)
         fds = []
     return data, fds
+
+
+def _lost(data: bytes) -> WireError:
+    """Name the call whose descriptors were lost, so that it alone fails."""
+    try:
+        kind, request, reply, _ = _header(_unpack(data))
+    except WireError as error:
+        return error
+    text = f"{kind}: no descriptor is left in the process that it went to (ulimit -n)"
+    return DescriptorsLostError(text, request, reply=reply)
 
 
 def close_fds(fds: Iterable[int]) -> None:

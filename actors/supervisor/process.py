@@ -21,13 +21,15 @@ from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir
 from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.forkserver import ChildExited, ForkServer, Spawned
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop, failure_of
 from pvbus.actors.runtime.supervision import Child, ChildSpec, ChildTable, State, Verdict
 from pvbus.actors.runtime.wire import Done, Failure, Message
-from pvbus.actors.supervisor.opening import OpenFile, Opening, ignore
-from pvbus.shm.layout import FILES_MAX, FilePage, Machine, PublicPage
+from pvbus.actors.supervisor import limits
+from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore
+from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
+from pvbus.actors.supervisor.status import status_of
+from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
 from pvbus.shm.pages import MachinePages
-from pvbus.shm.segment import sealed_memfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +48,6 @@ STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
 WAITING_MAX = 1024  # calls of users that wait for a hypervisor's heir
 EXIT_BROKEN = 1
-DEVICE = "/dev/xen/evtchn"  # what a domain with Xen has, by the driver's name (A10.6)
 
 
 class Supervisor(ProcessActor):
@@ -76,6 +77,8 @@ class Supervisor(ProcessActor):
         self.files: dict[str, OpenFile] = {}
         self.free_slots = list(range(FILES_MAX - 1, -1, -1))
         self.openings: dict[str, Opening] = {}
+        self.pool = Pool(self)
+        self.crowd = Crowd(self)
         self.waiting: list[Callable[[], None]] = []
         self.stopping = False
         self.booted = False
@@ -123,6 +126,7 @@ class Supervisor(ProcessActor):
             self.announce_ready()
         except OSError as error:
             self._give_up(f"cannot say that it is ready: {error.strerror}")
+        self.pool.refill_later()
 
     def _log(self, text: str) -> None:
         """Say what the driver would, where children say theirs: a line with the driver's prefix (A10.9)."""
@@ -141,11 +145,12 @@ class Supervisor(ProcessActor):
             if isinstance(reply, Spawned):
                 self.table.starting(name, reply.pid)
                 self._send_start(child)
-            elif name in self.openings:  # only this open fails
+            elif name in self.files:  # only this open fails, if it has not yet
                 self.table.remove(name)
                 self.controls.pop(name).close()
-                self.openings[name].fail(reply)
-                self._forget_file(self.files.pop(name))
+                if name in self.openings:
+                    self.openings[name].fail(reply)
+                self._forget_file(name)
             else:
                 self._give_up(f"{name} cannot be forked: {getattr(reply, 'text', reply)}")
 
@@ -183,15 +188,18 @@ class Supervisor(ProcessActor):
             else:
                 opening.start(self.pages.fds()["machine"])
 
-    def ask_start(self, child: Child, arguments: dict[str, Any], fds: dict[str, int], then: Callable[[], None]) -> None:
-        """Tell a forked child what it is; `then` runs when it is up."""
+    def ask_start(
+        self, child: Child, arguments: dict[str, Any], fds: dict[str, int], then: Callable[[], None],
+        refused: Callable[[Message], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Tell a forked child what it is; `then` runs when it is up, and `refused` if it says that it cannot."""
         name = child.spec.name
 
         def started(reply: Message, _fds: list[int]) -> None:
             if isinstance(reply, Started):
                 then()
-            elif name in self.files:  # its exit is reported, and fails the open
-                self.forkserver.kill(child.pid, signal.SIGKILL)
+            elif refused is not None:
+                refused(reply)
             elif not self.stopping and getattr(reply, "errno", 0) != errno.EPIPE:  # EPIPE: its exit is reported, too
                 self._give_up(f"{name} does not start: {getattr(reply, 'text', reply)}")
 
@@ -203,12 +211,7 @@ class Supervisor(ProcessActor):
         hypervisor = self.controls["hypervisor"]
         for file in self.files.values():  # an heir: hand it what lives
             if file.name in self.controls:
-                theirs, files_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                up = m.FileUp(slot=file.slot, domain=file.domain, reborn=True)
-                hypervisor.ask(up, ignore, CALL_DEADLINE_S, fds=(theirs.fileno(), file.page_fd, file.door.fileno()))
-                self.controls[file.name].ask(m.Rewire(), ignore, CALL_DEADLINE_S, fds=(files_end.fileno(),))
-                theirs.close()
-                files_end.close()
+                hand_on(self, file, hypervisor)
         hypervisor.ask(m.FilesKnown(), ignore, CALL_DEADLINE_S)
         waiting, self.waiting = self.waiting, []
         for again in waiting:
@@ -232,17 +235,23 @@ class Supervisor(ProcessActor):
         hypervisors.close()
 
     def _child_exited(self, exited: ChildExited) -> None:
-        name = exited.name
-        self.controls.pop(name, None)
-        if name in self.files:
-            self._forget_file(self.files.pop(name))
-            if name in self.openings:
-                self.openings[name].fail(Failure(errno=errno.EIO, text=f"{name} died while it started"))
-        if name not in self.table:
+        child = self.table.by_pid(exited.pid)  # not by the name that it was forked under: it may be another one by now
+        if child is None:
             return
+        name, was_spare = child.spec.name, child.state is State.SPARE
+        self.controls.pop(name, None)
         verdict = self.table.exited(name, self.inbox.clock.now_ns())
+        if name in self.files:
+            self._forget_file(name)
+            if name in self.openings:
+                self.openings[name].lost()
+        self.crowd.look()
+        if was_spare:
+            self.pool.died(name)
+        else:
+            self.pool.refill_later()  # if it had no room for that before
         if self.stopping:
-            self._stop_next()
+            self.stop_next()
         elif verdict is Verdict.GIVE_UP:
             self._give_up(f"{name} died too often (last status {exited.status})")
         elif verdict is Verdict.RESTART:
@@ -253,8 +262,15 @@ class Supervisor(ProcessActor):
     def _accept(self, sock: socket.socket) -> None:
         try:
             rundir.check_peer_uid(sock)
+            limits.check_reserve(limits.RESERVE_FOR_USERS, sock.fileno())
         except PermissionError:
             sock.close()
+            return
+        except OSError as error:  # the connection's first caller reads this, whatever it asked for
+            user = self.inbox.add_peer(sock, "user")
+            with contextlib.suppress(PeerGone):
+                user.tell(Failure(errno=errno.EMFILE, text=error.strerror or ""))
+            user.close()
             return
         self.inbox.add_peer(sock, "user")
 
@@ -268,7 +284,7 @@ class Supervisor(ProcessActor):
         answers: dict[type[Message], Callable[[Any, Received], Message | None]] = {
             m.Hello: lambda _m, _r: m.Welcome(name=self.config.name, run_id=self.run_id),
             m.OpenEvtchn: self._open_evtchn,
-            m.Status: lambda _m, _r: m.Report(data=self._status()),
+            m.Status: lambda _m, _r: m.Report(data=status_of(self)),
             m.Inspect: self._inspect,
             m.InspectFile: self._inspect_file,
             m.Settle: self._forward,
@@ -324,36 +340,17 @@ class Supervisor(ProcessActor):
             raise OSError(errno.ENOENT, f"no open file in slot {message.slot}")
         received.peer.reply(received.request, m.Report(data={}, segments=["page"]), (file.page_fd,))
 
-    def _status(self) -> dict[str, Any]:
-        processes = [{"name": "supervisor", "pid": os.getpid(), "restarts": 0, "state": "up"}]
-        processes.append({"name": "forkserver", "pid": self.forkserver.pid, "restarts": 0, "state": "up"})
-        processes += [
-            {"name": child.spec.name, "pid": child.pid, "restarts": child.restarts, "state": child.state.value}
-            for child in self.table
-        ]
-        return {
-            "schema": 1,
-            "name": self.config.name,
-            "run_id": self.run_id,
-            "state": "stopping" if self.stopping else "ready",
-            "profile": self.config.profile,
-            "variants": list(self.config.effective_variants()),
-            "inject": self.config.inject.as_dict(),
-            "undelivered": self.inbox.undelivered,
-            "foreign_frames": self.inbox.foreign_frames,
-            "processes": processes,
-            "domains": [
-                {
-                    "id": d.id, "cpus": d.cpus, "platforms": list(d.platforms), "abi": d.abi, "affinity": d.affinity,
-                    "devices": [DEVICE] if "xen" in d.platforms else [],
-                }
-                for d in self.config.domain
-            ],
-        }
-
     # ---- open files
 
     def _open_evtchn(self, message: m.OpenEvtchn, received: Received) -> None:
+        try:
+            self.open_evtchn(message, received)
+        except OSError as error:
+            if not self.crowd.takes(message, received, error):
+                raise
+
+    def open_evtchn(self, message: m.OpenEvtchn, received: Received, *, warm: bool = True) -> None:
+        """Open a file: with a process of the pool if there is one and `warm`, or with a fork. Replies later."""
         domain = next((domain for domain in self.config.domain if domain.id == message.domain), None)
         if domain is None or "xen" not in domain.platforms:
             raise OSError(errno.ENODEV, f"domain {message.domain} is no Xen domain")
@@ -363,23 +360,32 @@ class Supervisor(ProcessActor):
             raise OSError(errno.EMFILE, f"{FILES_MAX} files are open")
         hypervisor = self.hypervisor()
         if hypervisor is None:
-            self._wait_for_heir(lambda: self._open_evtchn(message, received))
+            self._wait_for_heir(lambda: self.open_again(message, received))
             return
-        slot = self.free_slots[-1]
-        name = f"file/{message.domain}.{slot}"
-        users_door, door = socket.socketpair()
-        page_fd = sealed_memfd(f"pvbus-{self.run_id}-{slot}", FilePage.BYTES)
+        opening = Opening(self, self.free_slots[-1], message, received)
         self.free_slots.pop()  # not before: an EMFILE up to here must not cost a slot
-        door.setblocking(False)
-        file = self.files[name] = OpenFile(slot, message.domain, name, page_fd, door)
-        child = self.table.add(ChildSpec(name, "pvbus.actors.file.process:FileProcess", "temporary"))
-        self.openings[name] = Opening(self, file, child, received, users_door)
-        self.openings[name].tell_hypervisor(hypervisor, message.comm)
-        self._spawn(child)
+        name = opening.file.name
+        self.files[name], self.openings[name] = opening.file, opening
+        spec = ChildSpec(name, FILE_ENTRY, "temporary")
+        spare = self.pool.take(spec) if warm else None
+        opening.child = spare or self.table.add(spec)
+        opening.tell_hypervisor(hypervisor)
+        if spare is None:
+            self._spawn(opening.child)
+        else:
+            opening.warm = True
+            opening.start(self.pages.fds()["machine"])
 
-    def _forget_file(self, file: OpenFile) -> None:
-        os.close(file.page_fd)
-        file.door.close()
+    def open_again(self, message: m.OpenEvtchn, received: Received) -> None:
+        """Open with a fork, and answer what goes wrong: nobody above us does."""
+        try:
+            self.open_evtchn(message, received, warm=False)
+        except OSError as error:
+            received.peer.reply(received.request, failure_of(error))
+
+    def _forget_file(self, name: str) -> None:
+        file = self.files.pop(name)
+        forget(file)
         self.free_slots.append(file.slot)
 
     # ---- the end
@@ -410,9 +416,10 @@ class Supervisor(ProcessActor):
         if self.listener is not None:
             self.inbox.remove_fd(self.listener.fileno())
             self.listener.close()
-        self._stop_next()
+        self.stop_next()
 
-    def _stop_next(self) -> None:
+    def stop_next(self) -> None:
+        """Stop the next child, or ourselves when all are down."""
         child = self.table.next_to_stop()
         if child is None:
             if all(child.state is State.DOWN for child in self.table):

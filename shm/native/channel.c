@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Pending and mask of a port, whatever the ABI: a domain boots with the 2-level one and switches by EVTCHNOP_init_control.
- * The switch happens while nothing of the domain runs, so the word that names the ABI orders nothing.
  */
 #include "core.h"
 
@@ -24,13 +23,6 @@ int64_t pv_machine_now(MemoryObject *machine)
     (void)machine;
     return 0;
 #endif
-}
-
-int64_t pv_is_fifo(MemoryObject *domain)
-{
-    uint32_t abi;
-    PV_LOAD32(abi, domain, PV_HEADER(abi), PV_RELAXED, "abi");
-    return abi == PV_ABI_FIFO;
 }
 
 int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
@@ -70,15 +62,39 @@ int64_t pv_clear_pending(MemoryObject *domain, uint32_t port)
     int64_t fifo, at;
     PV_TRY(fifo, pv_is_fifo(domain));
     if (fifo) {
-        uint32_t old;
+        uint32_t old = 0;
         PV_TRY(at, pv_fifo_word_at(domain, port));
-        if (at != 0)
+        if (at != 0) {
             PV_AND32(old, domain, at, ~PV_FIFO_PENDING, "irq.clear");
+        } else { /* raised early: nothing is to be replayed */
+            uint64_t queue;
+            PV_AND64(queue, domain, PV_QUEUE_WORD(port), ~PV_QUEUE_PENDING, "irq.clear");
+            (void)queue;
+        }
         (void)old;
     } else if (port < PV_PORTS_2L) {
         uint64_t old;
         PV_AND64(old, domain, PV_SHARED(evtchn_pending) + 8u * (port / 64), ~(1ull << (port % 64)), "irq.clear");
         (void)old;
+    }
+    return 0;
+}
+
+int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port)
+{
+    int64_t fifo, at, r;
+    PV_TRY(fifo, pv_is_fifo(domain));
+    if (!fifo) {
+        PV_TRY(r, pv_mask(domain, port));
+        return pv_clear_pending(domain, port);
+    }
+    PV_TRY(at, pv_fifo_word_at(domain, port));
+    if (at != 0) { /* bits of one word: one exchange */
+        uint32_t word;
+        int done = 0;
+        PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+        while (!done)
+            PV_CAS32(done, domain, at, word, (word | PV_FIFO_MASKED) & ~PV_FIFO_PENDING, "irq.ack");
     }
     return 0;
 }

@@ -14,16 +14,17 @@ int pv_memory_init(PyObject *module);
 int pv_event_path_init(PyObject *module);
 int pv_user_file_init(PyObject *module);
 int pv_channel_ring_init(PyObject *module);
+PyObject *pv_hyperv_layout(void); /* hyperv_layout.c */
 
 /*
  * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its
  * doorbell may have to be rung.
  */
-int64_t pv_is_fifo(MemoryObject *domain);
 int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi);
 int64_t pv_mask(MemoryObject *domain, uint32_t port);
 int64_t pv_clear_pending(MemoryObject *domain, uint32_t port);
+int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port); /* both, pending not before the mask */
 /* Set the upcall flag: 1 + vCPU if it was clear. */
 int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu);
 /* 1 when the sleeping CPU must be woken; clears its announcement. */
@@ -34,7 +35,6 @@ int64_t pv_2l_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_2l_unmask(MemoryObject *domain, uint32_t port, int eoi);
 
 /* fifo.c: the FIFO ABI */
-int64_t pv_fifo_word_at(MemoryObject *domain, uint32_t port); /* offset of its event word, 0 = none yet */
 int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_fifo_unmask(MemoryObject *domain, uint32_t port);
 int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu);
@@ -77,6 +77,7 @@ typedef struct {
 int64_t pv_service(pv_upcall_run *u, uint32_t port);
 int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, uint32_t budget,
                   pv_wakes *wakes);
+int64_t pv_end_loop(MemoryObject *domain, uint32_t vcpu);
 int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject **pages, uint32_t vcpu, pv_wakes *wakes);
 
 /* lateeoi.c: the end of an interrupt, at once or later */
@@ -108,6 +109,24 @@ static inline size_t pv_domain_table(unsigned table, uint32_t port)
 #define PV_FILE(slot, field) (PV_MACHINE_FILES + (size_t)(slot) * 256u + offsetof(struct pv_file, field))
 #define PV_SUBMISSION(i, field) (PV_MACHINE_SUBMISSIONS + (size_t)(i) * 64u + offsetof(struct pv_submission, field))
 #define PV_PAGE(field) offsetof(struct pv_file_page, field)
+
+/* Is the domain on the FIFO ABI?  It switches while nothing of it runs, so the word that says so orders nothing. */
+static inline int64_t pv_is_fifo(MemoryObject *domain)
+{
+    uint32_t abi;
+    PV_LOAD32(abi, domain, PV_HEADER(abi), PV_RELAXED, "abi");
+    return abi == PV_ABI_FIFO;
+}
+
+/* FIFO: the offset of a port's event word, 0 = none yet. */
+static inline int64_t pv_fifo_word_at(MemoryObject *domain, uint32_t port)
+{
+    uint32_t page;
+    PV_LOAD32(page, domain, PV_HEADER(array) + 4u * (port / PV_FIFO_WORDS_A_PAGE), PV_RELAXED, "fifo.page");
+    if (page == 0 || page > PV_GUEST_PAGES)
+        return 0;
+    return PV_DOMAIN_GUEST + (int64_t)(page - 1) * 4096 + (int64_t)(port % PV_FIFO_WORDS_A_PAGE) * 4;
+}
 
 uint64_t pv_now_ns(void);
 /* The machine's clock: tests move it forward.  0 in the explorer, which has no clock yet. */

@@ -4,7 +4,15 @@
  * Everything a user can write is read once and checked; an impossible index poisons that ring only.  What has to be signalled
  * is noted for the caller.
  */
-#include "path.h"
+#include "hv.h"
+
+int pv_domain_index(PathObject *self, uint32_t domid)
+{
+    for (uint32_t i = 0; i < self->domain_count; i++)
+        if (self->domain_ids[i] == domid)
+            return (int)i;
+    return -1;
+}
 
 MemoryObject *pv_domain_of(PathObject *self, uint32_t domid)
 {
@@ -221,15 +229,18 @@ int64_t pv_hypervisor_awake(MemoryObject *public_page)
     return 0;
 }
 
-int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu)
+int64_t pv_cpu_may_sleep(MemoryObject *domain, MemoryObject *hv, uint32_t vcpu)
 {
     uint8_t pending;
+    int64_t idle = 1;
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 1, PV_RELAXED, "cpu.announce");
     /* SYNC(cpu_sleep): announced before we look at the upcall flag; the sender sets the flag before it looks at us. */
     PV_SMP_MB(domain, "cpu_sleep");
     PV_LOAD8(pending, domain, PV_VCPU_INFO(vcpu, evtchn_upcall_pending), PV_RELAXED, "upcall.look");
-    if (!pending)
-        return 1;
+    if (!pending && hv != NULL)
+        PV_TRY(idle, pv_hv_is_idle(hv, vcpu));
+    if (!pending && idle)
+        return idle;
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
     return 0;
 }

@@ -68,7 +68,7 @@ static PyObject *path_cpu_may_sleep(PathObject *self, PyObject *args)
     MemoryObject *domain;
     if (!PyArg_ParseTuple(args, "II", &domid, &vcpu) || (domain = checked_domain(self, domid, vcpu, 0)) == NULL)
         return NULL;
-    int64_t r = pv_cpu_may_sleep(domain, vcpu);
+    int64_t r = pv_cpu_may_sleep(domain, self->hyperv[pv_domain_index(self, domid)], vcpu);
     return r == PV_DEAD ? NULL : PyBool_FromLong(r != 0);
 }
 
@@ -150,10 +150,20 @@ static PyObject *path_fifo_rebuild(PathObject *self, PyObject *args)
     MemoryObject *domain;
     if (!PyArg_ParseTuple(args, "II", &domid, &vcpu) || (domain = checked_domain(self, domid, vcpu, 0)) == NULL)
         return NULL;
-    int64_t found = pv_fifo_rebuild(domain, vcpu);
-    if (found == -1)
+    uint32_t kicks[PV_VCPUS_MAX], count = 0;
+    int64_t asleep, marked = pv_fifo_rebuild(domain, vcpu);
+    if (marked == -1)
         return PyErr_NoMemory();
-    return found == PV_DEAD ? NULL : PyLong_FromLongLong(found);
+    if (marked == PV_DEAD)
+        return NULL;
+    for (; marked != 0; marked &= marked - 1) {
+        uint32_t to = (uint32_t)__builtin_ctzll((uint64_t)marked);
+        if ((asleep = pv_vcpu_kick(domain, to)) == PV_DEAD)
+            return NULL;
+        if (asleep)
+            kicks[count++] = to;
+    }
+    return numbers(kicks, count);
 }
 
 static PyObject *path_expire(PathObject *self, PyObject *ignored)
@@ -293,6 +303,8 @@ static PyObject *path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->machine = (MemoryObject *)machine;
     memset(self->doorbells, 0xff, sizeof self->doorbells);
     memset(self->doors, 0xff, sizeof self->doors);
+    memset(self->work_doorbells, 0xff, sizeof self->work_doorbells);
+    memset(self->exits, 0xff, sizeof self->exits);
     if (path_set_domains(self, domains) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
@@ -303,6 +315,7 @@ static void path_dealloc(PathObject *self)
     Py_CLEAR(self->machine);
     for (uint32_t i = 0; i < self->domain_count; i++)
         Py_CLEAR(self->domains[i]);
+    pv_hv_path_clear(self);
     for (uint32_t i = 0; i < PV_FILES_MAX; i++)
         Py_CLEAR(self->pages[i]);
     for (uint32_t i = 0; i < PV_SUBMISSIONS_MAX; i++)
@@ -325,7 +338,7 @@ static PyMethodDef path_methods[] = {
     VAR(unmask, "unmask(domain, port, eoi=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors EVTCHNOP_unmask."),
     VAR(mask, "mask(domain, port): the guest masks a port, on the ABI that the domain has now."),
     VAR(clear_pending, "clear_pending(domain, port): on the ABI that the domain has now."),
-    VAR(fifo_rebuild, "fifo_rebuild(domain, vcpu) -> words raised again: for the heir of a hypervisor or of a CPU that does not run."),
+    VAR(fifo_rebuild, "fifo_rebuild(domain, vcpu) -> vCPUs whose doorbell is to be rung: for the heir of a hypervisor or of a CPU that does not run."),
     {"expire", (PyCFunction)path_expire, METH_NOARGS, "expire() -> vCPUs to kick as domain << 8 | vcpu: late EOIs whose time has come take place."},
     VAR(eoi, "eoi(domain, port, slot, spurious=0) -> vCPU whose doorbell is to be rung, or -1.  Mirrors xen_irq_lateeoi."),
     VAR(set_doorbell, "set_doorbell(domain, vcpu, eventfd or -1): where serve_hypervisor kicks."),
@@ -334,6 +347,12 @@ static PyMethodDef path_methods[] = {
     {"serve_hypervisor", (PyCFunction)pv_serve_hypervisor, METH_VARARGS, pv_serve_hypervisor_doc},
     {"serve_cpu", (PyCFunction)pv_serve_cpu, METH_VARARGS, pv_serve_cpu_doc},
 #endif
+    {"set_hyperv", (PyCFunction)pv_path_hv_set_hyperv, METH_VARARGS, "set_hyperv(domain, Memory, workqueue's eventfd or -1): the domain is on the Hyper-V platform."},
+    {"set_exit", (PyCFunction)pv_path_hv_set_exit, METH_VARARGS, "set_exit(domain, vcpu, eventfd or -1): rung when the vCPU has written EOM."},
+    {"set_channel_door", (PyCFunction)pv_path_hv_set_channel_door, METH_VARARGS, "set_channel_door(domain, relid, eventfd or -1): rung by the event tasklet."},
+    {"hv_run", (PyCFunction)pv_path_hv_run, METH_VARARGS, "hv_run(domain, vcpu) -> (done, relids to ring, work queued, EOM written): vmbus_isr and its tasklets, once."},
+    {"hv_recover", (PyCFunction)pv_path_hv_recover, METH_VARARGS, "hv_recover(domain, vcpu): an heir's first look at the work ring; both tasklets are scheduled."},
+    {"kick_vcpu", (PyCFunction)pv_path_hv_kick, METH_VARARGS, "kick_vcpu(domain, vcpu) -> 1 when its doorbell is to be rung: after a vector was requested."},
     {"hypervisor_may_sleep", (PyCFunction)path_hypervisor_may_sleep, METH_O, "hypervisor_may_sleep(public page) -> False when work came in between."},
     {"grow", (PyCFunction)path_grow, METH_O, "grow(slot) -> new ring size.  Mirrors evtchn_resize_ring."},
     {"reset", (PyCFunction)path_reset, METH_O, "reset(slot): a new, empty epoch of the ring.  Mirrors IOCTL_EVTCHN_RESET."},

@@ -16,15 +16,6 @@
 
 #define CONTROL(vcpu_control, field) ((size_t)(vcpu_control) + offsetof(struct pv_fifo_control, field))
 
-int64_t pv_fifo_word_at(MemoryObject *domain, uint32_t port)
-{
-    uint32_t page;
-    PV_LOAD32(page, domain, PV_HEADER(array) + 4u * (port / PV_FIFO_WORDS_A_PAGE), PV_RELAXED, "fifo.page");
-    if (page == 0 || page > PV_GUEST_PAGES)
-        return 0;
-    return PV_DOMAIN_GUEST + (int64_t)(page - 1) * 4096 + (int64_t)(port % PV_FIFO_WORDS_A_PAGE) * 4;
-}
-
 /* Write the successor into a queue's last word.  1 = done, 0 = that word has left its queue: the queue is empty. */
 static int64_t set_link(MemoryObject *domain, uint32_t tail, uint32_t port)
 {
@@ -50,39 +41,29 @@ static int64_t set_link(MemoryObject *domain, uint32_t tail, uint32_t port)
     return 0;
 }
 
-/* Which queue a port goes to; remembers it.  PV_DEAD, or vCPU << 8 | priority. */
-static int64_t choose_queue(MemoryObject *domain, uint32_t port)
+/* Put a pending port, which is LINKED by now and in no queue, behind its queue on a vCPU that has a control block. */
+static int64_t enqueue(MemoryObject *domain, uint32_t port, uint32_t vcpu, uint32_t control)
 {
-    uint64_t entry, queue;
-    uint32_t tail;
-    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
+    uint64_t queue, chosen;
+    uint32_t tail, ready;
+    int64_t linked = 0;
     PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
-    uint32_t vcpu = PV_PORT_VCPU(entry) & (PV_VCPUS_MAX - 1);
     uint32_t priority = PV_QUEUE_PRIORITY(queue) != 0 ? PV_QUEUE_PRIORITY(queue) - 1u : PV_FIFO_PRIORITY_DEFAULT;
     priority &= PV_FIFO_PRIORITIES - 1;
-    if (queue & PV_QUEUE_LINKED) {
-        /* It may still be what its last queue takes for its tail: nothing may be linked behind it there any more. */
-        size_t at = PV_VCPU(PV_QUEUE_VCPU(queue) & (PV_VCPUS_MAX - 1), fifo_tail) + 4u * PV_QUEUE_LAST_PRIORITY(queue);
-        PV_LOAD32(tail, domain, at, PV_RELAXED, "fifo.tail");
-        if (tail == port)
-            PV_STORE32(domain, at, 0, PV_RELAXED, "fifo.tail");
-    }
-    queue = (queue & ~PV_QUEUE_LAST) | PV_QUEUE_LINKED | (uint64_t)priority << 8 | vcpu;
-    PV_STORE64(domain, PV_QUEUE_WORD(port), queue, PV_RELAXED, "fifo.queue");
-    return (int64_t)vcpu << 8 | priority;
-}
-
-/* Put a pending port, which is LINKED by now and in no queue, behind its queue. */
-static int64_t enqueue(MemoryObject *domain, uint32_t port)
-{
-    uint32_t control, tail, ready;
-    int64_t chosen, linked = 0;
-    PV_TRY(chosen, choose_queue(domain, port));
-    uint32_t vcpu = (uint32_t)chosen >> 8, priority = (uint32_t)chosen & 0xffu;
     size_t tail_at = PV_VCPU(vcpu, fifo_tail) + 4u * priority;
-    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
+    chosen = (queue & ~PV_QUEUE_LAST) | PV_QUEUE_LINKED | (uint64_t)priority << 8 | vcpu;
+    if (chosen != queue && queue & PV_QUEUE_LINKED) {
+        /* It moves.  It may still be what its last queue takes for its tail: nothing may be linked behind it there any more. */
+        size_t last_at = PV_VCPU(PV_QUEUE_VCPU(queue) & (PV_VCPUS_MAX - 1), fifo_tail) + 4u * PV_QUEUE_LAST_PRIORITY(queue);
+        PV_LOAD32(tail, domain, last_at, PV_RELAXED, "fifo.tail");
+        if (tail == port)
+            PV_STORE32(domain, last_at, 0, PV_RELAXED, "fifo.tail");
+    }
+    if (chosen != queue)
+        PV_STORE64(domain, PV_QUEUE_WORD(port), chosen, PV_RELAXED, "fifo.queue");
     PV_LOAD32(tail, domain, tail_at, PV_RELAXED, "fifo.tail");
-    if (tail != 0 && tail < PV_PORTS_FIFO)
+    /* As its own tail it was the last one of this queue, and has left it: the queue is empty. */
+    if (tail != 0 && tail != port && tail < PV_PORTS_FIFO)
         PV_TRY(linked, set_link(domain, tail, port));
     if (!linked)
         PV_STORE32(domain, CONTROL(control, head) + 4u * priority, port, PV_RELAXED, "fifo.head");
@@ -97,45 +78,38 @@ static int64_t enqueue(MemoryObject *domain, uint32_t port)
     return pv_vcpu_mark(domain, vcpu);
 }
 
-static int64_t has_control(MemoryObject *domain, uint32_t port)
-{
-    uint64_t entry;
-    uint32_t control;
-    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
-    uint32_t vcpu = PV_PORT_VCPU(entry) & (PV_VCPUS_MAX - 1);
-    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
-    if (control == 0)
-        PV_COUNT64(domain, PV_VCPU(vcpu, fifo_dropped), 1);
-    return control != 0;
-}
-
 /*
- * evtchn_fifo_set_pending.  PENDING, then LINKED, each by one read-modify-write of the event word.  Mask and pending are bits
- * of one word, so the 2-level ABI's barrier between them is not needed: whoever unmasks sees PENDING, or we see no MASKED.
+ * evtchn_fifo_set_pending.  PENDING, and LINKED if the port is neither masked nor in a queue, by one exchange of the event word:
+ * also when that changes nothing, as a full barrier behind what the sender has written.  Mask and pending are bits of one word,
+ * so the 2-level ABI's barrier between them is not needed: whoever unmasks sees PENDING, or we see no MASKED.
  */
 int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
 {
-    uint32_t old;
-    int64_t at, control;
+    uint64_t entry, queue;
+    uint32_t word, control, linked;
+    int64_t at;
+    int done = 0;
     PV_TRY(at, pv_fifo_word_at(domain, port));
     if (at == 0) {
-        uint64_t queue;
         PV_OR64(queue, domain, PV_QUEUE_WORD(port), PV_QUEUE_PENDING, "fifo.early");
         (void)queue;
         return 0;
     }
-    PV_OR32(old, domain, at, PV_FIFO_PENDING, "fifo.pending");
-    if (!(old & PV_FIFO_PENDING))
+    PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
+    uint32_t vcpu = PV_PORT_VCPU(entry) & (PV_VCPUS_MAX - 1);
+    PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
+    PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
+    while (!done) {
+        linked = control != 0 && !(word & (PV_FIFO_MASKED | PV_FIFO_LINKED)) ? PV_FIFO_LINKED : 0;
+        PV_CAS32(done, domain, at, word, word | PV_FIFO_PENDING | linked, "fifo.pending");
+    }
+    if (!(word & PV_FIFO_PENDING))
         PV_STAMP64(domain, PV_PENDING_SINCE(port), now);
-    if (old & (PV_FIFO_MASKED | PV_FIFO_LINKED))
-        return 0;
-    PV_TRY(control, has_control(domain, port));
-    if (!control)
-        return 0;
-    PV_OR32(old, domain, at, PV_FIFO_LINKED, "fifo.linked");
-    if (old & PV_FIFO_LINKED)
-        return 0;
-    return enqueue(domain, port);
+    if (linked)
+        return enqueue(domain, port, vcpu, control);
+    if (control == 0 && !(word & (PV_FIFO_MASKED | PV_FIFO_LINKED)))
+        PV_COUNT64(domain, PV_VCPU(vcpu, fifo_dropped), 1);
+    return 0;
 }
 
 /* Unmask; a port that is pending is raised again (EVTCHNOP_unmask), and stays where it is if it is linked already. */
@@ -198,7 +172,7 @@ static int64_t walk(MemoryObject *domain, uint32_t vcpu, uint32_t control, uint3
 }
 
 /* Take a word that no queue reaches out of its queue, and raise it again if it is pending. */
-static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const uint64_t *reachable)
+static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const uint64_t *reachable, uint32_t *marked)
 {
     uint64_t entry, queue;
     uint32_t word, old;
@@ -209,8 +183,11 @@ static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const 
     PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
     PV_LOAD64(entry, domain, PV_PORT_WORD(port), PV_RELAXED, "port.vcpu");
     PV_LOAD64(queue, domain, PV_QUEUE_WORD(port), PV_RELAXED, "fifo.queue");
-    /* Set before the queue was chosen: LINKED may stand there with the queue of the time before, or with none. */
-    uint32_t on = word & PV_FIFO_LINKED && queue & PV_QUEUE_LINKED ? PV_QUEUE_VCPU(queue) : PV_PORT_VCPU(entry);
+    /*
+     * Whoever was linked on this vCPU last is ours, wherever it is bound now: its CPU may have died with the word just taken out.
+     * Any other may be in the hands of a CPU that runs.  LINKED is set before the queue is chosen: it may have none yet.
+     */
+    uint32_t on = queue & PV_QUEUE_LINKED ? PV_QUEUE_VCPU(queue) : PV_PORT_VCPU(entry);
     if (on != vcpu || (!(word & (PV_FIFO_LINKED | PV_FIFO_BUSY)) && !(word & PV_FIFO_PENDING && !(word & PV_FIFO_MASKED))))
         return 0;
     PV_AND32(old, domain, at, ~(PV_FIFO_LINKED | PV_FIFO_BUSY | PV_FIFO_LINK), "fifo.unlink");
@@ -218,19 +195,22 @@ static int64_t relink(MemoryObject *domain, uint32_t vcpu, uint32_t port, const 
     if (!(word & PV_FIFO_PENDING))
         return 0;
     PV_TRY(r, pv_fifo_set_pending(domain, port, 0));
-    return 1;
+    if (r > 0) /* it may have moved, to a CPU that runs, and sleeps */
+        *marked |= 1u << (r - 1);
+    return 0;
 }
 
 /*
  * What the heir of a hypervisor, or of a CPU's process, finds half done: a word taken out whose successor was not yet noted, a
  * word LINKED that was not yet queued, a BUSY word, a stale tail, a pending word that nobody linked.  The hypervisor calls it
  * while the CPU's process does not run, so nobody takes anything out meanwhile, and everything raised goes through the
- * caller.  Walks the vCPU's queues, and raises again what none of them reaches.  How many; -1 when memory is short.
+ * caller.  Walks the vCPU's queues, and raises again what none of them reaches.  The vCPUs whose doorbell may have to be rung
+ * for that, a bit each; -1 when memory is short.
  */
 int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu)
 {
-    uint32_t control, pages, old;
-    int64_t r, found = 0;
+    uint32_t control, pages, old, marked = 0;
+    int64_t r;
     PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
     PV_LOAD32(pages, domain, PV_HEADER(array_pages), PV_RELAXED, "fifo.pages");
     if (control == 0 || pages > PV_FIFO_PAGES_MAX)
@@ -242,15 +222,14 @@ int64_t pv_fifo_rebuild(MemoryObject *domain, uint32_t vcpu)
         if ((r = walk(domain, vcpu, control, priority, reachable)) == PV_DEAD)
             goto dead;
     for (uint32_t port = 1; port < pages * PV_FIFO_WORDS_A_PAGE; port++) {
-        if ((r = relink(domain, vcpu, port, reachable)) == PV_DEAD)
+        if ((r = relink(domain, vcpu, port, reachable, &marked)) == PV_DEAD)
             goto dead;
-        found += r;
     }
     free(reachable);
     /* Every queue gets a look: of what was walked, the bit that announced it may have died with its taker. */
     PV_OR32(old, domain, PV_VCPU(vcpu, fifo_ready), (1u << PV_FIFO_PRIORITIES) - 1, "fifo.ready.all");
     (void)old;
-    return found;
+    return marked;
 dead:
     free(reachable);
     return PV_DEAD;

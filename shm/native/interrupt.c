@@ -32,8 +32,7 @@ static int64_t handle_claimed(pv_upcall_run *u, uint32_t port, uint64_t irq)
     uint32_t slot = PV_IRQ_SLOT(irq) - 1;
     uint64_t old;
     int64_t pushed, r;
-    PV_TRY(r, pv_mask(u->domain, port));
-    PV_TRY(r, pv_clear_pending(u->domain, port));
+    PV_TRY(r, pv_mask_and_clear(u->domain, port));
     /*
      * Not enabled only now (A3.2): a user who writes the port back earlier is ignored, so nobody unmasks it between our
      * claim and our mask, where the unmask would be undone and the port stay masked for ever.
@@ -137,6 +136,7 @@ int64_t pv_cpu_recover(MemoryObject *machine, MemoryObject *domain, MemoryObject
     for (uint32_t slot = 0; slot < PV_FILES_MAX; slot++)
         if (pages[slot] != NULL)
             PV_TRY(r, pv_ring_recover(machine, slot, pages[slot], 1 + vcpu, domain));
+    PV_TRY(r, pv_end_loop(domain, vcpu)); /* the dead one's has ended with it: ours must not count as one that has run too long */
     PV_LOAD32(end, domain, PV_HEADER(valid_evtchns), PV_RELAXED, "valid");
     for (uint32_t port = 1; port < end && port < PV_PORTS_MAX; port++) {
         PV_LOAD64(irq, domain, PV_IRQ_WORD(port), PV_ACQUIRE, "irq");

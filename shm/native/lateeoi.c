@@ -43,20 +43,21 @@ static int64_t due_at(MemoryObject *machine, MemoryObject *domain, uint32_t port
     if (delay == 0 && !(irq & PV_IRQ_DEFER))
         return 0;
     PV_TRY(now, pv_machine_now(machine));
-    if (irq & PV_IRQ_DEFER) {
-        PV_LOAD32(epoch, domain, PV_VCPU(PV_IRQ_CPU(irq) & (PV_VCPUS_MAX - 1), irq_epoch), PV_RELAXED, "loop.epoch");
-        if (epoch == PV_EOI_EPOCH(eoi) || delay != 0)
-            PV_LOAD64(at, domain, PV_EOI_AT(port), PV_RELAXED, "eoi.at");
-    } else if (delay != 0) {
+    if (delay != 0) { /* whatever the loop that delivered it does */
         at = (uint64_t)now + delay;
+    } else {
+        PV_LOAD32(epoch, domain, PV_VCPU(PV_IRQ_CPU(irq) & (PV_VCPUS_MAX - 1), irq_epoch), PV_RELAXED, "loop.epoch");
+        if (epoch == PV_EOI_EPOCH(eoi))
+            PV_LOAD64(at, domain, PV_EOI_AT(port), PV_RELAXED, "eoi.at");
     }
     return at > (uint64_t)now ? (int64_t)at : 0;
 }
 
 /* Put a port on the list of those that wait.  Before its irq word says so: a bit too many costs a look. */
-static int64_t put_off(MemoryObject *domain, uint32_t port, uint64_t at)
+static int64_t put_off(MemoryObject *domain, uint32_t port, uint64_t irq, uint64_t at)
 {
     uint64_t old, next;
+    PV_COUNT64(domain, PV_VCPU(PV_IRQ_CPU(irq) & (PV_VCPUS_MAX - 1), eois_put_off), 1);
     PV_STORE64(domain, PV_EOI_AT(port), at, PV_RELAXED, "eoi.at");
     PV_OR64(old, domain, PV_DOMAIN_EOI_WAITING + 8u * (port / 64), 1ull << (port % 64), "eoi.waiting");
     (void)old;
@@ -96,7 +97,7 @@ int64_t pv_eoi(MemoryObject *machine, MemoryObject *domain, uint32_t port, uint3
         if (at < 0) {
             PV_TRY(at, due_at(machine, domain, port, irq, spurious));
             if (at != 0)
-                PV_TRY(r, put_off(domain, port, (uint64_t)at));
+                PV_TRY(r, put_off(domain, port, irq, (uint64_t)at));
         }
         /* Enabled and ended in one exchange: enabled first, and an heir would find a port that nobody ends any more. */
         next = irq | PV_IRQ_ENABLED;

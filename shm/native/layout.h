@@ -82,7 +82,8 @@ struct pv_vcpu {                     /* 1024 bytes; its own process writes it, b
     uint32_t control;                /* FIFO: where in the segment the control block lies, 0 = none */
     uint32_t pad2;
     uint64_t fifo_dropped;           /* FIFO: raised without a control block */
-    uint8_t pad3[40];
+    uint64_t eois_put_off;           /* late EOIs of what it delivered that had to wait */
+    uint8_t pad3[32];
     uint32_t fifo_tail[PV_FIFO_PRIORITIES]; /* @768 FIFO: the last word linked, 0 = queue known to be empty */
     uint8_t pad4[192];
 };
@@ -118,6 +119,7 @@ enum { PV_TABLE_PORT, PV_TABLE_IRQ, PV_TABLE_PENDING_SINCE, PV_TABLE_SERVED_AT, 
 #define PV_PORT_STATE(w) ((uint32_t)((w) & 7u))             /* 0 free, 1 reserved, 2 unbound, 3 interdomain, 4 pirq, 5 virq, 6 ipi */
 #define PV_PORT_PEER_CLOSED (1ull << 3)                     /* on an unbound port: it had a peer */
 #define PV_PORT_STATIC (1ull << 4)                          /* made by the configuration: no heir closes it */
+#define PV_PORT_RAW (1ull << 5)                             /* made by a hypercall of the domain's kernel itself: the same */
 #define PV_PORT_REMOTE_DOMAIN(w) ((uint32_t)(((w) >> 8) & 0xffffu))
 #define PV_PORT_REMOTE_PORT(w) ((uint32_t)(((w) >> 24) & 0x1ffffu)) /* for a VIRQ its number */
 #define PV_PORT_VCPU(w) ((uint32_t)(((w) >> 48) & 0x3fu))   /* notify vCPU */
@@ -187,6 +189,7 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 #define PV_VARIANT_LEAK_ON_ENOMEM 4u /* H3 */
 #define PV_VARIANT_DOUBLE_CLOSE 8u  /* H4 */
 #define PV_VARIANT_STRICT_STATIC 16u /* H2, fixed */
+#define PV_VARIANT_ONE_TASKLET_PAIR 32u /* H10, zoo 4 */
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {

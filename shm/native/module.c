@@ -18,7 +18,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     OFFSET(pv_vcpu, last_bit), OFFSET(pv_vcpu, upcalls), OFFSET(pv_vcpu, events), OFFSET(pv_vcpu, unhandled), OFFSET(pv_vcpu, spurious),
     OFFSET(pv_vcpu, warnings), OFFSET(pv_vcpu, migrations), OFFSET(pv_vcpu, heartbeat_ns), OFFSET(pv_vcpu, arrivals_head), OFFSET(pv_vcpu, arrivals_tail),
     OFFSET(pv_vcpu, arrivals_seen), OFFSET(pv_vcpu, irq_epoch), OFFSET(pv_vcpu, loop_started_ns), OFFSET(pv_vcpu, loop_events),
-    OFFSET(pv_vcpu, fifo_ready), OFFSET(pv_vcpu, fifo_head), OFFSET(pv_vcpu, fifo_tail), OFFSET(pv_vcpu, control), OFFSET(pv_vcpu, fifo_dropped),
+    OFFSET(pv_vcpu, fifo_ready), OFFSET(pv_vcpu, fifo_head), OFFSET(pv_vcpu, fifo_tail), OFFSET(pv_vcpu, control), OFFSET(pv_vcpu, fifo_dropped), OFFSET(pv_vcpu, eois_put_off),
     SIZE(pv_fifo_control), OFFSET(pv_fifo_control, ready), OFFSET(pv_fifo_control, head),
     SIZE(pv_machine_header), OFFSET(pv_machine_header, version), OFFSET(pv_machine_header, magic), OFFSET(pv_machine_header, clock_offset_ns),
     OFFSET(pv_machine_header, variants), OFFSET(pv_machine_header, hypervisor_generation), OFFSET(pv_machine_header, notifies),
@@ -47,11 +47,11 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     VALUE(PV_FIFO_PRIORITIES), VALUE(PV_FIFO_PRIORITY_DEFAULT), VALUE(PV_FIFO_WORDS_A_PAGE), VALUE(PV_FIFO_PAGES_MAX),
     VALUE(PV_QUEUE_LINKED), VALUE(PV_QUEUE_PENDING), VALUE(PV_MACHINE_FILES), VALUE(PV_MACHINE_SUBMISSIONS), VALUE(PV_MACHINE_BYTES),
     VALUE(PV_PAGE_BITMAP), VALUE(PV_PAGE_RING), VALUE(PV_SUBMISSION_DATA), VALUE(PV_SUBMISSION_BYTES),
-    VALUE(PV_PORT_PEER_CLOSED), VALUE(PV_PORT_STATIC), VALUE(PV_IRQ_LOST), VALUE(PV_IRQ_ENABLED), VALUE(PV_IRQ_ACTIVE), VALUE(PV_IRQ_EXPLICIT), VALUE(PV_IRQ_TEMPORARY), VALUE(PV_IRQ_EOI_PENDING),
+    VALUE(PV_PORT_PEER_CLOSED), VALUE(PV_PORT_STATIC), VALUE(PV_PORT_RAW), VALUE(PV_IRQ_LOST), VALUE(PV_IRQ_ENABLED), VALUE(PV_IRQ_ACTIVE), VALUE(PV_IRQ_EXPLICIT), VALUE(PV_IRQ_TEMPORARY), VALUE(PV_IRQ_EOI_PENDING),
     VALUE(PV_IRQ_IN_SERVICE), VALUE(PV_IRQ_STATIC), VALUE(PV_IRQ_KERNEL), VALUE(PV_IRQ_DEFER), VALUE(PV_IRQ_DELAYED), VALUE(PV_IRQ_SERVED_ONE),
     VALUE(PV_OVERFLOW), VALUE(PV_POISONED), VALUE(PV_EPOCH_SHIFT), VALUE(PV_CLAIM_VALID), VALUE(PV_LOCK_FILE),
     VALUE(PV_VARIANT_DRIVER_WAKEUP), VALUE(PV_VARIANT_DUPLICATE_DROPS), VALUE(PV_VARIANT_LEAK_ON_ENOMEM),
-    VALUE(PV_VARIANT_DOUBLE_CLOSE), VALUE(PV_VARIANT_STRICT_STATIC), VALUE(PV_MAGIC_DOMAIN), VALUE(PV_MAGIC_MACHINE), VALUE(PV_MAGIC_FILE),
+    VALUE(PV_VARIANT_DOUBLE_CLOSE), VALUE(PV_VARIANT_STRICT_STATIC), VALUE(PV_VARIANT_ONE_TASKLET_PAIR), VALUE(PV_MAGIC_DOMAIN), VALUE(PV_MAGIC_MACHINE), VALUE(PV_MAGIC_FILE),
     VALUE(PV_MAGIC_SUBMISSION), VALUE(PV_MAGIC_PUBLIC),
     VALUE(PV_TICK_NS),
 };
@@ -95,10 +95,12 @@ PyMODINIT_FUNC INIT(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    PyObject *table = layout_table();
-    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || pv_memory_init(module) < 0 ||
+    PyObject *table = layout_table(), *hyperv = pv_hyperv_layout();
+    if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || hyperv == NULL ||
+        PyModule_AddObjectRef(module, "HYPERV_LAYOUT", hyperv) < 0 || pv_memory_init(module) < 0 ||
         pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0 || pv_channel_ring_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
+    Py_XDECREF(hyperv);
     return module;
 }

@@ -19,6 +19,10 @@ typedef struct {
     uint32_t rings_end; /* one past the highest ring attached */
     int doorbells[PV_DOMAINS_MAX][PV_VCPUS_MAX]; /* eventfds, -1 = none; sockets of open files: */
     int doors[PV_FILES_MAX];
+    MemoryObject *hyperv[PV_DOMAINS_MAX];       /* of domains on the Hyper-V platform */
+    int work_doorbells[PV_DOMAINS_MAX];         /* eventfds: the domain's workqueue, */
+    int exits[PV_DOMAINS_MAX][PV_VCPUS_MAX];    /* and the hypervisor, when a vCPU has written EOM */
+    int *channel_doors[PV_DOMAINS_MAX];         /* by relid, PV_HV_FLAGS of them; NULL = none yet */
     int score, probe;         /* does spinning pay? */
     int nap_score, nap_probe; /* does a nap? */
 } PathObject;
@@ -37,13 +41,23 @@ int64_t pv_expire(PathObject *self, drained *out);
 int64_t pv_expires_in(PathObject *self);
 int64_t pv_hypervisor_may_sleep(PathObject *self, MemoryObject *public_page);
 int64_t pv_hypervisor_awake(MemoryObject *public_page);
-int64_t pv_cpu_may_sleep(MemoryObject *domain, uint32_t vcpu);
+int64_t pv_cpu_may_sleep(MemoryObject *domain, MemoryObject *hv, uint32_t vcpu); /* 0 no, 1 yes, 2 for a moment */
+int pv_domain_index(PathObject *self, uint32_t domid); /* -1 = none */
 int64_t pv_resolve_claim(PathObject *self, uint32_t index);
 static inline void pv_drained_clear(drained *out)
 {
     out->done = out->kick_count = out->rearm_count = out->poisoned_count = 0;
     out->now = 0;
 }
+
+/* hv_path.c: the methods for Hyper-V */
+PyObject *pv_path_hv_set_hyperv(PathObject *self, PyObject *args);
+PyObject *pv_path_hv_set_exit(PathObject *self, PyObject *args);
+PyObject *pv_path_hv_set_channel_door(PathObject *self, PyObject *args);
+PyObject *pv_path_hv_run(PathObject *self, PyObject *args);
+PyObject *pv_path_hv_recover(PathObject *self, PyObject *args);
+PyObject *pv_path_hv_kick(PathObject *self, PyObject *args);
+void pv_hv_path_clear(PathObject *self);
 
 #ifndef PVBUS_EXPLORED
 extern const char pv_serve_hypervisor_doc[], pv_serve_cpu_doc[];

@@ -9,7 +9,7 @@
  */
 #ifndef PVBUS_EXPLORED
 
-#include "path.h"
+#include "hv.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -37,6 +37,8 @@ typedef struct {
     PathObject *path;
     MemoryObject *public_page; /* the hypervisor */
     MemoryObject *domain;      /* a CPU */
+    MemoryObject *hv;          /* of a domain on the Hyper-V platform */
+    uint32_t index;            /* the domain's */
     uint32_t vcpu;
 } server;
 
@@ -55,6 +57,29 @@ static void ring(PathObject *path, uint32_t code)
             (void)!write(path->doorbells[i][code & 0xff], &one, sizeof one);
 }
 
+static void ring_eventfd(int fd)
+{
+    uint64_t one = 1;
+    if (fd >= 0)
+        (void)!write(fd, &one, sizeof one);
+}
+
+/* Interrupts and tasklets of Hyper-V: how much was done. */
+static uint32_t work_hv(server *s)
+{
+    pv_hv_effects out;
+    pv_hv_effects_clear(&out);
+    int64_t done = pv_hv_run(s->path->machine, s->hv, s->vcpu, &out);
+    int *doors = s->path->channel_doors[s->index];
+    for (uint32_t i = 0; doors != NULL && i < out.channel_count; i++)
+        ring_eventfd(out.channels[i] < PV_HV_FLAGS ? doors[out.channels[i]] : -1);
+    if (out.work)
+        ring_eventfd(s->path->work_doorbells[s->index]);
+    if (out.eom)
+        ring_eventfd(s->path->exits[s->index][s->vcpu]);
+    return (uint32_t)done;
+}
+
 /* One bounded batch; how many entries or events. */
 static uint32_t work(server *s)
 {
@@ -64,7 +89,7 @@ static uint32_t work(server *s)
         int64_t events = pv_upcall(s->path->machine, s->domain, s->path->pages, s->vcpu, BUDGET, &wakes);
         for (uint32_t i = 0; i < wakes.count; i++)
             send_byte(s->path, wakes.slots[i]);
-        return (uint32_t)events;
+        return (uint32_t)events + (s->hv != NULL ? work_hv(s) : 0);
     }
     drained out;
     pv_drained_clear(&out);
@@ -82,9 +107,10 @@ static uint32_t work(server *s)
     return out.done;
 }
 
+/* 0 no, 1 yes, 2 for a moment */
 static int may_sleep(server *s)
 {
-    return s->domain != NULL ? pv_cpu_may_sleep(s->domain, s->vcpu) != 0
+    return s->domain != NULL ? (int)pv_cpu_may_sleep(s->domain, s->hv, s->vcpu)
                              : pv_hypervisor_may_sleep(s->path, s->public_page) != 0;
 }
 
@@ -171,9 +197,11 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
         }
         if (look(epoll, 0, doorbells, doorbell_words))
             return;
-        if (nap(s) || !may_sleep(s))
+        int sleep = nap(s) ? 0 : may_sleep(s);
+        if (!sleep)
             continue;
-        int64_t timer_ms = s->domain != NULL ? -1 : pv_expires_in(s->path); /* a late EOI that waits */
+        /* A late EOI that waits; a message that waits for room in the work ring. */
+        int64_t timer_ms = s->domain == NULL ? pv_expires_in(s->path) : sleep == 2 ? 1 : -1;
         int ours = timer_ms >= 0 && (timeout_ms < 0 || timer_ms < timeout_ms);
         int other = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
@@ -206,7 +234,7 @@ PyObject *pv_serve_hypervisor(PathObject *self, PyObject *args)
         PyBuffer_Release(&doorbells);
         return NULL;
     }
-    server s = {self, (MemoryObject *)public_page, NULL, 0};
+    server s = {self, (MemoryObject *)public_page, NULL, NULL, 0, 0};
     return served(&s, epoll, timeout_ms, &doorbells);
 }
 
@@ -221,12 +249,12 @@ PyObject *pv_serve_cpu(PathObject *self, PyObject *args)
     Py_buffer doorbells;
     if (!PyArg_ParseTuple(args, "IIiiy*", &domid, &vcpu, &epoll, &timeout_ms, &doorbells))
         return NULL;
-    MemoryObject *domain = pv_domain_of(self, domid);
-    if (domain == NULL || vcpu >= PV_VCPUS_MAX) {
+    int index = pv_domain_index(self, domid);
+    if (index < 0 || vcpu >= PV_VCPUS_MAX) {
         PyBuffer_Release(&doorbells);
         return PyErr_Format(PyExc_LookupError, "no cpu/%u.%u", domid, vcpu);
     }
-    server s = {self, NULL, domain, vcpu};
+    server s = {self, NULL, self->domains[index], self->hyperv[index], (uint32_t)index, vcpu};
     return served(&s, epoll, timeout_ms, &doorbells);
 }
 

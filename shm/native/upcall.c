@@ -225,7 +225,7 @@ static int64_t handle_fifo(pv_upcall_run *u)
 /* ---- both */
 
 /* The upcall loop has ended: late EOIs of what it delivered need not wait any more. */
-static int64_t end_loop(MemoryObject *domain, uint32_t vcpu)
+int64_t pv_end_loop(MemoryObject *domain, uint32_t vcpu)
 {
     uint64_t started;
     uint32_t epoch;
@@ -282,7 +282,7 @@ int64_t pv_upcall(MemoryObject *machine, MemoryObject *domain, MemoryObject **pa
     int64_t r, fifo;
     PV_LOAD8(flag, domain, PV_VCPU_INFO(vcpu, evtchn_upcall_pending), PV_RELAXED, "upcall.look");
     if (!flag)
-        return end_loop(domain, vcpu);
+        return pv_end_loop(domain, vcpu);
     PV_TRY(r, begin_run(&u));
     PV_COUNT64(domain, PV_VCPU(vcpu, upcalls), 1);
     PV_TRY(fifo, pv_is_fifo(domain));

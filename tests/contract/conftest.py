@@ -35,6 +35,14 @@ def pvbus_config() -> str:
 
 
 @pytest.fixture
+def file_2level(pvbus_boot: Callable[[str], BootedMachine]) -> Iterator[Any]:
+    """Return a non-blocking file of domain 0 of such a machine whose domains are on the 2-level ABI; closes it."""
+    booted = pvbus_boot(CONFIG.replace('platforms = ["xen"]', 'platforms = ["xen"]\nabi = "2-level"'))
+    with booted.machine.open_evtchn(domain=0, nonblock=True) as file:
+        yield file
+
+
+@pytest.fixture
 def machine(pvbus_shared_machine: BootedMachine) -> Any:
     """Return the attached machine that the tests of a module share."""
     return pvbus_shared_machine.machine

@@ -244,7 +244,7 @@ def process(machine: Any, name: str) -> Any:
 def file_processes(machine: Any) -> dict[str, int]:
     """Return the processes of open files: their pids by name."""
     everyone = machine.status()["processes"]
-    return {each["name"]: each["pid"] for each in everyone if each["name"].startswith("file/")}
+    return {each["name"]: each["pid"] for each in everyone if each["name"].startswith("file/") and each["state"] != "spare"}
 
 
 def reborn(machine: Any, before: Any) -> bool:

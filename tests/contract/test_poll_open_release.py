@@ -236,11 +236,10 @@ def test_freed_numbers_are_handed_out_lowest_first_across_files(opened: Opened) 
 
 
 @pytest.mark.checklist("A12.14", "X7")
-def test_the_first_number_lies_above_those_of_the_kernel_and_the_last_one_is_4095(opened: Opened) -> None:
-    file = opened()
+def test_the_first_number_lies_above_those_of_the_kernel_and_the_last_one_is_4095(file_2level: Any) -> None:
     ports = []
 
-    while (refused := errno_of(lambda: ports.append(file.bind_unbound_port(remote_domain=0)))) == "":
+    while (refused := errno_of(lambda: ports.append(file_2level.bind_unbound_port(remote_domain=0)))) == "":
         assert len(ports) < 5000
 
     assert refused == "ENOSPC"

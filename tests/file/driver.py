@@ -11,7 +11,7 @@ import struct
 from collections.abc import Generator
 from typing import Any
 
-from pvbus.actors.file import evtchn
+from pvbus.actors.file import batch, evtchn
 from pvbus.actors.file.evtchn import EvtchnFile
 from pvbus.actors.hypervisor import calls, recovery
 from pvbus.actors.runtime import messages as m
@@ -63,21 +63,35 @@ class Machine:
         """Run an ioctl as the file's process does: repeated by the heir if the hypervisor dies under it."""
         for _ in range(EPIPE_REPEATS_MAX):
             try:
-                return self._drive(file, file.ioctl(request, argument))
+                value: int = self._drive(file, file.ioctl(request, argument))
             except OSError as error:
                 if error.errno != errno.EPIPE:
                     raise
+            else:
+                return value
         raise AssertionError("the hypervisor dies again and again")
 
-    def _drive(self, file: EvtchnFile, steps: Generator[Any, int, int]) -> int:
-        answer: int | None = None
+    def binds(self, file: EvtchnFile, request: int, arguments: list[bytes]) -> m.Values:
+        """Make many bindings in one call, as the file's process does."""
+        done: list[int] = []
+        for _ in range(EPIPE_REPEATS_MAX):
+            try:
+                given: m.Values = self._drive(file, batch.binds(file, m.Binds(request=request, arguments=arguments), done))
+            except OSError as error:
+                if error.errno != errno.EPIPE:
+                    raise
+            else:
+                return given
+        raise AssertionError("the hypervisor dies again and again")
+
+    def _drive(self, file: EvtchnFile, steps: Generator[Any, Any, Any]) -> Any:
+        answer: Any = None
         failed: OSError | None = None
         while True:
             try:
                 message = self._resume(steps, answer, failed)
             except StopIteration as stop:
-                value: int = stop.value
-                return value
+                return stop.value
             answer = failed = None
             try:
                 answer = self._answer(file.slot, message)
@@ -85,12 +99,14 @@ class Machine:
                 failed = error
 
     @staticmethod
-    def _resume(steps: Generator[Any, int, int], answer: int | None, failed: OSError | None) -> Any:
+    def _resume(steps: Generator[Any, Any, Any], answer: Any, failed: OSError | None) -> Any:
         if failed is not None:
             return steps.throw(failed)
         return next(steps) if answer is None else steps.send(answer)
 
-    def _answer(self, slot: int, message: Any) -> int:
+    def _answer(self, slot: int, message: Any) -> Any:
+        if isinstance(message, m.Hypercalls):
+            return self._several(slot, message)
         kind = type(message).__name__
         self.asked.append(kind)
         if kind in self.faults:
@@ -103,6 +119,17 @@ class Machine:
             self.dies_after.remove(kind)
             self._hypervisor_dies()
         return value
+
+    def _several(self, slot: int, message: m.Hypercalls) -> m.Values:
+        values: list[int] = []
+        for kind, fields in message.calls:
+            try:
+                values.append(self._answer(slot, getattr(m, kind)(**fields)))
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                return m.Values(values=values, errno=error.errno or 0, text=error.strerror or "")
+        return m.Values(values=values)
 
     def _hypervisor_dies(self) -> None:
         self.rig.reborn()

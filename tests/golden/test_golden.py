@@ -53,7 +53,7 @@ def test_the_machine_gives_the_recorded_answers(
     machine = pvbus_shared_machine.machine
     steps = SCENARIOS[scenario]
 
-    result = replay(steps, machine, cpus=shape[0])
+    result = replay(steps, machine, cpus=shape[0], abi=shape[2])
 
     assert not result.differences, "\n".join(result.differences)
     assert result.compared + result.made_only + result.not_expressible == len(steps)

@@ -133,7 +133,7 @@ def test_a_user_that_dies_in_mid_call_harms_nobody(machine: Any, pair: Any) -> N
 
 
 def files_processes(machine: Any) -> list[str]:
-    return [one["name"] for one in machine.status()["processes"] if one["name"].startswith("file/")]
+    return [one["name"] for one in machine.status()["processes"] if one["name"].startswith("file/") and one["state"] != "spare"]
 
 
 def scribbled(near: Any, at: int, value: int) -> None:

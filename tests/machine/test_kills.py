@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
 import select
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BOUND_S = 20.0
+STORM_PORTS = 500
+STORM_KILLS = 3  # below what stops the machine
 
 
 def process(machine: Any, name: str) -> dict[str, Any]:
@@ -41,9 +45,22 @@ def kill_and_wait_for_heir(machine: Any, name: str) -> None:
     wait_until(f"{name} is back", is_back)
 
 
-@pytest.fixture
-def pair(pvbus_machine: Any) -> Iterator[tuple[Any, Any, Any, int, int]]:
-    machine = pvbus_machine.machine
+CONFIG = """\
+[[domain]]
+id = 0
+platforms = ["xen"]
+abi = "{abi}"
+
+[[domain]]
+id = 1
+platforms = ["xen"]
+abi = "{abi}"
+"""
+
+
+@pytest.fixture(params=["fifo", "2-level"])
+def pair(request: Any, pvbus_boot: Any) -> Iterator[tuple[Any, Any, Any, int, int]]:
+    machine = pvbus_boot(CONFIG.format(abi=request.param)).machine
     near, far = machine.open_evtchn(domain=0, nonblock=True), machine.open_evtchn(domain=1, nonblock=True)
     port = near.bind_unbound_port(remote_domain=1)
     peer = far.bind_interdomain(0, port)
@@ -143,6 +160,42 @@ def test_a_call_that_the_hypervisor_dies_under_is_made_again_by_its_heir(pair: A
     assert fresh == port + 1
     machine.settle()
     assert [one["port"] for one in machine.ports(0)] == [port, fresh]
+
+
+@pytest.mark.checklist("A11.3")
+@pytest.mark.parametrize("victim", ["cpu/0.0", "hypervisor"])
+def test_killing_a_process_in_a_storm_loses_and_doubles_nothing(pair: Any, victim: str) -> None:
+    machine, near, far, _, _ = pair
+    ports = near.bind_unbound_ports(1, STORM_PORTS)
+    peers = dict(zip(ports, far.bind_interdomain_ports(0, ports), strict=True))
+    machine.settle()
+    far.enable(far.read_ports(1024))
+    sent, seen = dict.fromkeys(ports, 0), collections.Counter[int]()
+
+    def kill() -> None:
+        for number in range(1, STORM_KILLS + 1):
+            wait_until("every port was served since the last kill", lambda: min(sent.values()) > number)  # noqa: B023 -- at once
+            kill_and_wait_for_heir(machine, victim)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    while killer.is_alive() or seen.total() < sum(sent.values()):
+        if killer.is_alive():
+            idle = [port for port in ports if seen[port] == sent[port]]  # one at a time: each must be seen just once
+            sent.update({port: sent[port] + 1 for port in idle})
+            far.notify_many([peers[port] for port in idle])
+        if near.poll(select.POLLIN, 10_000) & select.POLLIN:
+            got = near.read_ports(1024)
+            seen.update(got)
+            near.enable(got)
+        else:
+            break
+    killer.join()
+    machine.settle()
+
+    assert near.poll(select.POLLIN, 0) == 0
+    assert seen == sent
+    assert min(sent.values()) > STORM_KILLS
 
 
 @pytest.mark.checklist("A11.5")

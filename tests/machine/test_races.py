@@ -16,6 +16,7 @@ import pytest
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir, wire
 from pvbus.actors.runtime.process import ask_blocking
+from pvbus.actors.supervisor.pool import SPARES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ def wait_until(what: str, condition: Callable[[], bool]) -> None:
 def everything_is_up(machine: Any, restarts: int) -> bool:
     processes = machine.status()["processes"]
     hypervisor = next(one for one in processes if one["name"] == "hypervisor")
-    return hypervisor["restarts"] >= restarts and all(one["state"] == "up" for one in processes)
+    return hypervisor["restarts"] >= restarts and all(one["state"] in {"up", "spare"} for one in processes)
 
 
 @contextlib.contextmanager
@@ -176,6 +177,7 @@ def test_descriptors_of_refused_messages_are_closed(pvbus_machine: Any) -> None:
     supervisor = pvbus_machine.process.pid
     sock = rundir.connect_machine(rundir.run_directory(machine.name))
     ask_blocking(sock, m.Hello())  # it has taken the connection
+    wait_until("the pool is full", lambda: [one["state"] for one in machine.status()["processes"]].count("spare") == SPARES)
     before = len(os.listdir(f"/proc/{supervisor}/fd"))  # noqa: PTH208
     pipe = os.pipe()
 

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import socket
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pykka._envelope import Envelope
@@ -59,3 +63,20 @@ def receive(sock: socket.socket) -> wire.Frame:
     data, fds = wire.recv_frame(sock)
     wire.close_fds(fds)
     return wire.decode(data)
+
+
+@contextlib.contextmanager
+def descriptors_left(room: int) -> Iterator[None]:
+    """Let this process have so many descriptors more, and no further one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free: list[int] = []
+    try:
+        while len(free) <= room:
+            free.append(os.dup(0))
+    finally:
+        wire.close_fds(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -91,10 +91,10 @@ class Machine:
         self.until(lambda: answers)
         return answers[0]
 
-    def fork(self, name: str) -> Peer:
+    def fork(self, name: str, spare_for: str = "") -> Peer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         answers: list[Message] = []
-        self.server.spawn(name, theirs, lambda reply, _: answers.append(reply))
+        self.server.spawn(name, theirs, lambda reply, _: answers.append(reply), entry=spare_for)
         theirs.close()
         self.until(lambda: answers)
         spawned = answers[0]
@@ -394,3 +394,31 @@ def test_closing_the_fork_server_ends_children_that_are_left() -> None:
     assert machine.server.close() == 0
     wait_gone([child])
     machine.inbox.close()
+
+
+def test_a_spare_child_is_titled_waits_and_becomes_what_its_start_says(machine: Machine) -> None:
+    machine.preload()
+    peer = machine.fork("file/spare.0", ENTRY)
+    title = Path(f"/proc/{machine.pids['file/spare.0']}/cmdline")
+    deadline = time.monotonic() + WAIT_S
+    while not title.read_bytes().startswith(b"pvbus: file/spare.0"):
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.001)
+    started, _ = machine.ask(peer, Start(name="file/0.3", entry=ENTRY))
+    assert started == Started(pid=machine.pids["file/spare.0"])
+    assert title.read_bytes().startswith(b"pvbus: file/0.3")
+    assert machine.ask(peer, Stop())[0] == Done()
+    assert machine.exit_of("file/spare.0") == 0
+
+
+def test_a_spare_child_stops_when_it_is_told_to(machine: Machine) -> None:
+    machine.preload()
+    peer = machine.fork("file/spare.0", ENTRY)
+    assert machine.ask(peer, Stop())[0] == Done()
+    assert machine.exit_of("file/spare.0") == 0
+
+
+def test_a_spare_child_of_an_entry_that_is_none_ends(machine: Machine) -> None:
+    machine.preload()
+    machine.fork("file/spare.0", "no.such.module:X")
+    assert machine.exit_of("file/spare.0") == EXIT_BROKEN

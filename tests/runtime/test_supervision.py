@@ -88,3 +88,28 @@ def test_a_temporary_child_is_forgotten() -> None:
     table.remove("a")
     assert len(table) == 0
     assert list(table) == []
+
+
+def test_a_spare_child_becomes_another_one_and_holds_nobody_up() -> None:
+    table = ChildTable([spec("a")])
+    table.add(spec("file/spare.0", restart="temporary"))
+    table.starting("file/spare.0", 7)
+    table.spare("file/spare.0", 7)
+    assert table.next_to_start() is table["a"]
+    table.add(spec("b"))
+    child = table.adopt("file/spare.0", spec("file/0.1", restart="temporary"))
+    assert "file/spare.0" not in table
+    assert table.by_pid(7) is child
+    assert child.state is State.STARTING
+    assert [one.spec.name for one in table] == ["a", "b", "file/0.1"]
+    assert table.next_to_stop() is child
+
+
+def test_a_spare_child_that_is_being_stopped_stays_so_when_its_fork_is_heard_of() -> None:
+    table = ChildTable()
+    table.add(spec("file/spare.0", restart="temporary"))
+    table.starting("file/spare.0", 0)
+    table.stopping("file/spare.0")
+    table.spare("file/spare.0", 7)
+    assert table["file/spare.0"].state is State.STOPPING
+    assert table.exited("file/spare.0", 0) is Verdict.FORGET

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,9 @@ from hypothesis import strategies as st
 
 from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.wire import Done, Failure, Message, WireError, decode, encode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from rig import descriptors_left  # type: ignore[import-not-found]
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -176,6 +181,32 @@ def test_a_frame_with_too_many_descriptors_leaves_none_behind(pair: Pair) -> Non
     assert open_fds() == before
     with pytest.raises(WireError, match=f"at most {wire.FDS_MAX}"):
         wire.send_frame(pair[0], b"x", [0] * (wire.FDS_MAX + 1))
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_frame_whose_descriptors_find_no_room_names_the_call_that_lost_them(pair: Pair, room: int) -> None:
+    before = open_fds()
+    wire.send_frame(pair[0], encode(WireSample(number=1), 7), [0, 1, 2])
+    wire.send_frame(pair[0], encode(WireSample(number=2), 8, reply=True), [0, 1, 2])
+    wire.send_frame(pair[0], encode(WireSample(number=3), 9))
+    with descriptors_left(room):
+        with pytest.raises(wire.DescriptorsLostError, match="WireSample: no descriptor") as call:
+            wire.recv_frame(pair[1])
+        with pytest.raises(wire.DescriptorsLostError) as answer:
+            wire.recv_frame(pair[1])
+        data, _ = wire.recv_frame(pair[1])
+
+    assert (call.value.request, call.value.reply, call.value.number) == (7, False, errno.EMFILE)
+    assert (answer.value.request, answer.value.reply) == (8, True)
+    assert decode(data).request == 9
+    assert open_fds() == before
+
+
+def test_a_foreign_frame_is_foreign_even_where_its_descriptors_find_no_room(pair: Pair) -> None:
+    wire.send_frame(pair[0], b"\xc1", [0, 1])
+    with descriptors_left(0), pytest.raises(WireError, match="not msgpack") as foreign:
+        wire.recv_frame(pair[1])
+    assert foreign.value.number == errno.EBADMSG
 
 
 def test_an_oversized_frame_is_cut_and_refused(pair: Pair) -> None:

@@ -6,6 +6,7 @@ one who makes it die there, or let somebody else act in between. Each test owns 
 """
 
 import contextlib
+import mmap
 import os
 import select
 import socket
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from pvbus.actors.hypervisor import kernel
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
-from pvbus.shm import _core, _core_explored
+from pvbus.shm import _core, _core_explored, channel
 from pvbus.shm.layout import (
     PORTS_2L,
     Domain,
+    Fifo,
     File,
     FilePage,
     Irq,
@@ -27,6 +30,7 @@ from pvbus.shm.layout import (
     PublicPage,
     Submission,
     SubmissionRing,
+    Vcpu,
 )
 
 CORES = [_core, _core_explored]
@@ -76,7 +80,7 @@ class Model:
 
     def __init__(self, world: World, size: int) -> None:
         self.world = world
-        self.data = bytearray(size)
+        self.data = mmap.mmap(-1, size)    # a domain is large, and mostly never touched
 
     def load(self, _memory: Any, at: int, width: int, _order: int, site: str) -> int:
         self.world.step(site)
@@ -273,6 +277,67 @@ class Rig:
 
     def masked(self, port: int, domid: int = 0) -> bool:
         return self.bit(domid, Domain.EVTCHN_MASK, port)
+
+    # ---- FIFO
+
+    def fifo(self, domid: int = 0) -> None:
+        """Boot the domain's kernel anew: on the FIFO ABI, with room for 1023 ports."""
+        kernel.boot(self.channels, domid, abi="fifo")
+        kernel.give_word(self.channels, domid, 1)
+
+    def word(self, port: int, domid: int = 0) -> int:
+        """Read an event word; 0 while there is none."""
+        memory = self.domains[domid].memory
+        at = channel.event_word_at(memory, port)
+        word: int = memory.load32(at) if at else 0
+        return word
+
+    def set_event_word(self, port: int, word: int, domid: int = 0) -> None:
+        memory = self.domains[domid].memory
+        memory.store32(channel.event_word_at(memory, port), word)
+
+    def at(self, port: int, domid: int = 0) -> channel.EventState:
+        """Give a port's bits, whatever the ABI."""
+        return channel.state(self.domains[domid].memory, port)
+
+    def control(self, vcpu: int, field: int, domid: int = 0) -> int:
+        memory = self.domains[domid].memory
+        value: int = memory.load32(memory.load32(Domain.vcpu(vcpu, Vcpu.CONTROL)) + field)
+        return value
+
+    def queues(self, domid: int = 0) -> dict[tuple[int, int], list[int]]:
+        """Give (vCPU, priority) -> ports, for every queue that its CPU will look at: announced, or known to it."""
+        memory, found = self.domains[domid].memory, {}
+        for vcpu in range(self.domains[domid].vcpus):
+            if not memory.load32(Domain.vcpu(vcpu, Vcpu.CONTROL)):
+                continue
+            announced = self.control(vcpu, Fifo.READY, domid) | memory.load32(Domain.vcpu(vcpu, Vcpu.FIFO_READY))
+            for priority in range(Fifo.PRIORITIES):
+                if announced >> priority & 1:
+                    head = memory.load32(Domain.vcpu(vcpu, Vcpu.FIFO_HEAD) + 4 * priority)
+                    head = head or self.control(vcpu, Fifo.HEAD + 4 * priority, domid)
+                    ports = self._chain(head, domid)
+                    if ports:
+                        found[vcpu, priority] = ports
+        return found
+
+    def _chain(self, port: int, domid: int) -> list[int]:
+        ports: list[int] = []
+        while port and self.word(port, domid) & Fifo.LINKED:
+            assert port not in ports, f"the queue bites its tail: {ports}, {port}"
+            ports.append(port)
+            port = self.word(port, domid) & Fifo.LINK
+        return ports
+
+    def check_links(self, domid: int = 0) -> None:
+        """Zoo 29: the words that are LINKED are those reachable from the heads, each once; none stays BUSY."""
+        reachable = sorted(port for ports in self.queues(domid).values() for port in ports)
+        end = self.domains[domid].memory.load32(Domain.VALID_EVTCHNS)
+        linked = [port for port in range(1, end) if self.word(port, domid) & Fifo.LINKED]
+        assert reachable == linked, self.queues(domid)
+        assert not [port for port in range(1, end) if self.word(port, domid) & Fifo.BUSY]
+        for vcpu, priority in self.queues(domid):
+            assert self.domains[domid].memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)), (vcpu, priority)
 
     def deliver(self, domid: int = 0, budget: int = 256) -> int:
         """Let every virtual CPU of a domain serve until nothing is left; give the number of events."""

@@ -7,7 +7,7 @@ import pytest
 
 from pvbus.actors.hypervisor import recovery
 from pvbus.shm import _core_explored
-from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Submission, SubmissionRing
+from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Submission, SubmissionRing, Vcpu
 from pvbus.tests.shm.rig import M32, Rig
 
 STEPS_MAX = 400
@@ -69,6 +69,19 @@ def still_works(rig: Rig, ports: list[int], where: str) -> None:
         rig.path.set_pending(0, port)
     rig.deliver()
     assert sorted(rig.read(0)) == ports, where
+
+
+def test_the_loop_of_a_dead_cpu_has_ended_and_its_heirs_does_not_count_as_long() -> None:
+    rig = Rig()
+    memory = rig.domains[0].memory
+    memory.store64(Domain.vcpu(0, Vcpu.LOOP_STARTED_NS), 1)
+    memory.store32(Domain.vcpu(0, Vcpu.LOOP_EVENTS), 1000)
+    epoch = memory.load32(Domain.vcpu(0, Vcpu.IRQ_EPOCH))
+
+    rig.path.cpu_recover(0, 0)
+
+    assert memory.load64(Domain.vcpu(0, Vcpu.LOOP_STARTED_NS)) == memory.load32(Domain.vcpu(0, Vcpu.LOOP_EVENTS)) == 0
+    assert memory.load32(Domain.vcpu(0, Vcpu.IRQ_EPOCH)) == epoch + 1
 
 
 @pytest.mark.checklist("E12", "A11.1", "A11.3")

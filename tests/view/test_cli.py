@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, run as a user does: output for people and machines, exit codes, mistakes on purpose."""
 
+import errno
 import json
 import os
 import re
@@ -19,9 +20,13 @@ from pvbus.view.tables import table
 
 RUN_S_MAX = 40
 PVBUS = [sys.executable, "-m", "pvbus.supervisor"]
-VERBS = ["up", "down", "status", "ports", "virq", "explain", "stress", "demo", "doctor", "conformance"]
+VERBS = [
+    "up", "down", "status", "ports", "virq", "affinity", "soft-reset", "explain", "stress", "demo", "doctor", "conformance",
+]  # fmt: skip
 WITHOUT_NAME = {"demo", "conformance"}  # a machine of its own, and none at all
-NEEDS_MACHINE = [["down"], ["status"], ["ports"], ["virq", "3"], ["explain", "port", "0:1"]]
+NEEDS_MACHINE = [
+    ["down"], ["status"], ["ports"], ["virq", "3"], ["affinity", "0:1", "0"], ["soft-reset", "0"], ["explain", "port", "0:1"],
+]  # fmt: skip
 Done = subprocess.CompletedProcess[str]
 
 
@@ -119,6 +124,42 @@ def test_virq_raises_it(name: str, opened: Any) -> None:
     assert pvbus("virq", "4", machine=name).stdout == f"VIRQ 4 is raised on port {port}\n"
 
 
+def test_a_global_virq_is_raised_in_the_domain_that_handles_it(name: str, machine: Any, opened: Any) -> None:
+    machine.set_virq_handler(3, 1)
+    file = opened(1)
+    port = file.bind_virq(3)
+
+    done = pvbus("virq", "3", "--json", machine=name)
+
+    assert json.loads(done.stdout)["port"] == port
+    machine.settle()
+    assert file.read_ports(8) == [port]
+    machine.set_virq_handler(3, 0)
+
+
+def test_affinity_says_who_serves_the_port_now(name: str, opened: Any) -> None:
+    port = opened().bind_unbound_port(remote_domain=1)
+
+    data = json.loads(pvbus("affinity", f"0:{port}", "0", "--json", machine=name).stdout)
+
+    assert data == {"schema": 1, "domain": 0, "port": port, "vcpu": 0}
+    assert pvbus("affinity", f"0:{port}", "0", machine=name).stdout == f"port 0:{port} is served by cpu/0.0\n"
+
+
+def test_a_soft_reset_frees_every_port_of_the_domain(name: str, machine: Any, opened: Any) -> None:
+    file = opened(1)
+    file.bind_unbound_port(remote_domain=0)
+
+    done = pvbus("soft-reset", "1", "--json", machine=name)
+
+    assert json.loads(done.stdout) == {"schema": 1, "domain": 1, "state": "reset"}
+    assert machine.ports(1) == []
+    assert pvbus("soft-reset", "1", machine=name).stdout == "domain 1 has booted another kernel\n"
+    with pytest.raises(OSError) as dead:
+        file.bind_unbound_port(remote_domain=0)
+    assert dead.value.errno == errno.EIO
+
+
 def test_explain_gives_a_sentence_and_what_comes_next(name: str, opened: Any) -> None:
     port = opened().bind_unbound_port(remote_domain=1)
 
@@ -201,6 +242,11 @@ def test_a_machine_of_another_name_is_not_there(name: str) -> None:
         (["virq", "-1"], "-1"),
         (["virq", "3", "--vcpu", "7"], "--vcpu 7"),
         (["virq", "3", "--domain", "9"], "--domain 9"),
+        (["affinity", "0:4", "1"], "vCPU 1"),
+        (["affinity", "9:4", "0"], "--domain 9"),
+        (["affinity", "0:4000", "0"], "0:4000"),
+        (["affinity", "five", "0"], "five"),
+        (["soft-reset", "9"], "--domain 9"),
         (["demo", "--seconds", "0"], "0"),
         (["nonsense"], "nonsense"),
         ([], "VERB"),

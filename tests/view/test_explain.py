@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pvbus.shm import channel
 from pvbus.shm.layout import FilePage, Machine, Submission
 from pvbus.tests.view.conftest import CONFIG
 from pvbus.tests.view.support import pid_of, stopped, until
@@ -27,6 +28,12 @@ with attach(sys.argv[1]) as machine:
     print(file.bind_unbound_port(remote_domain=0), flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.fixture(scope="module", params=["fifo", "2-level"])
+def pvbus_config(request: Any) -> str:
+    """Return the machine of the view tests, on each ABI."""
+    return CONFIG.replace('platforms = ["xen"]', f'platforms = ["xen"]\nabi = "{request.param}"')
 
 
 class Pair:
@@ -87,13 +94,14 @@ def test_a_domain_that_is_none_is_named_with_those_that_are(machine: Any) -> Non
     assert "0, 1" in found.text
 
 
-@pytest.mark.parametrize("port", [131072, -1, 2**32])
-def test_a_port_beyond_the_abi_is_out_of_range(machine: Any, port: int) -> None:
-    found = explain(machine, 0, port)
+def test_a_port_beyond_the_abi_is_out_of_range(machine: Any) -> None:
+    ports_max = 131072 if channel.is_fifo(machine.inspector().domain_pages[0]) else 4096
+    for port in (ports_max, -1, 2**32):
+        found = explain(machine, 0, port)
 
-    assert (found.state, found.found) == ("out-of-range", False)
-    assert str(port) in found.text
-    assert "1 to 131071" in found.text
+        assert (found.state, found.found) == ("out-of-range", False)
+        assert str(port) in found.text
+        assert f"1 to {ports_max - 1}" in found.text
 
 
 def test_a_port_that_nobody_has_bound_is_free(machine: Any) -> None:
@@ -315,6 +323,9 @@ def test_a_cpu_that_is_stopped_holds_the_pending_event(pair: Pair) -> None:
     assert found.state == "cpu-not-running"
     assert "cpu/0.0" in found.text
     assert "pending for" in found.text
+    queue = "queue of priority 7 of cpu/0.0"
+    fifo = channel.is_fifo(pair.machine.inspector().domain_pages[0])
+    assert (queue in holding(found)) == (f"linked in the {queue}" in found.text) == fifo
     assert f"kill -CONT {cpu}" in found.next
     until(lambda: pair.explain().state == "unread", "the CPU that goes on delivers")
 

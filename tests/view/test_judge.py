@@ -30,12 +30,14 @@ FILE = OpenFile(
     waiting=None,
 )
 BOUND = 1 | Irq.ENABLED
+PUT_OFF = Irq.ACTIVE | Irq.EOI_PENDING | Irq.DELAYED
 IDLE = Evidence(
     domain=0,
     port=6,
     state=Port.INTERDOMAIN,
     peer_closed=False,
     static=False,
+    raw=False,
     remote_domain=1,
     remote_port=7,
     irq=BOUND,
@@ -53,6 +55,10 @@ IDLE = Evidence(
     sender=None,
     sender_name="",
     driver_order=False,
+    fifo=True,
+    linked=False,
+    queue=(0, 7),
+    put_off_ns=0,
 )
 
 
@@ -60,8 +66,18 @@ IDLE = Evidence(
     ("changes", "state", "said"),
     [
         ({}, "idle", "5.0 s ago"),
-        ({"pending": True}, "on-its-way", "cpu/0.0 has been told"),
-        ({"pending": True, "cpu_asleep": True}, "on-its-way", "about to be told"),
+        ({"pending": True}, "on-its-way", "in no queue"),
+        ({"pending": True, "fifo": False}, "on-its-way", "cpu/0.0 has been told"),
+        ({"pending": True, "linked": True}, "on-its-way", "linked in the queue of priority 7 of cpu/0.0: cpu/0.0 has been told"),
+        ({"pending": True, "linked": True, "cpu_asleep": True}, "on-its-way", "about to be told"),
+        ({"pending": True, "linked": True, "cpus": (DEAD_CPU,)}, "cpu-not-running", "queue of priority 7 of cpu/0.0"),
+        ({"irq": BOUND | PUT_OFF, "put_off_ns": 9_000_000}, "eoi-put-off", "put off until 9 ms from now"),
+        ({"irq": BOUND | PUT_OFF, "put_off_ns": 9_000_000}, "eoi-put-off", "no other event is pending"),
+        ({"irq": BOUND | PUT_OFF, "put_off_ns": 1, "pending": True, "masked": True}, "eoi-put-off", "it is pending for 5.0 s"),
+        (
+            {"irq": BOUND | PUT_OFF, "put_off_ns": 1, "hypervisor": HYPERVISOR._replace(condition="stopped")},
+            "hypervisor-not-running", "put off until",
+        ),
         ({"pending": True, "cpus": (DEAD_CPU,)}, "cpu-not-running", "is dead (restarted 2 times so far)"),
         ({"pending": True, "cpus": ()}, "no-cpu", "no CPU serves it"),
         ({"irq": BOUND | Irq.IN_SERVICE | Irq.ACTIVE, "server": CPU}, "in-service", "into the event ring"),
@@ -73,6 +89,7 @@ IDLE = Evidence(
         ({"irq": 0, "file": None, "pending": True}, "no-handler", "An event is pending"),
         ({"file": replace(FILE, is_open=False)}, "file-gone", "being closed"),
         ({"irq": 1 | Irq.ACTIVE, "file": replace(FILE, ring=None)}, "not-written-back", "is not known"),
+        ({"irq": 0, "file": None, "raw": True}, "no-handler", "by a hypercall of its domain's kernel"),
         ({"irq": 0, "file": None, "static": True}, "no-handler", "one end of a static channel"),
         ({"irq": BOUND | Irq.LOST}, "lost", "can neither write it back nor unbind it"),
         ({"irq": Irq.KERNEL | Irq.LOST, "file": None}, "lost", "released without a record"),

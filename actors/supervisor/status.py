@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the supervisor says of a machine: its processes and domains, as plain data. Reads, and asks nobody."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+DEVICE = "/dev/xen/evtchn"  # what a domain with Xen has, by the driver's name (A10.6)
+
+if TYPE_CHECKING:
+    from pvbus.actors.supervisor.process import Supervisor
+
+
+def status_of(supervisor: Supervisor) -> dict[str, Any]:
+    """Return what `pvbus status` shows of the supervisor's part."""
+    processes = [{"name": "supervisor", "pid": os.getpid(), "restarts": 0, "state": "up"}]
+    processes.append({"name": "forkserver", "pid": supervisor.forkserver.pid, "restarts": 0, "state": "up"})
+    processes += [
+        {"name": child.spec.name, "pid": child.pid, "restarts": child.restarts, "state": child.state.value}
+        for child in supervisor.table
+    ]
+    return {
+        "schema": 1,
+        "name": supervisor.config.name,
+        "run_id": supervisor.run_id,
+        "state": "stopping" if supervisor.stopping else "ready",
+        "profile": supervisor.config.profile,
+        "variants": list(supervisor.config.effective_variants()),
+        "inject": supervisor.config.inject.as_dict(),
+        "undelivered": supervisor.inbox.undelivered,
+        "foreign_frames": supervisor.inbox.foreign_frames,
+        "processes": processes,
+        "domains": [
+            {
+                "id": d.id, "cpus": d.cpus, "platforms": list(d.platforms), "abi": d.abi, "affinity": d.affinity,
+                "devices": [DEVICE] if "xen" in d.platforms else [],
+            }
+            for d in supervisor.config.domain
+        ],
+    }
