@@ -203,14 +203,12 @@ int64_t pv_channel_look(RingObject *self, uint32_t *write_index)
     return *write_index != self->read_index;
 }
 
-/* The descriptor at our index, copied and then checked against what the ring holds. */
+/* The descriptor at our index, copied and then checked against what the ring holds: a header and a trailer at least. */
 int64_t pv_channel_parse(RingObject *self, uint32_t write_index, pv_packet *packet)
 {
     uint32_t size = self->size, at = self->read_index, held = size - pv_channel_free(size, write_index, at);
     size_t data = self->in + PV_CHANNEL_CONTROL;
     uint64_t word;
-    if (held < PV_PACKET_HEADER + PV_PACKET_TRAILER)
-        return broke(self);
     PV_LOAD64(word, self->memory, data + at, PV_RELAXED, "vmr.packet");
     PV_LOAD64(packet->transaction_id, self->memory, data + wrapped(size, at + 8), PV_RELAXED, "vmr.packet");
     uint32_t offset = (uint32_t)(word >> 16 & 0xFFFF) * 8, length = (uint32_t)(word >> 32 & 0xFFFF) * 8;

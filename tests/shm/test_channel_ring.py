@@ -2,6 +2,7 @@
 """The rings of a channel, one step at a time: what lies in the pages, what fits, who has to be signalled."""
 
 import errno
+import gc
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -386,6 +387,57 @@ def test_a_memory_that_is_closed_while_a_payload_is_made_is_an_error(rig: Rig) -
 
     with pytest.raises(ValueError, match="closed"):
         channel.guest.send_many(payloads())
+
+
+class Nosy:
+    """Garbage whose finaliser reads from the ring, or closes its memory, in the middle of whatever made an object."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+        self.myself = self      # only the collector ends it
+
+    def __del__(self) -> None:
+        self.act()
+
+
+@pytest.fixture
+def eager_collector() -> Iterator[None]:
+    """Let the collector, whenever it is on, run at the next object that is made."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.enable()
+
+
+@pytest.mark.usefixtures("eager_collector")
+def test_a_finaliser_that_reads_from_the_ring_takes_no_packet_twice(rig: Rig) -> None:
+    channel = Channel(rig)
+    got: list[tuple[int, int, bytes, bool]] = []
+    taken: list[tuple[int, int, bytes, bool]] = []
+    sent = 0
+
+    for _ in range(40):
+        gc.disable()
+        Nosy(lambda: taken.append(channel.host.recv()))
+        sent += channel.guest.send_many([b"12345678"] * 40, sent)[0]
+        gc.enable()
+        got += channel.host.recv_many(1000)
+
+    assert len(taken) == 40
+    assert sorted(packet[1] for packet in [*got, *taken]) == list(range(sent))
+
+
+@pytest.mark.usefixtures("eager_collector")
+def test_a_finaliser_that_closes_the_memory_ends_a_receive_with_an_error(rig: Rig) -> None:
+    channel = Channel(rig)
+    channel.guest.send_many([b"12345678"] * 40)
+    gc.disable()
+    Nosy(channel.memory.close)
+    gc.enable()
+
+    with pytest.raises(ValueError, match="closed"):
+        channel.host.recv_many(1000)
 
 
 def test_the_trailer_is_not_believed(rig: Rig) -> None:
