@@ -236,9 +236,8 @@ def test_a_hypervisor_dies_anywhere_while_it_unmasks_a_pending_port(order: str, 
 
 
 @pytest.mark.checklist("E12", "A11.3")
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_word_left_busy_by_a_dead_hypervisor_is_unmasked_and_linked_again(order: str) -> None:
-    """The tail changes under the link, the hypervisor holds it BUSY, and dies: nobody else would ever take BUSY away."""
+def test_a_word_left_busy_by_a_dead_hypervisor_does_not_hold_up_its_end_of_interrupt() -> None:
+    """The tail changes under the link, the hypervisor holds it BUSY, and dies; the write-back may come before any CPU is up."""
     busy = []
 
     def prepare() -> Rig:
@@ -249,8 +248,12 @@ def test_a_word_left_busy_by_a_dead_hypervisor_is_unmasked_and_linked_again(orde
     def then(rig: Rig, where: str) -> None:
         rig.world.before.clear()
         busy.append(bool(rig.word(1) & Fifo.BUSY))
-        heirs_of_all(rig, order)
-        assert not rig.word(1) & Fifo.BUSY, where
+        rig.reborn()
+        recovery.repair(rig.channels, rig.irqs)
+        rig.world.before["fifo.unmask.busy"] = lambda: pytest.fail(f"{where}: it waits for the dead")
+        rig.path.eoi(0, 1, 0)
+        assert not rig.at(1).masked, where
+        heirs_of_all(rig)
         works_on(rig, where)
 
     each_death(prepare, lambda rig: rig.path.set_pending(0, 2), then)

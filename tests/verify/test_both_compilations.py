@@ -73,9 +73,7 @@ NOT_COMPARED: dict[str, list[tuple[int, int]]] = {
 
 
 class Bytes:
-    """A model without any model: each access happens where it stands, a doorbell is a number. It notes
-    which pages were written: a domain's segment is large, and mostly empty.
-    """
+    """A model without any model: each access happens where it stands. Notes which pages were written."""
 
     def __init__(self, size: int) -> None:
         self.data = mmap.mmap(-1, size)
