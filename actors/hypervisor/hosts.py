@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pvbus.shm.memory import EventPath
 
 
+SYNCHRONIZE_DEADLINE_S = 10.0
+
+
 def map_ring(pages: RingPages) -> Ring:
     """Give the host's view of a channel's rings. ValueError when they differ in size."""
     if pages.size != 2 * pages.downstream:
@@ -137,9 +140,25 @@ class Hosts:
         for relid in tuple(host.doors):
             self._drop_doors(host, relid)
 
-    def on_message(self, received: Received) -> Message:
+    def _synchronize(self, host: Host, received: Received) -> None:
+        running = dict(self._cpus.of(host.domid))
+
+        def done(vcpu: int, _reply: Message, _fds: list[int]) -> None:
+            del running[vcpu]  # answered, or dead: then nothing runs there
+            if not running:
+                _done(received)
+
+        for vcpu, cpu in tuple(running.items()):
+            cpu.ask(m.FlushUpcalls(), functools.partial(done, vcpu), SYNCHRONIZE_DEADLINE_S)
+        if not running:
+            _done(received)
+
+    def on_message(self, received: Received) -> Message | None:
         """Execute what a domain's kernel asks of its hypervisor."""
         host = self._of_peer[received.peer]
+        if isinstance(received.message, vm.SynchronizeIrq):
+            self._synchronize(host, received)
+            return None
         message, guest = received.message, host.host
         reply: Message = Done()
         match message:
@@ -242,6 +261,11 @@ def offer_defaults(hosts: Hosts, domid: int, offers: Mapping[str, str]) -> None:
     """Offer what the configuration says, on the first boot."""
     for instance, name in offers.items():
         hosts.execute(vm.Offer(domain=domid, class_id=name, instance_id=instance), None)  # type: ignore[arg-type]
+
+
+def _done(received: Received) -> None:
+    with contextlib.suppress(PeerGone):
+        received.peer.reply(received.request, Done())
 
 
 def _answer(received: Received, status: int | None) -> None:

@@ -79,6 +79,12 @@ class DetachChannel(Message, frozen=True, kw_only=True):
     relid: int
 
 
+class SynchronizeIrq(Message, frozen=True, kw_only=True):
+    """Mirror synchronize_irq: Done once no CPU of the domain runs a handler that began before."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
 class MemoryKnown(Message, frozen=True, kw_only=True):
     """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on."""
 

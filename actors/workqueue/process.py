@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import select
 import socket
@@ -26,8 +25,8 @@ from pvbus.actors.workqueue import attributes, waits
 from pvbus.actors.workqueue.bus import Bus, Device, Driver
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.connection import Connection
+from pvbus.actors.workqueue.discovery import AcpiDevice, Platform, Resource, Vmbus
 from pvbus.actors.workqueue.rings import RingMemories, RingMemory
-from pvbus.actors.workqueue.start import exit_bus, init_bus
 from pvbus.actors.workqueue.tasks import Tasks
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm import hyperv
@@ -37,6 +36,9 @@ from pvbus.shm.segment import check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pvbus.actors.runtime.clock import Timer
+    from pvbus.actors.runtime.inbox import Inbox
 
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
@@ -50,8 +52,6 @@ class WorkqueueProcess(ProcessActor):
     def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
         super().__init__(name, control)
         self.domid: int = arguments["domain"]
-        self.vcpus: int = arguments["vcpus"]
-        self.facts: dict[str, Any] = arguments
         machine = Memory(fds["machine"], Machine.BYTES)
         self.memory = Memory(fds["hyperv"], hyperv.BYTES)
         check(self.memory, hyperv.MAGIC, f"the Hyper-V segment of domain {self.domid}")
@@ -59,11 +59,12 @@ class WorkqueueProcess(ProcessActor):
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.work_doorbell = fds["work"]
         self.work = WorkRing(self.memory)
-        self.tasks = Tasks(self, self.inbox.clock, self.inbox)
+        self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
         self.requests = waits.Requests()
         self.connection = Connection(self.memory, self.requests, self._log)
         self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
+        self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log)
         self.memories = RingMemories(self._memory_gone)
         self.users: set[Peer] = set()
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
@@ -74,14 +75,13 @@ class WorkqueueProcess(ProcessActor):
     def on_ready(self) -> None:
         """Bring the bus up; drivers that register meanwhile wait for its offers as they do later."""
         self.inbox.add_fd(self.work_doorbell, select.EPOLLIN, self._on_work)
-        self.tasks.start(init_bus(self.connection, self.memory, self.vcpus, self.facts), self._initialised)
+        self.tasks.start(self.vmbus.init(), self._initialised)
         self._on_work(0)
 
     def _initialised(self, outcome: Any) -> None:
         self.started = True
         if isinstance(outcome, OSError):
             self.start_error = outcome
-            self.bus.exists = False
             self._log(f"no bus: {outcome.strerror}")
 
     def _log(self, text: str) -> None:
@@ -119,6 +119,8 @@ class WorkqueueProcess(ProcessActor):
                 self._hypercall(vm.AttachChannel(relid=relid), answer, self.opening[relid].doors)
             case waits.Quiesce(relid=relid):
                 self._hypercall(vm.DetachChannel(relid=relid), answer)
+            case waits.Synchronize():
+                self._hypercall(vm.SynchronizeIrq(), answer)
             case waits.Probe(driver=driver, device=device, matched=matched):
                 self._call_driver("probe", driver, device, answer, matched or NULL_GUID)
             case waits.Remove(driver=driver, device=device):
@@ -330,9 +332,24 @@ class WorkqueueProcess(ProcessActor):
             if driver.owner is peer:
                 self._spawn(self.bus.unregister(driver))
 
-    def on_stopping(self, done: Callable[[], None]) -> None:
-        """Leave the host in order."""
-        self.tasks.start(exit_bus(self.connection, self.bus, self.vcpus), lambda _outcome: functools.partial(done)())
+
+class _InboxTimers:
+    """The inbox's timers, as Tasks wants them."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+
+    def add(self, due_ns: int, callback: Callable[[], None]) -> Timer:
+        """Call once the clock has reached `due_ns`."""
+        return self._inbox.call_at(due_ns, callback)
+
+
+def _platform(arguments: dict[str, Any]) -> Platform:
+    """What the configuration lets the guest find."""
+    irq = arguments["irq"]
+    resources = (Resource("irq", (irq,)),) if irq else ()
+    devices = (AcpiDevice(resources=resources),) if arguments["acpi_device"] else ()
+    return Platform(devices=devices, vcpus=arguments["vcpus"])
 
 
 def _value_of(reply: Message) -> Any:

@@ -11,7 +11,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pvbus.actors.runtime.clock import NS_PER_S, Clock, Timer, Timers
+from pvbus.actors.runtime.clock import NS_PER_S, Clock, Timer
 from pvbus.actors.runtime.inbox import InvariantError
 from pvbus.actors.workqueue.waits import Reply, Sleep, Steps, Until, Wait
 
@@ -27,6 +27,13 @@ class Outside(Protocol):
 
     def ask(self, wait: Wait, answer: Callable[[Any], None]) -> None:
         """Have `answer` called once, now or later; with an OSError: it is raised where the wait stands."""
+
+
+class Timers(Protocol):
+    """What runs something at a time of the machine's clock."""
+
+    def add(self, due_ns: int, callback: Callable[[], None]) -> Timer:
+        """Call once the clock has reached `due_ns`."""
 
 
 class Task:
