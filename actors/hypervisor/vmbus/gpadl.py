@@ -139,10 +139,14 @@ class GpadlTable:
         """Forget all."""
         self._table.clear()
 
-    def ring_pages(self, gpadl: int, relid: int, downstream_page: int) -> RingPages | None:
-        """Give the rings behind a GPADL of this channel; None if they are not two rings in one piece of memory."""
+    def ring_pages(self, gpadl: int, relid: int, downstream_page: int, *, resumed: bool = False) -> RingPages | None:
+        """Give the rings behind a GPADL of this channel; None if they are not two rings in one piece of memory.
+
+        For a channel that was open before its server died (resumed), the guest may have asked for the pages already.
+        """
         entry = self._table.get(gpadl)
-        if entry is None or entry.relid != relid or entry.state is not GpadlState.ACCEPTED or entry.range_count != 1:
+        usable = (GpadlState.ACCEPTED, GpadlState.TEARING_DOWN) if resumed else (GpadlState.ACCEPTED,)
+        if entry is None or entry.relid != relid or entry.state not in usable or entry.range_count != 1:
             return None
         (part,) = parse_ranges(entry.words, 1)
         pages = len(part.pfns)

@@ -56,7 +56,7 @@ class Offers:
         self.serial = serial
 
     def add(self, class_id: uuid.UUID, instance_id: uuid.UUID) -> Channel:
-        """Enter a channel, or offer one again whose relid the guest still holds. EEXIST: it is offered; ENOSPC: no relid is free."""
+        """Enter a channel, or offer one again whose relid the guest still holds. EEXIST, ENOSPC (no relid free)."""
         same = [channel for channel in self if (channel.class_id, channel.instance_id) == (class_id, instance_id)]
         if any(channel.state is not State.REVOKED for channel in same):
             raise HypercallError(errno.EEXIST, f"{instance_id} of class {class_id} is offered")

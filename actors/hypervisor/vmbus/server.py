@@ -214,8 +214,8 @@ class Server:
         if status is not None:
             self.device_opened(channel, status)
 
-    def _ask_device(self, channel: Channel, request: wire.OpenChannel) -> int | None:
-        pages = self.gpadls.ring_pages(request.ring_gpadl, request.relid, request.downstream_page)
+    def _ask_device(self, channel: Channel, request: wire.OpenChannel, *, resumed: bool = False) -> int | None:
+        pages = self.gpadls.ring_pages(request.ring_gpadl, request.relid, request.downstream_page, resumed=resumed)
         by_page = uses_interrupt_page(self.link.version)
         if pages is None or not (by_page or request.target_vp < self._vcpus or request.target_vp == VP_NO_INTERRUPT):
             rings = f"GPADL {request.ring_gpadl:#x} at page {request.downstream_page}"
@@ -312,9 +312,11 @@ class Server:
         elif state is State.OPENING_CLIENT_RELEASE:
             self.device_opened(channel, STATUS_UNSUCCESSFUL)
         elif state is State.OPEN and channel.opened is not None:
-            if self._ask_device(channel, channel.opened) == STATUS_SUCCESS:
+            status = self._ask_device(channel, channel.opened, resumed=True)
+            if status == STATUS_SUCCESS:
                 self.devices[channel.relid].restore(data)
             else:
+                channel.state = State.CLOSED if status is not None else state   # a device that has refused has nothing to let go
                 self.rescind(channel.relid)
 
     # -------------------------------------------------------------------------------------------------- GPADLs
