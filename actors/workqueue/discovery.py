@@ -5,7 +5,7 @@ Bring-up is a strict order of steps; a failure undoes what was done, last first 
 
     platform, ACPI driver, device within 5 s, irq | hv_init, bus, irq handler, SynIC of every CPU, connect, offers
 
-The ACPI namespace is the configuration's. Registers are the hypervisor's and are read and written by waiting for it; the pages that
+The ACPI namespace is the configuration's. Registers are the hypervisor's, read and written by waiting for it; the pages that
 SIMP and SIEFP name, and the vector in each virtual CPU's state, are ours. Pure.
 """
 
