@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attributes of a device, byte for byte: what a read of each file gives.
 
-A read takes one snapshot of the channel, its rings and the monitor pages (B2.1) and formats one field of it. The driver's snapshot
-is unlocked and may be torn between fields (B2.7); ours reads each ring once, and only while the channel is open: a ring that is
+A read takes one snapshot of the channel, its rings and the monitor pages (B2.1) and formats one field of it. The driver's is
+unlocked and may be torn between fields (B2.7); ours reads each ring once, and only while the channel is open: a ring that is
 being torn down reads as zeros (zoo 26, H7). Reads the monitor pages and nothing else; writes nothing.
 
     monitor page    0 trigger state | 8 groups [4] {pending u32, armed u32} | 576 latency u16 [4][32]

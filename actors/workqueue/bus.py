@@ -108,7 +108,8 @@ class Bus:
         send_uevent: Callable[[list[str]], None],
     ) -> None:  # fmt: skip
         self._channels, self._spawn, self._log, self._send_uevent = channels, spawn, log, send_uevent
-        self.exists = True      # vmbus_exists (B1.2): there is an ACPI device
+        self.exists = False     # vmbus_exists (B1.2): discovery.py has found the ACPI device
+        self.registered = False
         self.devices: dict[str, Device] = {}
         self.drivers: dict[str, Driver] = {}
         self._last_number = 0

@@ -4,7 +4,7 @@
     Post        status of HvPostMessage           Listen, Quiesce       None, once every CPU knows
     Reply       the message, or None              Probe, Remove, Shutdown   errno of the user's driver, 0 for good
     Sleep       None                              ReadMsr, WriteMsr     value, 0; OSError for a fault
-    Until       None, once it holds
+    Until       None, once it holds             Synchronize             None, once every CPU has left its handler
 
 No I/O and no clock here: a process, a test and the explorer answer them, each in its way (tasks.py runs them).
 """
@@ -57,6 +57,10 @@ class Quiesce(NamedTuple):
     relid: int
 
 
+class Synchronize(NamedTuple):
+    """Wait until no CPU is in an interrupt handler or tasklet that had begun before."""
+
+
 class Probe(NamedTuple):
     """Call the driver's probe with the device and the entry of the table that matched (None: by name)."""
 
@@ -94,7 +98,7 @@ class WriteMsr(NamedTuple):
     value: int
 
 
-Wait = Post | Reply | Sleep | Until | Listen | Quiesce | Probe | Remove | Shutdown | ReadMsr | WriteMsr
+Wait = Post | Reply | Sleep | Until | Listen | Quiesce | Synchronize | Probe | Remove | Shutdown | ReadMsr | WriteMsr
 T = TypeVar("T")
 Steps = Generator[Wait, Any, T]
 """A function that waits."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest, connected back to back with the real protocol server: no process, no socket, a clock that the test moves."""
 
+import errno
 import itertools
 import os
 import uuid
@@ -29,6 +30,7 @@ from pvbus.actors.workqueue.waits import (
     Requests,
     Shutdown,
     Steps,
+    Synchronize,
     Wait,
     WriteMsr,
 )  # fmt: skip
@@ -118,6 +120,7 @@ class Guest:
         self.connection = Connection(self.memory, self.requests, self.log.append, versions=versions, stalls=stalls)
         self.channels = Channels(self.connection, self.requests, self.spawn, self.log.append)
         self.bus = Bus(self.channels, self.spawn, self.log.append, self.uevents.append)
+        self.bus.exists = self.bus.registered = True    # discovery is another test's concern
         self.rings: list[RingMemory] = []
         self.devices: list[Echo] = []
         self.to_guest: deque[bytes] = deque()
@@ -125,11 +128,13 @@ class Guest:
         self.flags: list[tuple[int, int]] = []
         self.server = Server(self._from_host, self, lambda flag, vp: self.flags.append((flag, vp)), vcpus=2)
         self.posts: list[Post] = []
+        self.trace: list[Wait] = []
         self.post_status: Callable[[Post], int | None] = lambda _: None
         self.listening: set[int] = set()
         self.calls: list[tuple[str, str, str]] = []
         self.driver: Callable[[Wait], int | Steps[int]] = lambda _: 0
         self.msrs: dict[tuple[int, int], int] = {}
+        self.faults: set[tuple[int, int]] = set()
         self.errors: list[object] = []
 
     # ---- the host's view of our memory
@@ -151,6 +156,7 @@ class Guest:
     # ---- what is outside of the room
 
     def ask(self, wait: Wait, answer: Callable[[Any], None]) -> None:
+        self.trace.append(wait)
         if isinstance(wait, Post):
             self.posts.append(wait)
             answer(self._post(wait))
@@ -160,6 +166,8 @@ class Guest:
         elif isinstance(wait, Quiesce):
             self.listening.discard(wait.relid)
             answer(None)
+        elif isinstance(wait, Synchronize):
+            answer(None)
         elif isinstance(wait, Probe | Remove | Shutdown):
             self.calls.append((type(wait).__name__.lower(), wait.driver.name, wait.device.name))
             result = self.driver(wait)
@@ -168,8 +176,11 @@ class Guest:
             else:
                 self.tasks.start(result, answer)
         elif isinstance(wait, WriteMsr):
-            self.msrs[wait.vp, wait.number] = wait.value
-            answer(0)
+            if (wait.vp, wait.number) in self.faults:
+                answer(OSError(errno.EFAULT, f"wrmsr {wait.number:#x}"))
+            else:
+                self.msrs[wait.vp, wait.number] = wait.value
+                answer(0)
         elif isinstance(wait, ReadMsr):
             answer(self.msrs.get((wait.vp, wait.number), 0))
         else:
