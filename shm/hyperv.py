@@ -181,7 +181,7 @@ class Buffer:
 class Work:
     """An entry of the work ring: a message that a CPU process has copied; it stays until the workqueue is done with it."""
 
-    FREE, FILLED, TAKEN, CLAIMED = range(4)  # claimed: the virtual processor stands in bits 15:8
+    FREE, FILLED, TAKEN, CLAIMED = range(4)  # claimed: the virtual processor in bits 15:8; free: for which lap, in bits 31:16
     STATE: Final = 0
     SEQ: Final = 4
     WHEN_NS: Final = 8

@@ -5,6 +5,6 @@ The machine uses `_core`; the explorer runs the same C source, compiled with cal
 run in both takes its Memory and EventPath as arguments and never imports this module's classes to make them.
 """
 
-from pvbus.shm._core import Context, EventPath, Memory, UserFile, now_ns
+from pvbus.shm._core import BufferTooSmall, ChannelRing, Context, EventPath, Memory, UserFile, now_ns
 
-__all__ = ["Context", "EventPath", "Memory", "UserFile", "now_ns"]
+__all__ = ["BufferTooSmall", "ChannelRing", "Context", "EventPath", "Memory", "UserFile", "now_ns"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from pvbus.shm import hyperv
+from pvbus.shm import hyperv, store
 from pvbus.shm.layout import (
     MAGIC_DOMAIN,
     MAGIC_MACHINE,
@@ -34,6 +34,7 @@ class MachinePages:
         try:
             self._create(run_id, domains, variants)
             for domid in hyperv_domains:
+                self.segments[f"kept{domid}"] = Segment(f"pvbus-{run_id}-s{domid}", store.BYTES)
                 segment = self.segments[f"hyperv{domid}"] = Segment(f"pvbus-{run_id}-h{domid}", hyperv.BYTES)
                 format_hyperv(segment.memory, domid, domains[domid])
         except BaseException:

@@ -3,5 +3,8 @@
 
 from pvbus.actors.client.evtchn import EvtchnFile
 from pvbus.actors.client.machine import Machine, MachineNotFoundError, attach
+from pvbus.actors.client.vmbus import VmbusChannel, VmbusDevice, VmbusDriver
 
-__all__ = ["EvtchnFile", "Machine", "MachineNotFoundError", "attach"]
+__all__ = [
+    "EvtchnFile", "Machine", "MachineNotFoundError", "VmbusChannel", "VmbusDevice", "VmbusDriver", "attach",
+]  # fmt: skip

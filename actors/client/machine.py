@@ -7,22 +7,24 @@ Everything here is a call on the machine's socket, or a look into its segments (
 from __future__ import annotations
 
 import os
+import socket
 import threading
+import uuid
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pvbus.actors.client.evtchn import EvtchnFile
 from pvbus.actors.client.inspector import Inspector
+from pvbus.actors.client.vmbus import Bus, VmbusDriver
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir
+from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.process import PeerGone, ask_blocking
 from pvbus.shm.layout import FilePage
 from pvbus.shm.memory import Memory
 
 if TYPE_CHECKING:
-    import socket
-
     from pvbus.actors.runtime.wire import Message
 
 CALL_TIMEOUT_S = 25.0
@@ -66,6 +68,7 @@ class Machine:
         self._lock = threading.Lock()
         self._asking = 0  # the thread whose question waits for its answer
         self._files: weakref.WeakSet[EvtchnFile] = weakref.WeakSet()
+        self._buses: dict[int, Bus] = {}
         self._inspector: Inspector | None = None
         self._path = rundir.run_directory(name)
         self._socket: socket.socket | None = None
@@ -180,6 +183,50 @@ class Machine:
         """Have a domain boot another kernel (kexec): its files answer EIO, its ports are closed, peers unbound. ESRCH."""
         self._ask(m.SoftReset(domain=domain))
 
+    # ---- Hyper-V
+
+    def bus(self, domain: int = 0) -> Bus:
+        """Connect to a domain's VMBus; one connection a domain and process. ENODEV without the platform."""
+        found = self._buses.get(domain)
+        if found is None:
+            reply, fds = self._ask(vm.ConnectBus(domain=domain))
+            if not isinstance(reply, vm.BusConnection) or len(fds) != 1:
+                raise ConnectionError(f"unexpected {type(reply).__name__}")
+            found = self._buses[domain] = Bus(socket.socket(fileno=fds[0]))
+        return found
+
+    def register_driver(self, driver: type[VmbusDriver] | VmbusDriver, domain: int = 0) -> VmbusDriver:
+        """Mirror vmbus_driver_register in a domain: every device that nobody has is tried before this returns."""
+        return self.bus(domain).register(driver)
+
+    def unregister_driver(self, driver: VmbusDriver | str, domain: int = 0) -> None:
+        """Mirror vmbus_driver_unregister: `remove` is called for each of its devices before this returns."""
+        self.bus(domain).unregister(driver)
+
+    def devices(self, domain: int = 0) -> list[dict[str, Any]]:
+        """List the devices of a domain's bus: name, relid, class_id, device_id, driver, attributes."""
+        return self.bus(domain).devices()
+
+    def offer(self, device_class: str, instance: str | None = None, domain: int = 0) -> int:
+        """Have the host offer a synthetic device, by class name or GUID; give its relid. EINVAL, EEXIST, ENOSPC, ENODEV."""
+        reply, _ = self._ask(vm.Offer(domain=domain, class_id=device_class, instance_id=instance or str(uuid.uuid4())))
+        return getattr(reply, "value", 0)
+
+    def rescind(self, relid: int, domain: int = 0) -> None:
+        """Have the host withdraw a device. ENOENT."""
+        self._ask(vm.RescindOffer(domain=domain, relid=relid))
+
+    def channels(self, domain: int = 0) -> list[dict[str, Any]]:
+        """List a domain's channels as its host sees them."""
+        reply, _ = self._ask(vm.ListChannels(domain=domain))
+        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("channels", [])
+        return found
+
+    def shut_down_guest(self, relid: int, domain: int = 0) -> int:
+        """Have a shutdown device ask its guest; give the status that it answers. ENOTCONN, ETIMEDOUT."""
+        reply, _ = self._ask(vm.HostShutdown(domain=domain, relid=relid))
+        return getattr(reply, "value", 0)
+
     # ---- the machine
 
     def settle(self) -> None:
@@ -228,6 +275,9 @@ class Machine:
         """Close every file opened here, and detach."""
         for file in list(self._files):
             file.close()
+        for bus in self._buses.values():
+            bus.close()
+        self._buses.clear()
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -14,8 +14,10 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.process import ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Message
+from pvbus.shm import hyperv
 from pvbus.shm.layout import MAGIC_DOMAIN, MAGIC_MACHINE, Domain, FilePage, Machine, Vcpu
 from pvbus.shm.memory import EventPath, Memory
 from pvbus.shm.segment import check
@@ -42,6 +44,12 @@ class CpuProcess(ProcessActor):
         self.path = EventPath(machine, {self.domid: self.memory})
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.doorbell = fds["doorbell"]
+        self.hyperv = Memory(fds["hyperv"], hyperv.BYTES) if "hyperv" in fds else None
+        if self.hyperv is not None:
+            check(self.hyperv, hyperv.MAGIC, f"the Hyper-V segment of domain {self.domid}")
+            self.path.set_hyperv(self.domid, self.hyperv, fds["work"])
+            self.path.set_exit(self.domid, self.vcpu, fds["exit"])
+        self.channels: dict[int, int] = {}
         self.doors: dict[int, socket.socket] = {}
         self.pages: dict[int, Memory] = {}
         self.doorbell_bitmap = bytearray(self.doorbell // 64 * 8 + 8)
@@ -90,6 +98,13 @@ class CpuProcess(ProcessActor):
             self.path.set_door(message.slot, door_fd)
         elif isinstance(message, m.DetachFile):
             self._detach(message.slot)
+        elif isinstance(message, vm.AttachDoor):
+            self._detach_door(message.relid)
+            self.channels[message.relid] = received.fds[0]
+            self.path.set_channel_door(self.domid, message.relid, received.fds[0])
+            os.eventfd_write(received.fds[0], 1)  # a forerunner may have taken its flag and not rung: a look too many is cheap
+        elif isinstance(message, vm.DetachDoor):
+            self._detach_door(message.relid)
         elif isinstance(message, m.Go):
             self._go()
         elif isinstance(message, m.FlushUpcalls):
@@ -97,6 +112,12 @@ class CpuProcess(ProcessActor):
         else:
             return super().on_message(received)
         return Done()
+
+    def _detach_door(self, relid: int) -> None:
+        door = self.channels.pop(relid, None)
+        if door is not None:
+            self.path.set_channel_door(self.domid, relid, -1)
+            os.close(door)
 
     def _detach(self, slot: int) -> None:
         page = self.pages.pop(slot, None)
@@ -109,6 +130,8 @@ class CpuProcess(ProcessActor):
     def _go(self) -> None:
         """Finish what a dead forerunner held, look at every port, and wake whoever has something unread."""
         self.path.cpu_recover(self.domid, self.vcpu)
+        if self.hyperv is not None:
+            self.path.hv_recover(self.domid, self.vcpu)
         self.inbox.sleep_in(self._serve)
         self._flush()
         for slot, page in self.pages.items():

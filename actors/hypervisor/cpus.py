@@ -45,7 +45,7 @@ class Cpus:
     def up(self, message: m.CpuUp, received: Received) -> Peer:
         """Connect a CPU's process, first or reborn; nothing that its forerunner, or ours, left half done stays so."""
         key = (message.domain, message.vcpu)
-        sock, doorbell = received.fds
+        sock, doorbell = received.fds[:2]
         old = self._doorbells.pop(key, None)
         if old is not None:
             os.close(old)

@@ -19,9 +19,13 @@ from pvbus.actors.hypervisor import calls, kernel, records, recovery, together, 
 from pvbus.actors.hypervisor.cpus import Cpus
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.executor import Executor
+from pvbus.actors.hypervisor.hosts import REQUESTS as HOST_REQUESTS
+from pvbus.actors.hypervisor.hosts import Hosts
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm.layout import (
@@ -64,6 +68,7 @@ class HypervisorProcess(ProcessActor):
     def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
         super().__init__(name, control)
         self.machine = Memory(fds["machine"], Machine.BYTES)
+        self.inbox.clock = SharedClock(self.machine, Machine.CLOCK_OFFSET_NS)
         self.public = Memory(fds["public"], PublicPage.BYTES)
         domains = {
             spec["id"]: DomainState(spec["id"], spec["cpus"], Memory(fds[f"domain{spec['id']}"], Domain.BYTES))
@@ -83,6 +88,8 @@ class HypervisorProcess(ProcessActor):
         self.rings: dict[int, int] = {}  # submission index -> slot
         self.ring_kicks: dict[int, int] = {}
         self.cpus = Cpus(self.inbox, self.channels, self._flushed)
+        self.hosts = Hosts(self.inbox, self.path, self.cpus, self._kick)
+        self.hosts.add_all({spec["id"]: spec["cpus"] for spec in arguments["domains"]}, fds)
         self.calls = Executor(self._take_turns, self._before_a_call, self.cpus.flush)
         self.doors = select.epoll()
         self.releasing: set[int] = set()
@@ -135,6 +142,8 @@ class HypervisorProcess(ProcessActor):
         message = received.message
         if received.peer is self.supervisor:
             return self._from_supervisor(received)
+        if self.hosts.is_workqueue(received.peer):
+            return self.hosts.on_message(received)
         slot = self.slots.get(received.peer)
         if slot is None:
             raise OSError(errno.EPERM, f"{received.peer.name} may not call the hypervisor")
@@ -172,6 +181,10 @@ class HypervisorProcess(ProcessActor):
             self._cpu_up(message, received)
         elif isinstance(message, m.FileUp):
             self._file_up(message, received)
+        elif isinstance(message, vm.WorkqueueUp):
+            return self.hosts.workqueue_up(message, received)
+        elif isinstance(message, HOST_REQUESTS):
+            return self.hosts.execute(message, received)
         elif isinstance(message, m.FilesKnown):
             self.calls.start(self._files_known(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.Settle):
@@ -207,9 +220,7 @@ class HypervisorProcess(ProcessActor):
         self.channels.reset(domid, domid)
         self.irqs.forget(domid)
         spec = self.kernels[domid]
-        kernel.boot(
-            self.channels, domid, abi=spec["abi"], kernel_ports=spec["kernel_ports"], kernel_virqs=spec["kernel_virqs"]
-        )
+        kernel.boot(self.channels, domid, **{key: spec[key] for key in ("abi", "kernel_ports", "kernel_virqs")})
         return 0
 
     def _call_of(self, slot: int, caller: Peer, message: Message) -> Generator[calls.Wait, None, int]:
@@ -273,6 +284,8 @@ class HypervisorProcess(ProcessActor):
         for slot, file in self.files.items():
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
+        if message.domain in self.hosts:
+            self.hosts.cpu_up(message.domain, peer, received.fds[2])
         self.cpus.go((message.domain, message.vcpu), peer, received)
 
     def _attach_to(self, peer: Peer, slot: int, file: OpenFile, then: Callable[[Message, list[int]], None]) -> None:
@@ -373,6 +386,7 @@ class HypervisorProcess(ProcessActor):
     def on_hangup(self, peer: Peer) -> None:
         """A dead CPU is waited for; a dead file process is released on its behalf."""
         self.cpus.forget(peer)
+        self.hosts.forget(peer)
         slot = self.slots.get(peer)
         if slot is not None and slot not in self.releasing:
             self._begin_release(slot)

@@ -48,6 +48,16 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernel_virqs: tuple[int, ...] = ()
     kernel_ports: int = 0
     affinity: Literal["vcpu0", "spread"] = "vcpu0"
+    acpi_device: bool = True  # Hyper-V: is there a VMBUS device in ACPI?
+    vmbus_irq: int = 7  # Hyper-V: the interrupt in its _CRS; 0 = none
+    devices: tuple[str, ...] = ()  # Hyper-V: classes that the host offers from the start
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Give what the hypervisor's process is told of it."""
+        return {
+            "id": self.id, "cpus": self.cpus, "affinity": self.affinity, "ports_max": self.max_event_channels,
+            "abi": self.abi, "kernel_ports": self.kernel_ports, "kernel_virqs": self.kernel_virqs,
+        }  # fmt: skip
 
     @property
     def ports_max(self) -> int:

@@ -160,11 +160,11 @@ class Shutdown(Message, frozen=True, kw_only=True):
 
 
 class CpuUp(Message, frozen=True, kw_only=True):
-    """Connect a virtual CPU's process, first or reborn. fds: socket to it, its doorbell. Done once it has
-    recovered.
+    """Connect a virtual CPU's process, first or reborn. fds: socket to it, its doorbell; on the Hyper-V platform the doorbell of
+    its exits. Done once it has recovered.
     """
 
-    fds_max: ClassVar[int | None] = 2
+    fds_max: ClassVar[int | None] = 3
     domain: int
     vcpu: int
 

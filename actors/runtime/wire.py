@@ -31,7 +31,7 @@ FRAME_BYTES_MAX = 65536
 socket buffer.
 """
 
-FDS_MAX = 24
+FDS_MAX = 64
 """Descriptors with one frame: a process gets its segments, doorbells and rings in one; the kernel's own limit
 is 253.
 """

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir
+from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.forkserver import ChildExited, ForkServer, Spawned
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop, failure_of
@@ -28,7 +29,8 @@ from pvbus.actors.supervisor import limits
 from pvbus.actors.supervisor.heirs import Heirs
 from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore, reopen
 from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
-from pvbus.actors.supervisor.status import status_of
+from pvbus.actors.supervisor.status import inspect, inspect_file, status_of
+from pvbus.actors.supervisor.workqueues import Workqueues, on_hyperv
 from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
 from pvbus.shm.pages import MachinePages
 
@@ -43,11 +45,16 @@ PRELOAD = (
     "pvbus.actors.hypervisor.process",
     "pvbus.actors.cpu.process",
     "pvbus.actors.file.process",
+    "pvbus.actors.workqueue.process",
     "setproctitle",
 )
 STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
 EXIT_BROKEN = 1
+FORWARDED = (  # to the hypervisor, or its heir
+    m.Settle, m.RaiseVirq, m.EventChannelOp, m.SetVirqHandler, m.SetAffinity, m.SoftReset,
+    vm.Offer, vm.RescindOffer, vm.ListChannels, vm.HostShutdown,
+)  # fmt: skip
 
 
 class Supervisor(ProcessActor):
@@ -58,7 +65,8 @@ class Supervisor(ProcessActor):
         self.run_id = secrets.token_hex(6)
         self.directory = rundir.create(config.name, self.run_id)
         domains = {domain.id: domain.cpus for domain in config.domain}
-        self.pages = MachinePages(self.run_id, domains, config.variant_bits())
+        hyperv = [domain.id for domain in on_hyperv(config.domain)]
+        self.pages = MachinePages(self.run_id, domains, config.variant_bits(), hyperv)
         clock = SharedClock(self.pages.machine, Machine.CLOCK_OFFSET_NS)
         ours, self._own_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__("supervisor", ours, clock)
@@ -73,6 +81,9 @@ class Supervisor(ProcessActor):
         self.table = ChildTable([ChildSpec("hypervisor", "pvbus.actors.hypervisor.process:HypervisorProcess")])
         for domid, vcpu in self.doorbells:
             self.table.add(ChildSpec(f"cpu/{domid}.{vcpu}", "pvbus.actors.cpu.process:CpuProcess"))
+        self.workqueues = Workqueues(self)
+        for spec in self.workqueues.specs():
+            self.table.add(spec)
         self.controls: dict[str, Peer] = {}
         self.files: dict[str, OpenFile] = {}
         self.free_slots = list(range(FILES_MAX - 1, -1, -1))
@@ -161,14 +172,10 @@ class Supervisor(ProcessActor):
         name = child.spec.name
         role, _, place = name.partition("/")
         if role == "hypervisor":
-            domains = [
-                {
-                    "id": d.id, "cpus": d.cpus, "affinity": d.affinity, "ports_max": d.max_event_channels, "abi": d.abi,
-                    "kernel_ports": d.kernel_ports, "kernel_virqs": d.kernel_virqs,
-                }
-                for d in self.config.domain
-            ]
+            domains = [domain.as_arguments() for domain in self.config.domain]
             self.ask_start(child, {"domains": domains}, self.pages.fds(), self._hypervisor_started)
+        elif role == "workqueue":
+            self.workqueues.start(child, int(place))
         elif role == "cpu":
             domid, vcpu = (int(part) for part in place.split("."))
             theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -177,6 +184,7 @@ class Supervisor(ProcessActor):
                 "domain": self.pages.fds()[f"domain{domid}"],
                 "hypervisor": theirs.fileno(),
                 "doorbell": self.doorbells[domid, vcpu],
+                **self.workqueues.cpu_fds(domid, vcpu),
             }
             then = lambda: self._cpu_started(name, domid, vcpu, hypervisors)  # noqa: E731
             self.ask_start(child, {"domain": domid, "vcpu": vcpu}, fds, then)
@@ -206,6 +214,11 @@ class Supervisor(ProcessActor):
         start = Start(name=name, entry=child.spec.entry, arguments=arguments, fds=list(fds))
         self.controls[name].ask(start, started, child.spec.start_deadline_s, fds=tuple(fds.values()))
 
+    def started(self, name: str) -> None:
+        """Go on with the next child: this one is up."""
+        self.table.started(name)
+        self._start_next()
+
     def _hypervisor_started(self) -> None:
         self.table.started("hypervisor")
         hypervisor = self.controls["hypervisor"]
@@ -213,14 +226,14 @@ class Supervisor(ProcessActor):
             if file.name in self.controls:
                 hand_on(self, file, hypervisor)
         hypervisor.ask(m.FilesKnown(), ignore, CALL_DEADLINE_S)
+        self.workqueues.rewire(hypervisor)
         self.heirs.is_up()
         self._start_next()
 
     def _cpu_started(self, name: str, domid: int, vcpu: int, hypervisors: socket.socket) -> None:
         def connected(reply: Message, _fds: list[int]) -> None:
             if isinstance(reply, Done):
-                self.table.started(name)
-                self._start_next()
+                self.started(name)
 
         hypervisor = self.hypervisor()
         if hypervisor is None:  # it died meanwhile: this CPU is started again behind its heir
@@ -229,7 +242,8 @@ class Supervisor(ProcessActor):
             return
         doorbell = self.doorbells[domid, vcpu]
         up = m.CpuUp(domain=domid, vcpu=vcpu)
-        hypervisor.ask(up, connected, CALL_DEADLINE_S, fds=(hypervisors.fileno(), doorbell))
+        fds = (hypervisors.fileno(), doorbell, *self.workqueues.exit_fds(domid, vcpu))
+        hypervisor.ask(up, connected, CALL_DEADLINE_S, fds=fds)
         hypervisors.close()
 
     def _child_exited(self, exited: ChildExited) -> None:
@@ -284,14 +298,10 @@ class Supervisor(ProcessActor):
             m.OpenEvtchn: self._open_evtchn,
             m.Reopen: lambda _m, received: reopen(self, received),
             m.Status: lambda _m, _r: m.Report(data=status_of(self)),
-            m.Inspect: self._inspect,
-            m.InspectFile: self._inspect_file,
-            m.Settle: self.heirs.forward,
-            m.RaiseVirq: self.heirs.forward,
-            m.EventChannelOp: self.heirs.forward,
-            m.SetVirqHandler: self.heirs.forward,
-            m.SetAffinity: self.heirs.forward,
-            m.SoftReset: self.heirs.forward,
+            m.Inspect: lambda _m, received: inspect(self, received),
+            m.InspectFile: lambda message, received: inspect_file(self, message, received),
+            **dict.fromkeys(FORWARDED, self.heirs.forward),
+            vm.ConnectBus: self.workqueues.connect,
             m.Advance: self._advance,
             m.Shutdown: self._shut_down,
         }
@@ -309,22 +319,12 @@ class Supervisor(ProcessActor):
             raise OSError(errno.EINVAL, f"the clock cannot go back ({message.ns} ns)")
         at = Machine.CLOCK_OFFSET_NS
         self.pages.machine.store64(at, self.pages.machine.load64(at) + message.ns)
+        self.workqueues.clock_moved()
         self.heirs.forward(message, received)  # it may sleep until the time that has come by this
 
     def _shut_down(self, _message: Message, _received: Received) -> Message:
         self.inbox.call_soon(self.begin_stop)
         return Done()
-
-    def _inspect(self, _message: Message, received: Received) -> None:
-        fds = self.pages.fds()
-        report = m.Report(data={"name": self.config.name, "run_id": self.run_id}, segments=list(fds))
-        received.peer.reply(received.request, report, tuple(fds.values()))
-
-    def _inspect_file(self, message: m.InspectFile, received: Received) -> None:
-        file = next((file for file in self.files.values() if file.slot == message.slot), None)
-        if file is None:
-            raise OSError(errno.ENOENT, f"no open file in slot {message.slot}")
-        received.peer.reply(received.request, m.Report(data={}, segments=["page"]), (file.page_fd,))
 
     # ---- open files
 

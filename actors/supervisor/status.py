@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Any
+
+from pvbus.actors.runtime import messages as m
 
 DEVICE = "/dev/xen/evtchn"  # what a domain with Xen has, by the driver's name (A10.6)
 
 if TYPE_CHECKING:
+    from pvbus.actors.runtime.process import Received
     from pvbus.actors.supervisor.process import Supervisor
 
 
@@ -39,3 +43,18 @@ def status_of(supervisor: Supervisor) -> dict[str, Any]:
             for d in supervisor.config.domain
         ],
     }
+
+
+def inspect(supervisor: Supervisor, received: Received) -> None:
+    """Hand out every segment, to be looked at while everything runs."""
+    fds = supervisor.pages.fds()
+    report = m.Report(data={"name": supervisor.config.name, "run_id": supervisor.run_id}, segments=list(fds))
+    received.peer.reply(received.request, report, tuple(fds.values()))
+
+
+def inspect_file(supervisor: Supervisor, message: m.InspectFile, received: Received) -> None:
+    """Hand out the page of an open file. ENOENT without it."""
+    file = next((file for file in supervisor.files.values() if file.slot == message.slot), None)
+    if file is None:
+        raise OSError(errno.ENOENT, f"no open file in slot {message.slot}")
+    received.peer.reply(received.request, m.Report(data={}, segments=["page"]), (file.page_fd,))

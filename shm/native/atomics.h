@@ -72,6 +72,25 @@ enum pv_fence { PV_MB, PV_RMB, PV_WMB };
 #define PV_SMP_RMB(m, site) __atomic_thread_fence(__ATOMIC_ACQUIRE)
 #define PV_SMP_WMB(m, site) __atomic_thread_fence(__ATOMIC_RELEASE)
 
+/* n 64-bit words, one relaxed access each; from and to need not be aligned.  Like every word here, 8-byte aligned in the page. */
+static inline void pv_store_words(uint64_t *page, const char *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t word;
+        __builtin_memcpy(&word, from + 8 * i, 8);
+        __atomic_store_n(page + i, word, __ATOMIC_RELAXED);
+    }
+}
+static inline void pv_load_words(char *to, const uint64_t *page, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t word = __atomic_load_n(page + i, __ATOMIC_RELAXED);
+        __builtin_memcpy(to + 8 * i, &word, 8);
+    }
+}
+#define PV_STORE_WORDS(m, off, from, n, site) pv_store_words(PV_AT(uint64_t, m, off), from, n)
+#define PV_LOAD_WORDS(to, m, off, n, site) pv_load_words(to, PV_AT(const uint64_t, m, off), n)
+
 /* A full barrier straight after a locked read-modify-write: on x86 that instruction is one already. */
 #if defined(__x86_64__)
 #define PV_SMP_MB_AFTER_RMW(m, site) __atomic_signal_fence(__ATOMIC_SEQ_CST)
@@ -135,6 +154,14 @@ int pv_model_spin(MemoryObject *m, const char *site);
 #define PV_AND64(dst, m, off, v, site) PV_X_RMW(dst, m, off, 8, PV_AND, v, site)
 #define PV_CAS32(ok, m, off, expected, desired, site) PV_X_CAS(ok, m, off, 4, expected, desired, site)
 #define PV_CAS64(ok, m, off, expected, desired, site) PV_X_CAS(ok, m, off, 8, expected, desired, site)
+#define PV_STORE_WORDS(m, off, from, n, site) \
+    do { for (size_t pv_i_ = 0; pv_i_ < (n); pv_i_++) { \
+             uint64_t pv_w_; __builtin_memcpy(&pv_w_, (from) + 8 * pv_i_, 8); \
+             PV_X_STORE(m, (off) + 8 * pv_i_, 8, pv_w_, PV_RELAXED, site); } } while (0)
+#define PV_LOAD_WORDS(to, m, off, n, site) \
+    do { for (size_t pv_i_ = 0; pv_i_ < (n); pv_i_++) { \
+             uint64_t pv_w_; PV_X_LOAD(pv_w_, m, (off) + 8 * pv_i_, 8, PV_RELAXED, site); \
+             __builtin_memcpy((to) + 8 * pv_i_, &pv_w_, 8); } } while (0)
 #define PV_X_FENCE(m, kind, site) do { if (pv_model_fence(m, kind, site) < 0) return PV_DEAD; } while (0)
 #define PV_SMP_MB(m, site) PV_X_FENCE(m, PV_MB, site)
 #define PV_SMP_RMB(m, site) PV_X_FENCE(m, PV_RMB, site)

@@ -14,6 +14,8 @@ int pv_memory_init(PyObject *module);
 int pv_event_path_init(PyObject *module);
 int pv_user_file_init(PyObject *module);
 PyObject *pv_hyperv_layout(void); /* hyperv_layout.c */
+int pv_vmbus_layout_init(PyObject *module);
+int pv_channel_ring_init(PyObject *module);
 
 /*
  * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its

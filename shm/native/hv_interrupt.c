@@ -20,7 +20,7 @@ static int64_t claim_entry(MemoryObject *hv, uint32_t vp)
     int claimed, moved;
     for (uint32_t turn = 0; turn < WORK_CLAIM_TRIES; turn++) {
         PV_LOAD32(tail, hv, PV_HV_HEADER(work_tail), PV_ACQUIRE, "work.tail");
-        state = PV_HV_WORK_FREE;
+        state = PV_HV_WORK_FREE_AT(tail);
         /* SYNC(work_room): the workqueue is done with an entry before it frees it (the exchange is a full barrier). */
         PV_CAS32(claimed, hv, PV_HV_WORK(tail, state), state, PV_HV_WORK_CLAIMED_BY(vp), "work_room");
         seen = tail;
@@ -74,11 +74,19 @@ static int64_t queue_work(MemoryObject *hv, uint32_t vp, size_t slot, uint32_t n
 /* An heir of a CPU: entries that its forerunner had claimed hold nothing; the messages still lie in their slots. */
 int64_t pv_hv_recover(MemoryObject *hv, uint32_t vp)
 {
-    uint32_t state;
+    uint32_t state, tail;
+    int moved;
+    PV_LOAD32(tail, hv, PV_HV_HEADER(work_tail), PV_ACQUIRE, "work.tail");
     for (uint32_t entry = 0; entry < PV_HV_WORK_ENTRIES; entry++) {
         PV_LOAD32(state, hv, PV_HV_WORK(entry, state), PV_ACQUIRE, "work.state");
         if (state != PV_HV_WORK_CLAIMED_BY(vp))
             continue;
+        /* Claimed, but the tail not moved: while it is filled nobody else would move it. */
+        uint32_t seen = tail;
+        if (tail % PV_HV_WORK_ENTRIES == entry) {
+            PV_CAS32(moved, hv, PV_HV_HEADER(work_tail), seen, tail + 1, "work.claim");
+            (void)moved; /* or another CPU has */
+        }
         PV_STORE32(hv, PV_HV_WORK(entry, message) + offsetof(struct pv_hv_slot, type), 0, PV_RELAXED, "work.entry");
         /* SYNC(work_publish): as for a message. */
         PV_STORE32(hv, PV_HV_WORK(entry, state), PV_HV_WORK_FILLED, PV_RELEASE, "work_publish");

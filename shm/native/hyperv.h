@@ -96,6 +96,8 @@ struct pv_hv_work {
 #define PV_HV_WORK_ENTRIES 512u
 enum { PV_HV_WORK_FREE, PV_HV_WORK_FILLED, PV_HV_WORK_TAKEN, PV_HV_WORK_CLAIMED };
 #define PV_HV_WORK_CLAIMED_BY(vp) (PV_HV_WORK_CLAIMED | (uint32_t)(vp) << 8)
+/* Free, for this lap of the index: else who read the tail a lap ago would claim behind the head, and nobody would see its message. */
+#define PV_HV_WORK_FREE_AT(i) (PV_HV_WORK_FREE | ((uint32_t)(i) / PV_HV_WORK_ENTRIES & 0xffffu) << 16)
 
 /* Offsets in the segment. */
 #define PV_HV_AT(frame) ((size_t)(frame) * PV_HV_PAGE)

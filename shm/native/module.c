@@ -98,7 +98,8 @@ PyMODINIT_FUNC INIT(void)
     PyObject *table = layout_table(), *hyperv = pv_hyperv_layout();
     if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || hyperv == NULL ||
         PyModule_AddObjectRef(module, "HYPERV_LAYOUT", hyperv) < 0 || pv_memory_init(module) < 0 ||
-        pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0)
+        pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0 || pv_vmbus_layout_init(module) < 0 ||
+        pv_channel_ring_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
     Py_XDECREF(hyperv);

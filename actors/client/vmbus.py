@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VMBus driver as a user process: devices that the bus gives to it, and their channels.
+
+    class Echo(VmbusDriver):
+        name, id_table = "echo", [ECHO_GUID]
+        def probe(self, device, matched_id):
+            device.channel.open(ring_bytes=64 * 1024)
+
+    with attach() as machine:
+        machine.register_driver(Echo)
+
+Packets go through the rings that this process and the host share; a call is made only to open and to close.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pvbus.actors.client.bus import BusConnection
+from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.shm.memory import ChannelRing, Memory
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+Packet = tuple[int, int, bytes, bool]  # type, transaction id, payload, completion wanted
+
+
+class VmbusChannel:
+    """A device's channel. Threads may send and receive at once, one of each."""
+
+    def __init__(self, bus: BusConnection, device: str) -> None:
+        self._bus = bus
+        self._device = device
+        self._ring: ChannelRing | None = None
+        self._memory: Memory | None = None
+        self._door = self._host = -1
+        self._lock = threading.Lock()
+        self.ring_bytes = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open here; the host may have rescinded it meanwhile."""
+        return self._ring is not None
+
+    def open(self, ring_bytes: int = 64 * 1024, user_data: bytes = b"", target_vp: int = 0) -> None:
+        """Mirror vmbus_open: two rings of `ring_bytes` each, a multiple of the page size, control page included.
+
+        EINVAL, EISCONN when it is open, ETIMEDOUT, ENODEV when it was rescinded, EIO with the host's status.
+        """
+        if self._ring is not None:
+            raise OSError(errno.EISCONN, f"{self._device} is open")
+        message = vm.OpenRing(device=self._device, ring_bytes=ring_bytes, user_data=user_data, target_vp=target_vp)
+        opened, fds = self._bus.ask(message)
+        if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
+            raise ConnectionError(f"unexpected {type(opened).__name__}")
+        memory_fd, self._door, self._host = fds
+        self._memory = Memory(memory_fd, 2 * opened.ring_bytes)
+        os.close(memory_fd)
+        self._ring = ChannelRing(self._memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
+        self.ring_bytes = opened.ring_bytes
+
+    def _open_ring(self) -> ChannelRing:
+        if self._ring is None:
+            raise OSError(errno.ENOTCONN, f"{self._device} is not open")
+        return self._ring
+
+    def _signal(self) -> None:
+        os.eventfd_write(self._host, 1)
+
+    # ---- packets
+
+    def send(self, payload: Buffer, transaction_id: int = 0, *, completion: bool = False) -> None:
+        """Send a packet. EAGAIN when the ring is full (the host signals room), EMSGSIZE, EIO when the ring is broken."""
+        if self._open_ring().send(payload, transaction_id, completion):
+            self._signal()
+
+    def send_many(self, payloads: Sequence[bytes], first_transaction_id: int = 0, *, completion: bool = False) -> int:
+        """Send as many as fit, numbered from `first_transaction_id` on; give how many. One signal at most."""
+        sent, signal = self._open_ring().send_many(payloads, first_transaction_id, completion)
+        if signal:
+            self._signal()
+        return sent
+
+    def recv(self, max_bytes: int | None = None) -> Packet | None:
+        """Take the next packet: (type, transaction id, payload, completion wanted), or None. ENOBUFS names the size it needs."""
+        ring = self._open_ring()
+        packet = ring.recv(max_bytes)
+        if packet is None and self._arm():
+            packet = ring.recv(max_bytes)
+        if ring.take_signal():
+            self._signal()
+        return packet
+
+    def recv_many(self, max_packets: int = 1024, max_bytes: int | None = None) -> list[Packet]:
+        """Take up to `max_packets`; none leaves an empty list."""
+        ring = self._open_ring()
+        packets = ring.recv_many(max_packets, max_bytes)
+        if not packets and self._arm():
+            packets = ring.recv_many(max_packets, max_bytes)
+        if ring.take_signal():
+            self._signal()
+        return packets
+
+    def _arm(self) -> bool:
+        """Take the bell back, then look again: what came in between rang before, and would leave nobody to ring."""
+        try:
+            os.eventfd_read(self._door)
+        except BlockingIOError:
+            return False
+        return True
+
+    def fileno(self) -> int:
+        """Give the doorbell: readable when the host has signalled; a receive that finds nothing takes that back."""
+        self._open_ring()
+        return self._door
+
+    def state(self) -> dict[str, Any]:
+        """Give the rings' indices and figures."""
+        return self._open_ring().state()
+
+    def close(self) -> None:
+        """Mirror vmbus_close; closing what is closed does nothing."""
+        with self._lock:
+            ring, self._ring = self._ring, None
+        if ring is None:
+            return
+        try:
+            self._bus.ask(vm.CloseRing(device=self._device))
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ENODEV):  # the bus, or the device, has gone before us
+                raise
+        finally:
+            del ring
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
+            for fd in (self._door, self._host):
+                os.close(fd)
+            self._door = self._host = -1
+
+
+class VmbusDevice:
+    """A device of the bus, as its driver gets it."""
+
+    def __init__(self, bus: BusConnection, name: str, facts: dict[str, Any]) -> None:
+        self._bus = bus
+        self.name = name
+        self.relid: int = facts.get("relid", 0)
+        self.class_id = uuid.UUID(bytes_le=facts["class_id"])
+        self.device_id = uuid.UUID(bytes_le=facts["device_id"])
+        self.channel = VmbusChannel(bus, name)
+
+    def attribute(self, name: str) -> str:
+        """Read an attribute, as its file would give it. ENOENT, ENODEV."""
+        reply, _ = self._bus.ask(vm.ReadAttribute(device=self.name, name=name))
+        return getattr(reply, "text", "")
+
+    def modify_target(self, target_vp: int) -> None:
+        """Have the channel interrupt another CPU."""
+        self._bus.ask(vm.ModifyTarget(device=self.name, target_vp=target_vp))
+
+
+class VmbusDriver:
+    """A driver: subclass it, name it, say which classes it serves. OSError from `probe` refuses the device."""
+
+    name: ClassVar[str] = ""
+    id_table: ClassVar[Sequence[uuid.UUID | str]] = ()
+
+    def probe(self, device: VmbusDevice, matched_id: uuid.UUID) -> None:
+        """Take a device; open its channel here, or later."""
+
+    def remove(self, device: VmbusDevice) -> None:
+        """Let a device go: it was rescinded, or the driver is unregistered. Its channel is closed afterwards in any case."""
+
+    def shutdown(self, device: VmbusDevice) -> None:
+        """Make a device quiet: the guest shuts down."""
+
+
+class Bus:
+    """A domain's bus, as an attached process uses it: register drivers, look at devices."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._drivers: dict[str, VmbusDriver] = {}
+        self._devices: dict[tuple[str, str], VmbusDevice] = {}
+        self._connection = BusConnection(sock, self._call)
+
+    def register(self, driver: type[VmbusDriver] | VmbusDriver) -> VmbusDriver:
+        """Mirror vmbus_driver_register: every device that nobody has is tried before this returns. EBUSY: the name is taken."""
+        made = driver() if isinstance(driver, type) else driver
+        table = [(uuid.UUID(one) if isinstance(one, str) else one).bytes_le for one in made.id_table]
+        if not made.name or not table:
+            raise OSError(errno.EINVAL, f"{type(made).__name__} needs a name and an id_table")
+        if made.name in self._drivers:
+            raise OSError(errno.EBUSY, f"driver {made.name} is registered")
+        self._drivers[made.name] = made
+        try:
+            self._connection.ask(vm.RegisterDriver(name=made.name, id_table=table))
+        except BaseException:
+            del self._drivers[made.name]
+            raise
+        return made
+
+    def unregister(self, driver: VmbusDriver | str) -> None:
+        """Mirror vmbus_driver_unregister: `remove` is called for each of its devices before this returns. ENOENT."""
+        name = driver if isinstance(driver, str) else driver.name
+        self._connection.ask(vm.UnregisterDriver(name=name))
+        self._drivers.pop(name, None)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """List the devices with their attributes."""
+        reply, _ = self._connection.ask(vm.ListDevices())
+        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", [])
+        return found
+
+    def read_attribute(self, device: str, name: str) -> str:
+        """Read an attribute. ENODEV, ENOENT."""
+        return getattr(self._connection.ask(vm.ReadAttribute(device=device, name=name))[0], "text", "")
+
+    def write_attribute(self, device: str, name: str, text: str) -> None:
+        """Write an attribute. ENODEV, ENOENT, EACCES, EINVAL."""
+        self._connection.ask(vm.WriteAttribute(device=device, name=name, text=text))
+
+    def _call(self, call: vm.CallDriver) -> None:
+        driver = self._drivers.get(call.driver)
+        if driver is None:
+            raise OSError(errno.ENODEV, f"driver {call.driver} is not registered here")
+        key = (call.driver, call.device)
+        if call.call == "probe":
+            device = VmbusDevice(self._connection, call.device, call.facts)
+            self._devices[key] = device
+            try:
+                driver.probe(device, uuid.UUID(bytes_le=call.matched_id))
+            except BaseException:
+                self._devices.pop(key).channel.close()
+                raise
+            return
+        device = self._devices[key]
+        if call.call == "shutdown":
+            driver.shutdown(device)
+            return
+        try:
+            driver.remove(device)
+        finally:
+            self._devices.pop(key).channel.close()
+
+    def close(self) -> None:
+        """Leave: the bus removes our drivers, and closes their channels."""
+        self._connection.close()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hyper-V half of a machine, as its supervisor keeps it: a workqueue process a domain, and the doorbells around it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.actors.runtime.process import Peer, Received
+from pvbus.actors.runtime.supervision import Child, ChildSpec, State
+from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.supervisor.opening import ignore
+
+if TYPE_CHECKING:
+    from pvbus.actors.runtime.config import DomainConfig
+    from pvbus.actors.supervisor.process import Supervisor
+
+ENTRY = "pvbus.actors.workqueue.process:WorkqueueProcess"
+CALL_DEADLINE_S = 20.0
+
+
+def on_hyperv(domains: tuple[DomainConfig, ...]) -> list[DomainConfig]:
+    """Give the domains on the Hyper-V platform."""
+    return [domain for domain in domains if "hyperv" in domain.platforms]
+
+
+class Workqueues:
+    """Every workqueue of a machine."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._domains = {domain.id: domain for domain in on_hyperv(supervisor.config.domain)}
+        self._work = {domid: _eventfd() for domid in self._domains}
+        self._exits = {(domid, vcpu): _eventfd() for domid, domain in self._domains.items() for vcpu in range(domain.cpus)}
+
+    def specs(self) -> list[ChildSpec]:
+        """Give their child specs, which come behind the CPUs'."""
+        return [ChildSpec(f"workqueue/{domid}", ENTRY) for domid in self._domains]
+
+    def cpu_fds(self, domid: int, vcpu: int) -> dict[str, int]:
+        """Give what a CPU's process needs beside the rest."""
+        if domid not in self._domains:
+            return {}
+        segment = self._supervisor.pages.fds()[f"hyperv{domid}"]
+        return {"hyperv": segment, "work": self._work[domid], "exit": self._exits[domid, vcpu]}
+
+    def exit_fds(self, domid: int, vcpu: int) -> tuple[int, ...]:
+        """Give the doorbell by which the hypervisor hears of a CPU's exits."""
+        return (self._exits[domid, vcpu],) if domid in self._domains else ()
+
+    # ---- children
+
+    def start(self, child: Child, domid: int) -> None:
+        """Tell a forked child whose workqueue it is."""
+        supervisor, domain = self._supervisor, self._domains[domid]
+        theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fds = {
+            "machine": supervisor.pages.fds()["machine"],
+            "hyperv": supervisor.pages.fds()[f"hyperv{domid}"],
+            "hypervisor": theirs.fileno(),
+            "work": self._work[domid],
+        }
+        arguments: dict[str, Any] = {
+            "domain": domid, "vcpus": domain.cpus, "acpi_device": domain.acpi_device, "irq": domain.vmbus_irq,
+        }  # fmt: skip
+        hypervisor = supervisor.hypervisor()
+        if hypervisor is None:  # it died meanwhile: started again behind its heir
+            supervisor.forkserver.kill(child.pid, signal.SIGKILL)
+        else:
+            hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
+            supervisor.ask_start(child, arguments, fds, lambda: supervisor.started(child.spec.name))
+        theirs.close()
+        hypervisors.close()
+
+    def rewire(self, hypervisor: Peer) -> None:
+        """Connect every workqueue that lives to a hypervisor's heir."""
+        for domid in self._domains:
+            name = f"workqueue/{domid}"
+            control = self._supervisor.controls.get(name)
+            if control is None or self._supervisor.table[name].state is not State.UP:
+                continue
+            theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
+            control.ask(m.Rewire(), ignore, CALL_DEADLINE_S, fds=(theirs.fileno(),))
+            theirs.close()
+            hypervisors.close()
+
+    def clock_moved(self) -> None:
+        """Wake those that wait for a time."""
+        for domid in self._domains:
+            control = self._supervisor.controls.get(f"workqueue/{domid}")
+            if control is not None:
+                control.ask(m.Advance(ns=0), ignore, CALL_DEADLINE_S)
+
+    # ---- users
+
+    def connect(self, message: vm.ConnectBus, received: Received) -> None:
+        """Give a user process a connection to a domain's bus. ENODEV without the platform, EAGAIN while the bus is reborn."""
+        if message.domain not in self._domains:
+            raise OSError(errno.ENODEV, f"domain {message.domain} is not on the Hyper-V platform")
+        control = self._supervisor.controls.get(f"workqueue/{message.domain}")
+        if control is None:
+            raise OSError(errno.EAGAIN, f"domain {message.domain}'s workqueue is being restarted")
+        theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def connected(reply: Message, _fds: list[int]) -> None:
+            with theirs:
+                if isinstance(reply, Done):
+                    received.peer.reply(received.request, vm.BusConnection(), (theirs.fileno(),))
+                else:
+                    text = getattr(reply, "text", "")
+                    received.peer.reply(received.request, Failure(errno=getattr(reply, "errno", errno.EIO), text=text))
+
+        with buses:
+            control.ask(vm.BusUser(pid=received.peer.pid), connected, CALL_DEADLINE_S, fds=(buses.fileno(),))
+
+
+def _eventfd() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain's workqueue process: handles the messages of VMBus in their order, runs the bus, calls the drivers of user processes.
+
+Consumer of the domain's work ring. Drivers are user processes, each on a connection of its own; one that hangs up has its drivers
+removed and its channels closed. What waits runs in `Tasks`; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pvbus.actors.runtime import messages as m
+from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.actors.runtime.clock import SharedClock
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
+from pvbus.actors.runtime.vmbus_facts import MESSAGE_TYPE, uses_interrupt_page
+from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.workqueue import attributes, waits
+from pvbus.actors.workqueue.bus import Bus, Device, Driver
+from pvbus.actors.workqueue.channels import Channels
+from pvbus.actors.workqueue.connection import Connection
+from pvbus.actors.workqueue.discovery import AcpiDevice, Platform, Resource, Vmbus
+from pvbus.actors.workqueue.rings import RingMemories, RingMemory
+from pvbus.actors.workqueue.tasks import Tasks
+from pvbus.actors.workqueue.work import WorkRing
+from pvbus.shm import hyperv
+from pvbus.shm.layout import Machine
+from pvbus.shm.memory import Memory
+from pvbus.shm.segment import check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pvbus.actors.runtime.clock import Timer
+    from pvbus.actors.runtime.inbox import Inbox
+
+CALL_DEADLINE_S = 20.0
+DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
+NULL_GUID = bytes(16)
+WRITABLE = {"driver_override"}
+
+
+class WorkqueueProcess(ProcessActor):
+    """The workqueue and the bus of one domain."""
+
+    def __init__(self, name: str, control: socket.socket, arguments: dict[str, Any], fds: dict[str, int]) -> None:
+        super().__init__(name, control)
+        self.domid: int = arguments["domain"]
+        machine = Memory(fds["machine"], Machine.BYTES)
+        self.memory = Memory(fds["hyperv"], hyperv.BYTES)
+        check(self.memory, hyperv.MAGIC, f"the Hyper-V segment of domain {self.domid}")
+        self.inbox.clock = SharedClock(machine, Machine.CLOCK_OFFSET_NS)
+        self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
+        self.work_doorbell = fds["work"]
+        self.work = WorkRing(self.memory)
+        self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
+        self.requests = waits.Requests()
+        self.connection = Connection(self.memory, self.requests, self._log)
+        self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
+        self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
+        self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log)
+        self.memories = RingMemories(self._memory_gone)
+        self.users: set[Peer] = set()
+        self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
+        self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
+        self.started = False
+        self.start_error: OSError | None = None
+
+    def on_ready(self) -> None:
+        """Bring the bus up; drivers that register meanwhile wait for its offers as they do later."""
+        self.inbox.add_fd(self.work_doorbell, select.EPOLLIN, self._on_work)
+        self.tasks.start(self.vmbus.init(), self._initialised)
+        self._on_work(0)
+
+    def _initialised(self, outcome: Any) -> None:
+        self.started = True
+        if isinstance(outcome, OSError):
+            self.start_error = outcome
+            self._log(f"no bus: {outcome.strerror}")
+
+    def _log(self, text: str) -> None:
+        print(f"hv_vmbus: domain {self.domid}: {text}", file=sys.stderr, flush=True)
+
+    def _spawn(self, steps: waits.Steps[Any]) -> None:
+        self.tasks.start(steps, self._spawned)
+
+    def _spawned(self, outcome: Any) -> None:
+        if isinstance(outcome, OSError):
+            self._log(f"{outcome.strerror}")
+
+    # ---- work items
+
+    def _on_work(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.work_doorbell)
+        while (payload := self.work.take()) is not None:
+            self.channels.onmessage(payload)
+            self.work.done()
+        self.tasks.pump()
+
+    # ---- what the waiting functions wait for (Outside)
+
+    def ask(self, wait: waits.Wait, answer: Callable[[Any], None]) -> None:
+        """Have a wait answered by the hypervisor, or by a driver."""
+        match wait:
+            case waits.Post(connection=connection, payload=payload):
+                self._hypercall(vm.PostMessage(connection=connection, type=MESSAGE_TYPE, payload=payload), answer)
+            case waits.ReadMsr(vp=vp, number=number):
+                self._hypercall(vm.ReadMsr(vp=vp, msr=number), answer)
+            case waits.WriteMsr(vp=vp, number=number, value=value):
+                self._hypercall(vm.WriteMsr(vp=vp, msr=number, value=value), answer)
+            case waits.Listen(relid=relid):
+                self._hypercall(vm.AttachChannel(relid=relid), answer, self.opening[relid].doors)
+            case waits.Quiesce(relid=relid):
+                self._hypercall(vm.DetachChannel(relid=relid), answer)
+            case waits.Synchronize():
+                self._hypercall(vm.SynchronizeIrq(), answer)
+            case waits.Probe(driver=driver, device=device, matched=matched):
+                self._call_driver("probe", driver, device, answer, matched or NULL_GUID)
+            case waits.Remove(driver=driver, device=device):
+                self._call_driver("remove", driver, device, answer)
+            case waits.Shutdown(driver=driver, device=device):
+                self._call_driver("shutdown", driver, device, answer)
+            case _:
+                raise TypeError(f"{type(wait).__name__} is answered inside")
+
+    def _hypercall(self, message: Message, answer: Callable[[Any], None], fds: tuple[int, ...] = ()) -> None:
+        self._ask_hypervisor(message, fds, lambda reply: answer(_value_of(reply)))
+
+    def _ask_hypervisor(self, message: Message, fds: tuple[int, ...], then: Callable[[Message], None]) -> None:
+        """Ask; what dies with a hypervisor is asked again of its heir."""
+
+        def answered(reply: Message, _fds: list[int]) -> None:
+            if isinstance(reply, Failure) and reply.errno == errno.EPIPE:
+                self.orphans.append((message, fds, then))
+            else:
+                then(reply)
+
+        self.hypervisor.ask(message, answered, CALL_DEADLINE_S, fds=fds)
+
+    def _call_driver(
+        self, call: str, driver: Driver, device: Device, answer: Callable[[Any], None], matched: bytes = b""
+    ) -> None:
+        owner = driver.owner
+        if not isinstance(owner, Peer) or owner not in self.users:
+            answer(errno.ENODEV)
+            return
+        offer = device.channel.offer
+        facts = {
+            "relid": offer.relid, "class_id": offer.class_id.bytes_le, "device_id": offer.instance_id.bytes_le,
+        }  # fmt: skip
+        message = vm.CallDriver(call=call, driver=driver.name, device=device.name, matched_id=matched, facts=facts)
+        then = lambda reply, _fds: answer(reply.errno if isinstance(reply, Failure) else 0)  # noqa: E731
+        owner.ask(message, then, DRIVER_DEADLINE_S)
+
+    def _memory_gone(self, memory: RingMemory) -> None:
+        self._ask_hypervisor(vm.DropMemory(frame=memory.first_frame), (), lambda _reply: None)
+
+    def _uevent(self, variables: list[str]) -> None:
+        """Tell every user process; those that do not listen drop it."""
+        action, devpath = variables[0].partition("@")[::2]
+        env = dict(line.partition("=")[::2] for line in variables[1:])
+        for user in tuple(self.users):
+            with contextlib.suppress(PeerGone):
+                user.tell(vm.Uevent(action=action, devpath=devpath, env=env))
+
+    # ---- messages
+
+    def on_message(self, received: Received) -> Message | None:
+        """Answer supervisor and user processes."""
+        message = received.message
+        if received.peer is self.supervisor:
+            if isinstance(message, vm.BusUser):
+                self.users.add(self.inbox.add_peer(socket.socket(fileno=received.fds[0]), f"driver process {message.pid}"))
+                return Done()
+            if isinstance(message, m.Rewire):
+                self._rewire(received.fds[0])
+                return Done()
+            if isinstance(message, m.Advance):
+                return Done()  # that we are awake is all
+            return super().on_message(received)
+        if received.peer not in self.users:
+            raise OSError(errno.EPERM, f"{received.peer.name} does not use this bus")
+        return self._from_user(received)
+
+    def _from_user(self, received: Received) -> Message | None:
+        message = received.message
+        match message:
+            case vm.RegisterDriver():
+                driver = Driver(
+                    message.name, [*message.id_table, NULL_GUID], received.peer, True, message.has_remove, message.has_shutdown
+                )
+                self._run(received, self._register(driver))
+            case vm.UnregisterDriver():
+                self._run(received, self.bus.unregister(self._driver(message.name, received.peer)))
+            case vm.OpenRing():
+                self._open(received, message)
+            case vm.CloseRing():
+                self._run(received, self.channels.close(self._device(message.device, received.peer).channel))
+            case vm.ModifyTarget():
+                device = self._device(message.device, received.peer)
+                self._run(received, self.channels.modify(device.channel, message.target_vp))
+            case vm.ListDevices():
+                return m.Report(data={"devices": [self._described(device) for device in self.bus.devices.values()]})
+            case vm.ReadAttribute():
+                return vm.AttributeText(text=self._attribute(message.device, message.name))
+            case vm.WriteAttribute():
+                if message.name not in self._attributes(self._any_device(message.device)):
+                    raise OSError(errno.ENOENT, f"{message.device} has no {message.name}")
+                if message.name not in WRITABLE:
+                    raise OSError(errno.EACCES, f"{message.name} can only be read")
+                self.bus.override(self._any_device(message.device), message.text)
+                return Done()
+            case _:
+                return super().on_message(received)
+        return None
+
+    def _register(self, driver: Driver) -> waits.Steps[None]:
+        yield waits.Until(lambda: self.started)
+        if self.start_error is not None:
+            raise OSError(errno.ENODEV, f"domain {self.domid} has no bus: {self.start_error.strerror}")
+        yield from self.bus.register(driver)
+
+    def _run(self, received: Received, steps: waits.Steps[Any], then: Callable[[], None] | None = None) -> None:
+        def ended(outcome: Any) -> None:
+            if isinstance(outcome, OSError):
+                _answer(received, Failure(errno=outcome.errno or errno.EIO, text=outcome.strerror or ""))
+            elif then is not None:
+                then()
+            else:
+                _answer(received, Done())
+
+        self.tasks.start(steps, ended)
+
+    # ---- devices
+
+    def _any_device(self, name: str) -> Device:
+        device = self.bus.devices.get(name)
+        if device is None:
+            raise OSError(errno.ENODEV, f"there is no device {name}")
+        return device
+
+    def _device(self, name: str, owner: Peer) -> Device:
+        device = self._any_device(name)
+        if device.driver is None or device.driver.owner is not owner:
+            raise OSError(errno.EPERM, f"{name} is not bound to a driver of this process")
+        return device
+
+    def _driver(self, name: str, owner: Peer) -> Driver:
+        driver = self.bus.drivers.get(name)
+        if driver is None or driver.owner is not owner:
+            raise OSError(errno.ENOENT, f"this process has no driver {name}")
+        return driver
+
+    def _rings_of(self, device: Device) -> RingMemory | None:
+        ring = device.channel.ring
+        return ring.pages if ring is not None and isinstance(ring.pages, RingMemory) else None
+
+    def _attributes(self, device: Device) -> dict[str, str]:
+        return attributes.all_of(device, self.memory, self._rings_of(device))
+
+    def _attribute(self, name: str, attribute: str) -> str:
+        texts = self._attributes(self._any_device(name))
+        if attribute not in texts:
+            raise OSError(errno.ENOENT, f"{name} has no {attribute}")
+        return texts[attribute]
+
+    def _described(self, device: Device) -> dict[str, Any]:
+        offer = device.channel.offer
+        return {
+            "name": device.name, "relid": offer.relid, "class_id": str(offer.class_id), "device_id": str(offer.instance_id),
+            "driver": device.driver.name if device.driver is not None else None, "attributes": self._attributes(device),
+        }  # fmt: skip
+
+    # ---- channels
+
+    def _open(self, received: Received, message: vm.OpenRing) -> None:
+        device = self._device(message.device, received.peer)
+        if device.channel.relid in self.opening:
+            raise OSError(errno.EBUSY, f"{message.device} is being opened")
+        memory = self.memories.make(message.ring_bytes)
+        relid = device.channel.relid
+        self.opening[relid] = memory
+
+        def steps() -> waits.Steps[None]:
+            try:
+                yield from self.channels.open(
+                    device.channel, memory, target_vp=message.target_vp, user_data=message.user_data
+                )
+            finally:
+                self.opening.pop(relid, None)
+
+        def opened() -> None:
+            always = uses_interrupt_page(self.connection.version)
+            reply = vm.RingOpened(relid=relid, ring_bytes=memory.ring_bytes, signal_always=always)
+            _answer(received, reply, (memory.fd, *memory.doors))
+
+        given = vm.GuestMemory(frame=memory.first_frame, pages=memory.page_count)
+        # The socket keeps the order: the host knows the frames before the GPADL that names them is posted.
+        self._ask_hypervisor(given, (memory.fd,), lambda _reply: None)
+        self._run(received, steps(), opened)
+
+    # ---- deaths
+
+    def _rewire(self, fd: int) -> None:
+        """Go on with a hypervisor's heir: it is given all memory and doorbells, then what was asked of its forerunner."""
+        self.hypervisor = self.inbox.add_peer(socket.socket(fileno=fd), "hypervisor")
+        for memory in self.memories.all.values():
+            self._ask_hypervisor(vm.GuestMemory(frame=memory.first_frame, pages=memory.page_count), (memory.fd,), _ignore)
+        listening = {device.channel.relid: self._rings_of(device) for device in self.bus.devices.values()} | self.opening
+        for relid, ring in listening.items():
+            if ring is not None:
+                self._ask_hypervisor(vm.AttachChannel(relid=relid), ring.doors, _ignore)
+        self._ask_hypervisor(vm.MemoryKnown(), (), _ignore)
+        orphans, self.orphans = self.orphans, []
+        for message, fds, then in orphans:
+            if not isinstance(message, vm.GuestMemory | vm.MemoryKnown):
+                self._ask_hypervisor(message, fds, then)
+
+    def on_hangup(self, peer: Peer) -> None:
+        """A driver process has gone: what it drove is removed, and can be driven by another."""
+        if peer not in self.users:
+            return  # the hypervisor: an heir comes, and Rewire with it
+        self.users.discard(peer)
+        for driver in tuple(self.bus.drivers.values()):
+            if driver.owner is peer:
+                self._spawn(self.bus.unregister(driver))
+
+
+class _InboxTimers:
+    """The inbox's timers, as Tasks wants them."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+
+    def add(self, due_ns: int, callback: Callable[[], None]) -> Timer:
+        """Call once the clock has reached `due_ns`."""
+        return self._inbox.call_at(due_ns, callback)
+
+
+def _platform(arguments: dict[str, Any]) -> Platform:
+    """What the configuration lets the guest find."""
+    irq = arguments["irq"]
+    resources = (Resource("irq", (irq,)),) if irq else ()
+    devices = (AcpiDevice(resources=resources),) if arguments["acpi_device"] else ()
+    return Platform(devices=devices, vcpus=arguments["vcpus"])
+
+
+def _value_of(reply: Message) -> Any:
+    return reply.as_oserror() if isinstance(reply, Failure) else getattr(reply, "value", 0)
+
+
+def _ignore(_reply: Message) -> None:
+    """Take an answer that says nothing new."""
+
+
+def _answer(received: Received, reply: Message, fds: tuple[int, ...] = ()) -> None:
+    with contextlib.suppress(PeerGone):  # its process died meanwhile
+        received.peer.reply(received.request, reply, fds)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory and the doorbells of channels: a sealed memfd for both rings, guest frames for it, an eventfd each way.
+
+Made here for a driver that opens a channel; kept for the heir of a hypervisor, which is given everything again. The host may
+write into a ring until it has said that its GPADL is torn down: only then `free` is called, and the frames may be used anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from pvbus.actors.workqueue.attributes import RingState
+from pvbus.shm.hyperv import PAGE, Frame
+from pvbus.shm.memory import ChannelRing, Memory
+from pvbus.shm.segment import sealed_memfd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FRAMES_A_CHANNEL = 0x1000
+CHANNELS_MAX = 1024
+RING_PAGES_MIN = 2  # control page and one of data
+RING_BYTES_MAX = FRAMES_A_CHANNEL * PAGE // 2
+
+
+class Doors(NamedTuple):
+    """A channel's doorbells: the driver's is rung by event tasklets, the host's by the driver."""
+
+    drivers: int
+    hosts: int
+
+
+class RingMemory:
+    """Both rings of one channel (`Pages` of channel.py, `Rings` of attributes.py)."""
+
+    def __init__(self, first_frame: int, ring_bytes: int, released: Callable[[RingMemory], None]) -> None:
+        if ring_bytes % PAGE or not RING_PAGES_MIN * PAGE <= ring_bytes <= RING_BYTES_MAX:
+            text = f"a ring of {ring_bytes} bytes: whole pages, {RING_PAGES_MIN * PAGE} to {RING_BYTES_MAX}"
+            raise OSError(errno.EINVAL, text)
+        self.first_frame, self.ring_bytes = first_frame, ring_bytes
+        self.fd = sealed_memfd(f"pvbus-channel-{first_frame:#x}", 2 * ring_bytes)
+        self._memory = Memory(self.fd, 2 * ring_bytes)
+        self._released = released
+        self.doors = Doors(
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        )
+
+    @property
+    def page_count(self) -> int:
+        """How many frames it has."""
+        return 2 * self.ring_bytes // PAGE
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Their numbers, in order."""
+        return range(self.first_frame, self.first_frame + self.page_count)
+
+    @property
+    def downstream_page(self) -> int:
+        """With which of them the host-to-guest ring begins."""
+        return self.ring_bytes // PAGE
+
+    def states(self) -> tuple[RingState, RingState]:
+        """Give what the attributes show: the ring that the guest writes, and the one that it reads."""
+        look = ChannelRing(self._memory, 0, self.ring_bytes, self.ring_bytes).state()
+        out, inbound = (
+            RingState(*(look[f"{side}_{name}"] for name in (
+                "intr_mask", "read_index", "write_index", "read_bytes_avail", "write_bytes_avail",
+            ))) for side in ("out", "in")
+        )  # fmt: skip
+        return out, inbound
+
+    def free(self) -> None:
+        """Give everything back."""
+        self._memory.close()
+        for fd in (self.fd, *self.doors):
+            os.close(fd)
+        self._released(self)
+
+
+class RingMemories:
+    """All of them, by first frame."""
+
+    def __init__(self, released: Callable[[RingMemory], None]) -> None:
+        self._released = released
+        self.all: dict[int, RingMemory] = {}
+
+    def make(self, ring_bytes: int) -> RingMemory:
+        """Make rings. EINVAL for a size that is none, ENOSPC, EMFILE."""
+        for index in range(CHANNELS_MAX):
+            frame = Frame.CHANNELS + index * FRAMES_A_CHANNEL
+            if frame not in self.all:
+                self.all[frame] = RingMemory(frame, ring_bytes, self._gone)
+                return self.all[frame]
+        raise OSError(errno.ENOSPC, f"{CHANNELS_MAX} channels have memory")
+
+    def _gone(self, memory: RingMemory) -> None:
+        del self.all[memory.first_frame]
+        self._released(memory)

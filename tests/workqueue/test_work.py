@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work ring, its native producer against its consumer: order, laps, repeats, voids, and heirs of either side."""
+
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from pvbus.actors.runtime.inbox import InvariantError
+from pvbus.actors.workqueue.work import WorkRing
+from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
+from pvbus.shm.layout import Domain, Machine
+from pvbus.shm.memory import EventPath, Memory
+from pvbus.tests.workqueue.rig import anonymous
+
+TAIL = Header.WORK_TAIL
+
+
+class Cpus:
+    """Message slots of two virtual CPUs, filled as the host does, and the tasklets that empty them."""
+
+    def __init__(self) -> None:
+        self.memory = anonymous(BYTES)
+        self.path = EventPath(anonymous(Machine.BYTES), {0: anonymous(Domain.BYTES)})
+        self.path.set_hyperv(0, self.memory, -1)
+        self.number = 0
+        for vp in range(2):
+            self.memory.store64(Vp.at(vp, Vp.SIMP), Frame.of_vp(vp, Frame.MESSAGES) << 12 | 1)
+            self.memory.store32(Vp.at(vp, Vp.VECTOR), 0x37)
+
+    def message(self, vp: int, payload: bytes, *, number: int | None = None, kind: int = MESSAGE_VMBUS) -> None:
+        """Put a message into the slot, and have the CPU's tasklet take it."""
+        self.number = self.number + 1 if number is None else number
+        frame, memory = Frame.of_vp(vp, Frame.MESSAGES), self.memory
+        for at, (word,) in enumerate(struct.iter_unpack("<Q", payload.ljust(-(-len(payload) // 8) * 8, b"\0"))):
+            memory.store64(Slot.at(frame, SINT_VMBUS, Slot.PAYLOAD + 8 * at), word)
+        memory.store32(Slot.at(frame, SINT_VMBUS, Slot.META), len(payload))
+        memory.store32(Vp.at(vp, Vp.OFFERED) + 4 * SINT_VMBUS, self.number)
+        memory.store32(Slot.at(frame, SINT_VMBUS, Slot.TYPE), kind)
+        self.run(vp)
+
+    def run(self, vp: int) -> None:
+        """Interrupt the CPU."""
+        self.memory.fetch_or64(Vp.at(vp, Vp.IRR), 1 << 0x37)
+        self.path.hv_run(0, vp)
+
+
+def drain(ring: WorkRing) -> list[bytes]:
+    found = []
+    while (payload := ring.take()) is not None:
+        found.append(payload)
+        ring.done()
+    return found
+
+
+def test_messages_of_two_cpus_come_in_the_order_of_their_claims_over_many_laps() -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    sent, got = [], []
+
+    for i in range(5 * Work.ENTRIES):
+        payload = struct.pack("<Q", i) + bytes([i % 251]) * (i % 233)
+        cpus.message(i % 2, payload)
+        sent.append(payload)
+        if i % 300 == 299:
+            got += drain(ring)
+    got += drain(ring)
+
+    assert got == sent
+    assert cpus.memory.load32(Header.WORK_HEAD) == cpus.memory.load32(TAIL) == 5 * Work.ENTRIES
+
+
+def test_a_full_ring_leaves_the_message_in_its_slot_until_there_is_room() -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    for i in range(Work.ENTRIES + 1):
+        cpus.message(0, struct.pack("<Q", i))
+
+    slot = Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, Slot.TYPE)
+    assert cpus.memory.load32(slot) == MESSAGE_VMBUS
+    first = ring.take()
+    ring.done()
+    cpus.run(0)
+
+    assert cpus.memory.load32(slot) == 0
+    assert [first, *drain(ring)] == [struct.pack("<Q", i) for i in range(Work.ENTRIES + 1)]
+
+
+def test_who_read_the_tail_a_lap_ago_cannot_claim_behind_the_head() -> None:
+    """A producer stopped between reading the tail and claiming finds the entry free again, but not for its lap."""
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    stale_tail = cpus.memory.load32(TAIL)
+    expected = cpus.memory.load32(Work.at(stale_tail, Work.STATE))
+    cpus.message(0, b"first...")
+    drain(ring)
+
+    seen = cpus.memory.compare_exchange32(Work.at(stale_tail, Work.STATE), expected, Work.CLAIMED | 1 << 8)
+
+    assert seen != expected
+    cpus.message(1, b"second..")
+    assert drain(ring) == [b"second.."]
+
+
+def test_a_message_that_comes_twice_is_handled_once() -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    cpus.message(0, b"once", number=7)
+    cpus.message(0, b"once", number=7)
+    cpus.message(1, b"other cpu", number=7)
+
+    assert drain(ring) == [b"once", b"other cpu"]
+    assert ring.repeats == 1
+    assert [cpus.memory.load32(Vp.at(vp, Vp.HANDLED)) for vp in range(2)] == [7, 7]
+
+
+def test_an_heir_repeats_the_item_that_its_forerunner_held() -> None:
+    cpus = Cpus()
+    cpus.message(0, b"half done")
+    cpus.message(1, b"next")
+    WorkRing(cpus.memory).take()
+
+    assert drain(WorkRing(cpus.memory)) == [b"half done", b"next"]
+
+
+def test_a_foreign_type_and_an_impossible_size_are_dropped() -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    cpus.message(0, b"timer", kind=0x80000010)
+    cpus.message(0, b"big")
+    cpus.memory.store32(Work.at(1, Work.MESSAGE + Slot.META), 241)
+    cpus.message(0, b"good")
+
+    assert drain(ring) == [b"good"]
+    assert ring.foreign == 2
+
+
+@pytest.mark.parametrize("tail_moved", [True, False])
+def test_a_claim_of_a_dead_cpu_becomes_a_void_and_holds_up_nobody(tail_moved: bool) -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    cpus.message(1, b"before")
+    cpus.memory.store32(Work.at(1, Work.STATE), Work.CLAIMED | 0 << 8)
+    if tail_moved:
+        cpus.memory.store32(TAIL, 2)
+        cpus.message(1, b"after")
+    assert drain(ring) == [b"before"]
+
+    cpus.path.hv_recover(0, 0)
+    cpus.path.hv_run(0, 0)
+    if not tail_moved:
+        cpus.message(1, b"after")
+
+    assert drain(ring) == [b"after"]
+    assert ring.voids == 1
+
+
+class Dies(Exception):
+    """The process was killed here."""
+
+
+class Fragile:
+    """A memory that lets its process die before the n-th store."""
+
+    def __init__(self, memory: Memory, stores: int) -> None:
+        self._memory, self._left = memory, stores
+
+    def _store(self, store: Callable[..., int], *arguments: int | str) -> int:
+        if self._left == 0:
+            raise Dies
+        self._left -= 1
+        return store(*arguments)
+
+    def store32(self, *arguments: int | str) -> int:
+        return self._store(self._memory.store32, *arguments)
+
+    def store32_release(self, *arguments: int | str) -> int:
+        return self._store(self._memory.store32_release, *arguments)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._memory, name)
+
+
+@pytest.mark.parametrize("stores", range(40))
+@pytest.mark.parametrize("laps", [0, 1])
+def test_a_workqueue_that_dies_before_any_of_its_stores_loses_nothing_and_only_repeats_what_it_held(
+    stores: int, laps: int
+) -> None:
+    cpus = Cpus()
+    for i in range(laps * Work.ENTRIES):
+        cpus.message(0, struct.pack("<Q", i))
+        drain(WorkRing(cpus.memory))
+    sent = [b"a", b"b", b"c"]
+    numbers = [1001, 1002, 1002, 1003]
+    for payload, number in zip([b"a", b"b", b"b", b"c"], numbers, strict=True):
+        cpus.message(0, payload, number=number)
+    cpus.memory.store32(Work.at(laps * Work.ENTRIES + 3, Work.STATE), Work.CLAIMED | 1 << 8)
+    cpus.path.hv_recover(0, 1)     # CPU 1's heir makes the last one, which is c, void
+    cpus.message(0, b"c", number=1003)
+    handled: list[bytes] = []
+    fragile = Fragile(cpus.memory, stores)
+
+    with pytest.raises(Dies):
+        ring = WorkRing(fragile)  # type: ignore[arg-type]
+        while (payload_or_none := ring.take()) is not None:
+            handled.append(payload_or_none)
+            ring.done()
+        raise Dies
+    rest = drain(WorkRing(cpus.memory))
+
+    assert handled + rest in (sent, [*handled, *handled[-1:], *sent[len(handled):]])
+    cpus.message(1, b"later")
+    assert drain(WorkRing(cpus.memory)) == [b"later"]
+    states = {cpus.memory.load32(Work.at(i, Work.STATE)) & 0xFF for i in range(Work.ENTRIES)}
+    assert states == {Work.FREE}
+
+
+def test_the_order_of_take_and_done_is_held() -> None:
+    cpus = Cpus()
+    ring = WorkRing(cpus.memory)
+    cpus.message(0, b"x")
+
+    with pytest.raises(InvariantError):
+        ring.done()
+    ring.take()
+    with pytest.raises(InvariantError):
+        ring.take()
