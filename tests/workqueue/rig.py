@@ -7,7 +7,7 @@ import os
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -15,11 +15,10 @@ from pvbus.actors.hypervisor.vmbus.channel import Handle, RingPages
 from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.runtime.clock import ManualClock, Timers
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, SPOKEN, STATUS_SUCCESS
-from pvbus.actors.workqueue.bus import NULL_GUID, Bus, Driver
+from pvbus.actors.workqueue import guest
+from pvbus.actors.workqueue.bus import NULL_GUID, Driver
 from pvbus.actors.workqueue.channel import Channel
-from pvbus.actors.workqueue.channels import Channels
-from pvbus.actors.workqueue.connection import HV_INSUFFICIENT_BUFFERS, HV_INVALID_CONNECTION_ID, Connection
-from pvbus.actors.workqueue.tasks import Tasks
+from pvbus.actors.workqueue.connection import HV_INSUFFICIENT_BUFFERS, HV_INVALID_CONNECTION_ID
 from pvbus.actors.workqueue.waits import (
     Listen,
     Post,
@@ -27,7 +26,6 @@ from pvbus.actors.workqueue.waits import (
     Quiesce,
     ReadMsr,
     Remove,
-    Requests,
     Shutdown,
     Steps,
     Synchronize,
@@ -113,13 +111,14 @@ class Guest:
     def __init__(self, *, versions: tuple[int, ...] = SPOKEN, deliver: bool = True, stalls: bool = False) -> None:
         self.memory = anonymous(BYTES)
         self.clock, self.timers = ManualClock(), Timers()
-        self.tasks = Tasks(self, self.clock, self.timers)
-        self.requests = Requests()
         self.log: list[str] = []
         self.uevents: list[list[str]] = []
-        self.connection = Connection(self.memory, self.requests, self.log.append, versions=versions, stalls=stalls)
-        self.channels = Channels(self.connection, self.requests, self.spawn, self.log.append)
-        self.bus = Bus(self.channels, self.spawn, self.log.append, self.uevents.append)
+        self.guest = guest.Guest(
+            self.memory, self, self.clock, self.timers, log=self.log.append, send_uevent=self.uevents.append,
+            versions=versions, stalls=stalls,
+        )  # fmt: skip
+        self.tasks, self.requests = self.guest.tasks, self.guest.requests
+        self.connection, self.channels, self.bus = self.guest.connection, self.guest.channels, self.guest.bus
         self.bus.exists = self.bus.registered = True    # discovery is another test's concern
         self.rings: list[RingMemory] = []
         self.devices: list[Echo] = []
@@ -135,7 +134,6 @@ class Guest:
         self.driver: Callable[[Wait], int | Steps[int]] = lambda _: 0
         self.msrs: dict[tuple[int, int], int] = {}
         self.faults: set[tuple[int, int]] = set()
-        self.errors: list[object] = []
 
     # ---- the host's view of our memory
 
@@ -196,13 +194,6 @@ class Guest:
 
     # ---- driving
 
-    def spawn(self, steps: Steps[Any]) -> None:
-        def ended(result: object) -> None:
-            if isinstance(result, OSError):
-                self.errors.append(result)
-
-        self.tasks.start(steps, ended)
-
     def start(self, steps: Steps[Any]) -> list[Any]:
         """Begin; the list gets the outcome."""
         outcome: list[Any] = []
@@ -242,7 +233,7 @@ class Guest:
             self.deliver()
         return True
 
-    def connected(self) -> "Guest":
+    def connected(self) -> Self:
         self.run(self.connection.connect())
         self.run(self.connection.request_offers())
         return self

@@ -298,3 +298,15 @@ def test_the_connection_s_end_ends_every_wait_and_takes_every_page_back() -> Non
     assert list(guest.channels) == []
     assert [ring.freed for ring in guest.rings] == [1, 1]
     guest.check_at_rest()
+
+
+def test_the_doorbell_is_known_before_open_is_asked_for_and_forgotten_before_the_rings_go() -> None:
+    guest = Guest().connected()
+    channel = guest.channel(guest.offer())
+    guest.trace.clear()
+
+    guest.run(guest.channels.open(channel, RingMemory(guest, 20)))
+    guest.run(guest.channels.close(channel))
+
+    order = [wait.payload[0] if isinstance(wait, Post) else type(wait).__name__ for wait in guest.trace]
+    assert order == [8, "Listen", 5, "Quiesce", 7, 11]
