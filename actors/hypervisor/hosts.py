@@ -128,6 +128,7 @@ class Hosts:
     def workqueue_up(self, message: vm.WorkqueueUp, received: Received) -> Message:
         """Connect a workqueue, first or reborn."""
         host = self._host(message.domain)
+        host.host.frames.clear()
         host.workqueue = self._inbox.add_peer(socket.socket(fileno=received.fds[0]), f"workqueue/{message.domain}")
         self._of_peer[host.workqueue] = host
         return Done()

@@ -35,7 +35,7 @@ from pvbus.actors.runtime.inbox import Inbox, InvariantError, Peer, PeerGone, Re
 from pvbus.actors.runtime.wire import FDS_MAX, DescriptorsLostError, Done, Failure, Message, WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pykka import Future
 
@@ -132,6 +132,10 @@ class ProcessActor(pykka.Actor):
     def on_hangup(self, peer: Peer) -> None:
         """Learn that a peer other than the supervisor has hung up; its asks have failed already."""
 
+    def leave(self, then: Callable[[], None]) -> None:
+        """Do in order what takes messages, before the end; call `then`. Who takes long is killed."""
+        then()
+
     # pykka's hooks.
 
     @staticmethod
@@ -202,9 +206,18 @@ class ProcessActor(pykka.Actor):
                 received.request, Failure(errno=errno.EPERM, text="only the supervisor stops an actor")
             )
             return
-        self._stop()
-        if self.exit_code == 0:
-            received.peer.reply(received.request, Done())
+        later = False  # `then` comes from a callback: the loop waits for a message, and stops with one
+
+        def then() -> None:
+            if not later:
+                self._stop()
+            if self.exit_code == 0:
+                received.peer.reply(received.request, Done())
+            if later:
+                self._end_soon()
+
+        self.leave(then)
+        later = True
 
     def _on_peer_hangup(self, peer: Peer) -> None:
         if peer is self.supervisor:

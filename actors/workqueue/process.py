@@ -69,7 +69,7 @@ class WorkqueueProcess(ProcessActor):
         self.users: set[Peer] = set()
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
-        self.started = False
+        self.started = self.leaving = False
         self.start_error: OSError | None = None
 
     def on_ready(self) -> None:
@@ -306,7 +306,15 @@ class WorkqueueProcess(ProcessActor):
         self._ask_hypervisor(given, (memory.fd,), lambda _reply: None)
         self._run(received, steps(), opened)
 
-    # ---- deaths
+    # ---- the end
+
+    def leave(self, then: Callable[[], None]) -> None:
+        """Leave the host in order: devices removed, channels closed, UNLOAD, SynIC off (B9.9)."""
+        if self.vmbus.running and not self.leaving:
+            self.leaving = True
+            self.tasks.start(self.vmbus.exit(), lambda _outcome: then())
+        else:
+            then()
 
     def _rewire(self, fd: int) -> None:
         """Go on with a hypervisor's heir: it is given all memory and doorbells, then what was asked of its forerunner."""
