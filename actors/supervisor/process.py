@@ -171,7 +171,7 @@ class Supervisor(ProcessActor):
             domains = [
                 {
                     "id": d.id, "cpus": d.cpus, "affinity": d.affinity, "ports_max": d.max_event_channels, "abi": d.abi,
-                    "kernel_ports": d.kernel_ports, "kernel_virqs": d.kernel_virqs,
+                    "kernel_ports": d.kernel_ports, "kernel_virqs": d.kernel_virqs, "devices": d.devices,
                 }
                 for d in self.config.domain
             ]
