@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs about a domain's VMBus, run as a user does, beside a driver in a process of its own: this one."""
 
+import functools
 import json
 import re
 import uuid
@@ -60,11 +61,15 @@ def on_the_bus(pvbus_shared_machine: BootedMachine) -> Iterator[None]:
         for row in machine.channels(domain):
             if row["class"] == "echo":
                 machine.rescind(row["relid"], domain)
-        until(lambda domain=domain: not echoes(machine, domain), "what was offered has gone")
+        until(functools.partial(none_left, machine, domain), "what was offered has gone")
 
 
 def echoes(machine: Any, domain: int = 0) -> list[dict[str, Any]]:
     return [row for row in machine.devices(domain) if row["class_id"] == ECHO]
+
+
+def none_left(machine: Any, domain: int) -> bool:
+    return not echoes(machine, domain)
 
 
 def test_an_offer_prints_its_relid_and_nothing_else(name: str, machine: Any) -> None:
