@@ -200,6 +200,7 @@ def test_a_driver_of_a_machine_that_stops_ends_and_says_why(pvbus_machine: Any) 
 
         assert driver.said() == "heartbeat: the bus has gone\n"
         assert driver.process.returncode == 1
+        assert pvbus_machine.process.wait(BOUND_S) == 0
     finally:
         driver.close()
 

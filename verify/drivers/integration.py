@@ -10,6 +10,7 @@ The host asks for versions first, then for what the class is about; an answer is
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -33,6 +34,7 @@ RING_BYTES = 16 * 1024
 NEGOTIATE = 0
 TRANSACTION, RESPONSE = 1, 4
 S_OK = 0
+GONE_ERRNOS = frozenset({errno.EIO, errno.ENOTCONN})  # the bus has gone, and the channel with it; `run` says so
 GONE, REFUSED = 1, 3  # exit codes
 Version = tuple[int, int]
 FRAMES: tuple[Version, ...] = ((3, 0), (1, 0))  # newest first
@@ -73,17 +75,24 @@ class IntegrationDriver(VmbusDriver):
         channel, waiting = device.channel, select.poll()
         waiting.register(channel.fileno(), select.POLLIN)
         waiting.register(stop, select.POLLIN)
-        while stop not in (fd for fd, _ in waiting.poll()):
-            while packets := channel.recv_many():
-                for _, transaction, payload, _ in packets:
-                    try:
-                        answer, asked = self._answer(device, payload)
-                    except (ValueError, struct.error) as error:
-                        print(f"{device.name}: not understood: {error}", file=sys.stderr, flush=True)
-                        continue
-                    channel.send(answer, transaction)
-                    if asked:
-                        self.after(device)
+        try:
+            while stop not in (fd for fd, _ in waiting.poll()):
+                while packets := channel.recv_many():
+                    for _, transaction, payload, _ in packets:
+                        self._take(device, transaction, payload)
+        except OSError as error:
+            if error.errno not in GONE_ERRNOS:
+                raise
+
+    def _take(self, device: VmbusDevice, transaction: int, payload: bytes) -> None:
+        try:
+            answer, asked = self._answer(device, payload)
+        except (ValueError, struct.error) as error:
+            print(f"{device.name}: not understood: {error}", file=sys.stderr, flush=True)
+            return
+        device.channel.send(answer, transaction)
+        if asked:
+            self.after(device)
 
     def _answer(self, device: VmbusDevice, payload: bytes) -> tuple[bytes, bool]:
         pipe, _, *frame, kind, major, minor, size, _, transaction, _, _ = HEADER.unpack_from(payload)

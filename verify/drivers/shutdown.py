@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from pvbus.verify.drivers.integration import S_OK, IntegrationDriver, end, run
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 BODY = struct.Struct("<III2048s")  # reason, time-out in seconds, flags, a text for the screen
 FORCE = 1
 E_FAIL = 0x80004005
+PATIENCE_S, LOOK_S = 5.0, 0.001
 
 
 class Shutdown(IntegrationDriver):
@@ -40,8 +42,11 @@ class Shutdown(IntegrationDriver):
         return S_OK if self._agreed else E_FAIL, body
 
     def after(self, device: VmbusDevice) -> None:
-        """The host knows: go."""
+        """Go, once the host has read the answer: with us the channel ends, and what lies in it."""
         if self._agreed:
+            deadline_s = time.monotonic() + PATIENCE_S
+            while device.channel.state()["out_read_bytes_avail"] and time.monotonic() < deadline_s:
+                time.sleep(LOOK_S)
             end()
 
 
