@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.shm.layout import NR_VIRQS
+from pvbus.view import cli_vmbus
 from pvbus.view.tables import bold, print_json, table
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ FILE_COLUMNS = (
     "overflow",
     "poisoned",
 )
+DOMAIN_COLUMNS = ("domain", "platforms", "abi", "cpus", "affinity")
 VCPU_COLUMNS = ("cpu", "upcalls", "events", "unhandled", "sleeping", "generation")
 EPILOG = """\
 exit codes: 0 held, 1 a property broken, 2 usage, 3 the environment lacks something,
@@ -72,6 +74,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog)
         self._action_max_length = len("    conformance")
 
+    def _format_action(self, action: argparse.Action) -> str:
+        """The verbs stand under their title, without a line that says VERB once more: all of it fits a screen."""
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - it has no public name
+            return "".join(map(super()._format_action, self._iter_indented_subactions(action)))
+        return super()._format_action(action)
+
 
 class UsageError(ValueError):
     """An argument makes no sense for this machine; the text names its value."""
@@ -84,11 +92,13 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser; the verb stands in `verb`."""
     top = argparse.ArgumentParser(
         prog="pvbus",
-        description="Xen event channels as ordinary Linux processes: boot a machine, look at it, stress it.",
+        description="Xen event channels and Hyper-V VMBus as Linux processes: boot a machine, look at it, stress it.",
         epilog=EPILOG,
         formatter_class=_Help,
+        add_help=False,
     )
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    verbs = top.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
 
     def verb(
         name: str, does: str, *, of_machine: bool = True, which: str = "$PVBUS_MACHINE, or the one that runs"
@@ -121,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     affinity.add_argument("vcpu", type=int, metavar="V", help="the number of the virtual CPU")
     soft_reset = verb("soft-reset", "boot another kernel in a domain: its files and ports go")
     soft_reset.add_argument("domain", type=int, metavar="D")
+    cli_vmbus.add_verbs(verb)
     explain = verb("explain", "say where an interrupt stands, and what would move it on")
     explain.add_argument("what", choices=["port"], metavar="port")
     explain.add_argument("port", metavar="D:P", help="domain and port, for example 0:5")
@@ -200,6 +211,8 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"{bold(data['name'])} is {data['state']}, run {data['run_id']}; {counters}")
     print(f"profile {data['profile']}; variants: {', '.join(data['variants']) or 'none'}")
     print("\n" + table(data["processes"], ("name", "pid", "restarts", "state")))
+    domains = [{"domain": domain["id"], **domain} for domain in data["domains"]]
+    print("\n" + table(domains, DOMAIN_COLUMNS))
     vcpus = [
         {"cpu": f"{domain['id']}.{cpu['vcpu']}", **cpu}
         for domain in data["domains"]
@@ -354,6 +367,7 @@ def _print_findings(found: dict[str, list[dict[str, str]]]) -> None:
 
 
 _VERBS: dict[str, Verb] = {
+    **cli_vmbus.VERBS,
     "down": _down,
     "status": _status,
     "ports": _ports,

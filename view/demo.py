@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pvbus demo`: a machine, two pairs of user processes, one murdered cpu, and nothing lost.
+"""`pvbus demo`: a machine of both worlds, its user processes, one murdered cpu, and nothing lost.
 
-Boots a machine of its own, runs ping and pong between two domains and a storm beside them (demo_users.py),
-and shows what goes on: live on a terminal, a line a second into a pipe. Every figure is counted: by the
-users in their own words, by the kernel (a wake-up is a voluntary context switch in /proc), by
-`machine.status()`. It reads the machine through the client and kills one cpu process; it belongs to no
-process of the machine.
+Boots a machine of its own, runs ping and pong between two domains, a storm beside them, and two drivers of
+VMBus devices: echo (demo_users.py) and heartbeat. Shows what goes on: live on a terminal, a line a second into
+a pipe. Every figure is counted: by the users in their own words, by the kernel (a wake-up is a voluntary context
+switch in /proc), by `machine.status()`. It reads the machine through the client and kills one cpu process; it
+belongs to no process of the machine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, TextIO
 
 from pvbus.actors.client import attach
 from pvbus.view import demo_users as words_of
+from pvbus.view.cli_vmbus import device_row
 from pvbus.view.demo_screen import Frame, Screen
 
 SCHEMA = 1
@@ -43,7 +44,8 @@ name = "{name}"
 [[domain]]
 id = 0
 cpus = 2
-platforms = ["xen"]
+platforms = ["xen", "hyperv"]
+devices = ["echo", "heartbeat"]
 affinity = "spread"
 
 [[domain]]
@@ -75,6 +77,10 @@ class Outcome:
     storm_events: int = 0
     lost: int = 0
     doubled: int = 0
+    packets: int = 0
+    packets_per_s: float = 0.0
+    device: str = ""
+    heartbeat: int = 0
     cpu_back_ms: float = 0.0
     explained_port: str = ""
     explanation: str = ""
@@ -99,6 +105,14 @@ class Child:
             preexec_fn=_tie_to_parent,  # noqa: PLW1509 -- two system calls
         )
         self._what = " ".join(arguments[:2])
+
+    def fresh(self) -> list[str]:
+        """Take the lines that are there, without waiting."""
+        stream = self.process.stdout
+        while stream is not None and select.select([stream], [], [], 0)[0] and (data := os.read(stream.fileno(), 4096)):
+            self._rest += data
+        *lines, self._rest = self._rest.split(b"\n")
+        return [line.decode() for line in lines]
 
     def line(self) -> str:
         """Read one line, within the bound."""
@@ -156,7 +170,7 @@ def _booted(name: str) -> Iterator[float]:
 
 
 class Demo:
-    """The machine, its four users, and what has been seen of them."""
+    """The machine, its users, and what has been seen of them."""
 
     def __init__(self, machine: Any, name: str, stack: ExitStack) -> None:
         self.machine = machine
@@ -174,6 +188,30 @@ class Demo:
             stack.callback(child.stop)
             self.users[role] = child
             self.ports[role] = [int(port) for port in child.line().split()]
+        for role, arguments in (
+            ("echo", ["pvbus.view.demo_users", "echo", name, str(fd)]),
+            ("heartbeat", ["pvbus.verify.drivers.heartbeat", "--name", name]),
+        ):
+            child = self.users[role] = Child(arguments, None, (fd,))
+            stack.callback(child.stop)
+            self._hear(child.line())
+        self.began = time.monotonic()
+
+    def _hear(self, line: str) -> None:
+        """Take what a driver says: its device; the heartbeat, which of the host's numbers it has answered."""
+        words = line.split()
+        if words[1:2] == ["heartbeat"]:
+            self.outcome.heartbeat = int(words[2])
+
+    def look_at_the_bus(self) -> str:
+        """Give a line of `devices`: the one that the echo driver has."""
+        for line in self.users["heartbeat"].fresh():
+            self._hear(line)
+        found = (device_row(device) for device in self.machine.devices() if device["driver"] == "echo")
+        row = next(found, None)
+        if row is None:
+            raise DemoError("the echo device has no driver")
+        return f"{row['device']}  relid {row['relid']}  {row['class']}  driver {row['driver']}  {row['device_id']}"
 
     def total(self, first: int) -> int:
         """Add up the storm's words."""
@@ -196,6 +234,9 @@ class Demo:
                 zip(self.ports["sink"], self.words[words_of.SEEN : words_of.SEEN + 64].tolist(), strict=True)
             ),
             ports=len(self.machine.ports()),
+            packets=self.words[words_of.PACKETS_BACK],
+            device=self.look_at_the_bus(),
+            heartbeat=self.outcome.heartbeat,
             note=note,
         )
 
@@ -227,10 +268,16 @@ class Demo:
         words[words_of.STOP] = 1
         echoes_over = 0
         self.users["storm"].line()
+        self.users["echo"].line()
+        outcome.packets = words[words_of.PACKETS_BACK]
+        outcome.packets_per_s = outcome.packets / (time.monotonic() - self.began)
+        outcome.lost += words[words_of.PACKETS_SENT] - outcome.packets
+        outcome.doubled += words[words_of.PACKETS_WRONG]
+        outcome.device = self.look_at_the_bus()
         try:
             self.users["ping"].line()
         except DemoError:  # it waits for an answer that does not come
-            outcome.lost = 1
+            outcome.lost += 1
             echoes_over = 1  # pong may have answered what ping has not seen
         self.machine.settle()
 
@@ -250,7 +297,7 @@ class Demo:
         seen, sent = (
             words[first : first + words_of.STORM_PORTS].tolist() for first in (words_of.SEEN, words_of.SENT)
         )
-        outcome.doubled = max(0, echoes - outcome.round_trips - echoes_over)
+        outcome.doubled += max(0, echoes - outcome.round_trips - echoes_over)
         outcome.doubled += sum(events > notifies for events, notifies in zip(seen, sent, strict=True))
 
     def explain(self) -> None:
@@ -284,7 +331,7 @@ def run(seconds: float, screen: Screen) -> Outcome:
     name = f"demo-{os.getpid()}"
     with ExitStack() as stack:
         boot_s = stack.enter_context(_booted(name))
-        screen.line(f"a machine with two domains is ready after {boot_s * 1000:.0f} ms; starting four users")
+        screen.line(f"a machine with two domains is ready after {boot_s * 1000:.0f} ms; starting six users")
         machine = stack.enter_context(attach(name=name))
         demo = Demo(machine, name, stack)
         begin = time.monotonic()
@@ -308,6 +355,8 @@ def _summary(outcome: Outcome) -> list[str]:
     return [
         f"{outcome.round_trips:,} round trips at a p50 of {outcome.trip_p50_us:.0f} µs",
         f"the storm's {storm}, {merged:.1f} merged into one",
+        f"{outcome.packets:,} packets to a VMBus device and back, {outcome.packets_per_s:,.0f} a second: {outcome.device}",
+        f"the host's heartbeat is at {outcome.heartbeat}, and answered",
         f"one cpu killed and back in {outcome.cpu_back_ms:.0f} ms: {verdict} ({counted})",
         f"one event more, which nobody reads. $ pvbus explain port {outcome.explained_port}",
         f"  {outcome.explanation}",

@@ -31,6 +31,9 @@ class Frame:
     seen: int
     storm_ports: dict[int, int]
     ports: int
+    packets: int
+    device: str
+    heartbeat: int
     note: str
 
 
@@ -76,14 +79,12 @@ class Screen:
         span = frame.at_s - last.at_s
         if span < (0.2 if self._live else 0.95):
             return
-        trips, sent, seen = (
-            (new - old) / span
-            for new, old in ((frame.trips, last.trips), (frame.sent, last.sent), (frame.seen, last.seen))
-        )
+        counts = ((frame.trips, last.trips), (frame.sent, last.sent), (frame.seen, last.seen), (frame.packets, last.packets))
+        trips, sent, seen, packets = ((new - old) / span for new, old in counts)
         self._rates.append(seen)
         woken = self._woken(frame, span)
         if self._live:
-            table = self._table(frame, last, span, (trips, sent, seen), woken)
+            table = self._table(frame, last, span, (trips, sent, seen, packets), woken)
             print(HOME + "\n".join(table), file=self._out, flush=True)
         else:
             merged = sent / seen if seen else 0.0
@@ -91,7 +92,8 @@ class Screen:
             wakes = " ".join(f"{name} {rate:.0f}" for name, rate in woken.items() if name.startswith(machine))
             pair = f"ping-pong {trips:,.0f}/s p50 {frame.trip_p50_us:.0f} µs"
             storm = f"storm {sent:,.0f} notifies/s, {seen:,.0f} events/s ({merged:.1f} in one)"
-            self.line(f"{elapsed_s:4.1f} s  {pair} | {storm} | wake-ups/s {wakes}")
+            bus = f"VMBus echo {packets:,.0f} packets/s, heartbeat {frame.heartbeat}"
+            self.line(f"{elapsed_s:4.1f} s  {pair} | {storm} | {bus} | wake-ups/s {wakes}")
         self._remember(frame)
 
     def _pids(self, frame: Frame) -> list[tuple[str, int]]:
@@ -116,10 +118,10 @@ class Screen:
         frame: Frame,
         last: Frame,
         span: float,
-        rates: tuple[float, float, float],
+        rates: tuple[float, float, float, float],
         woken: dict[str, float],
     ) -> list[str]:
-        trips, sent, seen = rates
+        trips, sent, seen, packets = rates
         lines = [f"{BOLD}{'process':<16}{'pid':>8}{'restarts':>10}{'wake-ups/s':>12}{PLAIN}"]
         for row in frame.processes:
             restarts = f"{BOLD}{row['restarts']:>10}{PLAIN}" if row["restarts"] else f"{0:>10}"
@@ -133,6 +135,8 @@ class Screen:
             f"{BOLD}ping-pong{PLAIN}  {trips:>10,.0f} round trips/s   p50 {frame.trip_p50_us:.0f} µs",
             f"{BOLD}storm{PLAIN}      {sent:>10,.0f} notifies/s, {seen:,.0f} events/s  {merged:.1f} in one",
             f"           {sparkline(list(self._rates))}",
+            f"{BOLD}echo{PLAIN}       {packets:>10,.0f} packets/s there and back   {frame.device}",
+            f"{BOLD}heartbeat{PLAIN}  {frame.heartbeat:>10}",
             "",
             f"{frame.files} open files, {frame.ports} ports; of the storm's, the busiest:",
         ]

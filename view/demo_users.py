@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four user processes of `pvbus demo`: ping and pong, storm and sink. Short enough to learn the client
-from.
+"""The user processes of `pvbus demo`: ping and pong, storm and sink, and a driver of the echo device. Short enough
+to learn the client from. The heartbeat's driver is verify/drivers/heartbeat.py.
 
 Started as `python -m pvbus.view.demo_users ROLE MACHINE FD [PORT …]`. They count in a memfd of the demo's
 own, a word one writer; it is not a page of the machine. Their standard input is their leash: a line is a
@@ -16,13 +16,16 @@ import statistics
 import struct
 import sys
 import time
+import uuid
 from typing import Any
 
-from pvbus.actors.client import attach
+from pvbus.actors.client import VmbusDevice, VmbusDriver, attach
+from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES
 
 STORM_PORTS = 64
 STOP, REST = 0, 1  # by the demo: raise no more · read no more
 TRIPS, ECHOES, TRIP_P50_NS = 2, 3, 4  # by ping, by pong, by ping
+PACKETS_SENT, PACKETS_BACK, PACKETS_WRONG = 5, 6, 7  # by echo
 # Of the storm, each + the number of the port: notifies, events read, notifies as they were at the last read.
 SENT, SEEN, LAST = 64, 128, 192
 WORDS = 256
@@ -30,6 +33,9 @@ READ_MS = 100  # how long a reader sleeps before it looks whether it shall rest
 TRIPS_A_MEDIAN = 200
 MERGES_MAX = 8  # a burst notifies an even port once to so many times
 BURST_PAUSE_S = 0.002
+PATIENCE_S = 5.0  # for packets that are still under way at the end
+RING_BYTES = 64 * 1024
+PACKETS = [b"0123456789abcdef" * 4] * 128
 
 
 def counters(fd: int) -> memoryview:
@@ -117,10 +123,46 @@ def sink(machine: Any, words: memoryview, _: list[int]) -> None:
     sys.stdin.read()
 
 
+class Echo(VmbusDriver):
+    """The driver of the echo device: opens its channel, and leaves the packets to `echo`."""
+
+    name, id_table = "echo", (DEVICE_CLASSES["echo"],)
+    device: VmbusDevice | None = None
+
+    def probe(self, device: VmbusDevice, matched_id: uuid.UUID) -> None:
+        """Take it."""
+        device.channel.open(ring_bytes=RING_BYTES)
+        self.device = device
+
+
+def echo(machine: Any, words: memoryview, _: list[int]) -> None:
+    """Send packets in batches, count those that come back, in their order."""
+    driver = machine.register_driver(Echo)
+    device = driver.device  # the machine offers it from the start: probed before the registration returns
+    say()
+    channel, bell = device.channel, select.poll()
+    bell.register(channel.fileno(), select.POLLIN)
+    sent = back = 0
+    alone_s = 0.0  # when nothing has come back since
+    while not words[STOP] or (back < sent and time.monotonic() < alone_s + PATIENCE_S):
+        if back == sent:
+            time.sleep(BURST_PAUSE_S)
+            sent += channel.send_many(PACKETS, sent)
+            words[PACKETS_SENT] = sent
+        bell.poll(READ_MS)
+        for _type, transaction, payload, _completion in channel.recv_many():
+            words[PACKETS_WRONG] += transaction != back or payload != PACKETS[0]
+            back += 1
+            alone_s = time.monotonic()
+        words[PACKETS_BACK] = back
+    say()
+    sys.stdin.read()
+
+
 def main() -> int:
     """Play one role."""
     role, name, fd, *ports = sys.argv[1:]
-    play = {"ping": ping, "pong": pong, "storm": storm, "sink": sink}[role]
+    play = {"ping": ping, "pong": pong, "storm": storm, "sink": sink, "echo": echo}[role]
     with attach(name=name) as machine:
         play(machine, counters(int(fd)), [int(port) for port in ports])
     return 0

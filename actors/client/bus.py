@@ -35,6 +35,7 @@ class BusConnection:
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
         self._calls: queue.SimpleQueue[tuple[int, vm.CallDriver] | None] = queue.SimpleQueue()
         self._closed = False
+        self.gone = threading.Event()
         self._threads = [threading.Thread(target=target, name=name, daemon=True) for target, name in (
             (self._read, "pvbus-bus"), (self._work, "pvbus-driver"),
         )]  # fmt: skip
@@ -89,6 +90,7 @@ class BusConnection:
         self._calls.put(None)
         for waiting in tuple(self._waiting.values()):
             waiting.put(None)
+        self.gone.set()
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:

@@ -216,9 +216,18 @@ class Bus:
 
     def devices(self) -> list[dict[str, Any]]:
         """List the devices with their attributes."""
-        reply, _ = self._connection.ask(vm.ListDevices())
-        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", [])
-        return found
+        found: list[dict[str, Any]] = []
+        while True:
+            reply, _ = self._connection.ask(vm.ListDevices(after=found[-1]["number"] if found else 0))
+            more: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", [])
+            found += more
+            if not more:
+                break
+        return [{key: value for key, value in device.items() if key != "number"} for device in found]
+
+    def wait_gone(self, timeout_s: float | None = None) -> bool:
+        """Wait until the bus has gone, with its machine or without; whether it has."""
+        return self._connection.gone.wait(timeout_s)
 
     def read_attribute(self, device: str, name: str) -> str:
         """Read an attribute. ENODEV, ENOENT."""

@@ -20,6 +20,7 @@ from pvbus.actors.hypervisor.synic import request_interrupt
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.process import Peer, PeerGone
+from pvbus.actors.runtime.vmbus_facts import HOST_DEVICES
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm import hyperv, store
 from pvbus.shm.memory import ChannelRing, Memory
@@ -92,6 +93,12 @@ class Hosts:
 
         host = HypervHost(segment, Memory(kept_fd, store.BYTES), vcpus, interrupt, map_ring, self._inbox.clock.now_ns)
         self._hosts[domid] = Host(domid, host)
+
+    def offer_defaults(self, domains: Mapping[int, Mapping[str, Any]]) -> None:
+        """Offer each domain the devices of its configuration, on the first boot: an heir has them from the snapshot."""
+        for domid, host in self._hosts.items():
+            for name in domains[domid]["devices"]:
+                host.host.offer(name, str(HOST_DEVICES[name]))
 
     def __contains__(self, domid: int) -> bool:
         return domid in self._hosts
@@ -261,12 +268,6 @@ class Hosts:
 
 
 REQUESTS = (vm.Offer, vm.RescindOffer, vm.ListChannels, vm.HostShutdown)
-
-
-def offer_defaults(hosts: Hosts, domid: int, offers: Mapping[str, str]) -> None:
-    """Offer what the configuration says, on the first boot."""
-    for instance, name in offers.items():
-        hosts.execute(vm.Offer(domain=domid, class_id=name, instance_id=instance), None)  # type: ignore[arg-type]
 
 
 def _done(received: Received) -> None:

@@ -99,6 +99,8 @@ class HypervisorProcess(ProcessActor):
     def on_ready(self) -> None:
         """Count the birth; the next sleep is announced only behind a look at every ring."""
         born = self.machine.load32(Machine.HYPERVISOR_GENERATION)
+        if born == 0:  # before it is counted: who dies in between has an heir that begins anew
+            self.hosts.offer_defaults(self.kernels)
         self.machine.store32(Machine.HYPERVISOR_GENERATION, born + 1)
         # Even: awake. A new number, or users who rang the forerunner would not ring us.
         self.public.store32(PublicPage.HYPERVISOR_SLEEPING, (self.public.load32(PublicPage.HYPERVISOR_SLEEPING) | 1) + 1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from pvbus.actors.runtime import rundir
+from pvbus.actors.runtime.vmbus_facts import HOST_DEVICES
 from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, PORTS_FIFO, VCPUS_MAX, Machine
 
 PLATFORMS = ("xen", "hyperv")
@@ -30,6 +31,7 @@ INJECT_MAX = PORTS_FIFO  # a file binds no more ports
 DOMID_FIRST_RESERVED = 0x7FF0
 VIRQS_PER_VCPU = frozenset({0, 1, 7, 13})
 VIRQS_PER_DOMAIN = frozenset({11})
+VMBUS_IRQ_MAX = 0xFF - 0x30  # its vector is 0x30 + irq
 
 
 class ConfigError(ValueError):
@@ -57,6 +59,7 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return {
             "id": self.id, "cpus": self.cpus, "affinity": self.affinity, "ports_max": self.max_event_channels,
             "abi": self.abi, "kernel_ports": self.kernel_ports, "kernel_virqs": self.kernel_virqs,
+            "devices": self.devices,
         }  # fmt: skip
 
     @property
@@ -91,7 +94,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     name: str = "default"
     domain: tuple[DomainConfig, ...] = (
-        DomainConfig(id=0, cpus=2, platforms=("xen", "hyperv")),
+        DomainConfig(id=0, cpus=2, platforms=("xen", "hyperv"), devices=("heartbeat", "shutdown")),
         DomainConfig(id=1, cpus=1, platforms=("xen",)),
     )
     profile: str = "linux-6.12"
@@ -210,6 +213,7 @@ def _check_domain(domain: DomainConfig, handled: frozenset[int]) -> None:
     not_global = VIRQS_PER_VCPU | VIRQS_PER_DOMAIN
     foreign = [virq for virq in domain.kernel_virqs if virq not in not_global and virq not in handled]
     local = [virq for virq in domain.global_virqs if not 0 <= virq < NR_VIRQS or virq in not_global]
+    strange = [name for name in domain.devices if name not in HOST_DEVICES]
     rules: tuple[tuple[bool, str, str], ...] = (
         (not 0 <= domain.id < DOMID_FIRST_RESERVED, "id", f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}"),
         (not 1 <= domain.cpus <= VCPUS_MAX, "cpus", f"{domain.cpus} is not in 1..{VCPUS_MAX}"),
@@ -221,6 +225,10 @@ def _check_domain(domain: DomainConfig, handled: frozenset[int]) -> None:
         (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by another domain"),
         (bool(local), "global_virqs", f"{local} are no global VIRQs"),
         (not 0 <= domain.kernel_ports <= last, "kernel_ports", f"{domain.kernel_ports} is not in 0..{last}"),
+        (not 0 <= domain.vmbus_irq <= VMBUS_IRQ_MAX, "vmbus_irq", f"{domain.vmbus_irq} is not in 0..{VMBUS_IRQ_MAX}"),
+        (bool(strange), "devices", f"{', '.join(map(repr, strange))} not in {', '.join(HOST_DEVICES)}"),
+        (len(set(domain.devices)) != len(domain.devices), "devices", "one is given twice"),
+        (bool(domain.devices) and "hyperv" not in domain.platforms, "devices", "they need the platform hyperv"),
         (not 0 <= domain.max_event_channels <= ports, "max_event_channels", f"{domain.max_event_channels} is not in 0..{ports}"),
     )
     for broken, key, why in rules:

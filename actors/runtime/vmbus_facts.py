@@ -142,6 +142,13 @@ DEVICE_CLASSES = {
 }
 """Class GUIDs by the name that the command line takes."""
 
+HOST_DEVICES = {
+    "echo": uuid.UUID("70766275-7300-4563-a86f-000000000101"),     # ours, as its class is
+    "heartbeat": uuid.UUID("fd149e91-82e0-4a7d-afa6-2a4166cbd7c0"),
+    "shutdown": uuid.UUID("b6650ff7-33bc-4840-8048-e0676786f393"),
+}
+"""The classes that the host has a synthetic device of, and which instance it offers from the start (`devices`)."""
+
 
 def modalias(class_id: uuid.UUID) -> str:
     """Give `vmbus:` and the raw 16 bytes of the class in hex, as uevents and the modalias attribute carry it."""

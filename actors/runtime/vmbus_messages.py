@@ -231,9 +231,10 @@ class ModifyTarget(Message, frozen=True, kw_only=True):
 
 
 class ListDevices(Message, frozen=True, kw_only=True):
-    """Ask for the devices of the bus with their attributes; the reply is Report."""
+    """Ask for devices with their attributes, those behind number `after`, as many as fit a frame; the reply is Report."""
 
     fds_max: ClassVar[int | None] = 0
+    after: int = 0
 
 
 class ReadAttribute(Message, frozen=True, kw_only=True):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
+DEVICES_A_FRAME = 16  # with their attributes, of less than two KiB each; a frame has 64
 WRITABLE = {"driver_override"}
 
 
@@ -207,7 +208,9 @@ class WorkqueueProcess(ProcessActor):
                 device = self._device(message.device, received.peer)
                 self._run(received, self.channels.modify(device.channel, message.target_vp))
             case vm.ListDevices():
-                return m.Report(data={"devices": [self._described(device) for device in self.bus.devices.values()]})
+                behind = [device for device in self.bus.devices.values() if device.number > message.after]
+                few = sorted(behind, key=lambda device: device.number)[:DEVICES_A_FRAME]
+                return m.Report(data={"devices": [self._described(device) for device in few]})
             case vm.ReadAttribute():
                 return vm.AttributeText(text=self._attribute(message.device, message.name))
             case vm.WriteAttribute():
@@ -274,7 +277,8 @@ class WorkqueueProcess(ProcessActor):
     def _described(self, device: Device) -> dict[str, Any]:
         offer = device.channel.offer
         return {
-            "name": device.name, "relid": offer.relid, "class_id": str(offer.class_id), "device_id": str(offer.instance_id),
+            "number": device.number, "name": device.name, "relid": offer.relid,
+            "class_id": str(offer.class_id), "device_id": str(offer.instance_id),
             "driver": device.driver.name if device.driver is not None else None, "attributes": self._attributes(device),
         }  # fmt: skip
 

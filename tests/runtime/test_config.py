@@ -2,13 +2,18 @@
 """What a configuration may say, and the sentence for what it may not: profiles, variants, injected failures, static ports."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pvbus.actors.hypervisor.hyperv import SERVICES
 from pvbus.actors.runtime import config as configuration
-from pvbus.actors.runtime.config import PROFILES, VARIANTS, ConfigError, MachineConfig
+from pvbus.actors.runtime.config import PROFILES, VARIANTS, ConfigError, DomainConfig, MachineConfig
+from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES
 from pvbus.shm.layout import Machine
+from pvbus.view.pytest_plugin import environment
 
 DOMAINS = """
 [[domain]]
@@ -129,6 +134,55 @@ def test_static_ports_that_make_no_sense_are_refused_with_their_key(tmp_path: Pa
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(("text", "said"), [
+    ('devices = ["echo", "floppy"]', "domain 0: devices: 'floppy' not in echo, heartbeat, shutdown"),
+    ('devices = ["network"]', "devices: 'network' not in echo"),
+    ('devices = ["echo", "echo"]', "devices: one is given twice"),
+    ("devices = [1]", "devices"),
+    ('devices = "echo"', "devices"),
+    ("vmbus_irq = 208", "vmbus_irq: 208 is not in 0..207"),
+    ("vmbus_irq = -1", "vmbus_irq: -1 is not in 0..207"),
+    ("acpi_device = 1", "acpi_device"),
+])  # fmt: skip
+def test_what_makes_no_sense_of_hyper_v_is_refused_with_its_value(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, f'[[domain]]\nid = 0\nplatforms = ["xen", "hyperv"]\n{text}\n')
+
+    assert said in str(refused.value)
+
+
+def test_an_unknown_class_of_device_ends_up_with_exit_code_2_and_its_value(tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text('[[domain]]\nid = 0\nplatforms = ["hyperv"]\ndevices = ["floppy"]\n')
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pvbus.supervisor", "up", "--config", str(path)],
+        capture_output=True, text=True, check=False, timeout=30, env=environment(),
+    )
+
+    assert done.returncode == 2
+    assert done.stderr == "pvbus up: domain 0: devices: 'floppy' not in echo, heartbeat, shutdown\n"
+
+
+def test_devices_need_the_hyper_v_platform(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="domain 0: devices: they need the platform hyperv"):
+        load(tmp_path, '[[domain]]\nid = 0\ndevices = ["echo"]\n')
+
+
+def test_a_domain_on_hyper_v_has_an_acpi_device_an_interrupt_and_what_it_names(tmp_path: Path) -> None:
+    (default, _), (ours,) = configuration.load(None).domain, load(
+        tmp_path, '[[domain]]\nid = 0\nplatforms = ["hyperv"]\nacpi_device = false\nvmbus_irq = 0\ndevices = ["echo"]\n'
+    ).domain
+
+    assert (default.acpi_device, default.vmbus_irq, default.devices) == (True, 7, ("heartbeat", "shutdown"))
+    assert (ours.acpi_device, ours.vmbus_irq, ours.devices) == (False, 0, ("echo",))
+
+
+def test_the_host_has_a_service_for_each_device_that_can_be_named() -> None:
+    assert set(SERVICES) == {DEVICE_CLASSES[name] for name in HOST_DEVICES}
+    assert len(set(HOST_DEVICES.values())) == len(HOST_DEVICES)
+
+
 def test_the_documented_examples_load_and_every_name_is_documented(tmp_path: Path) -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
 
@@ -141,3 +195,5 @@ def test_the_documented_examples_load_and_every_name_is_documented(tmp_path: Pat
         assert re.search(rf'^\| `"{variant}"` \|.*\| `{profile}` \|$', text, re.MULTILINE), variant
     assert all(f"\n* `{profile}`: " in text for profile in PROFILES)
     assert all(f"| `{key}` |" in text for key in MachineConfig.__struct_fields__)
+    assert all(f"| `{key}` |" in text for key in DomainConfig.__struct_fields__)
+    assert all(str(instance) in text for instance in HOST_DEVICES.values())

@@ -4,14 +4,20 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from pvbus.view.processes import condition_of
+from pvbus.view.pytest_plugin import environment
 
 WAIT_S_MAX = 10.0
 LOOK_S = 0.002  # between two looks at a condition
+RUN_S_MAX = 40
+PVBUS = [sys.executable, "-m", "pvbus.supervisor"]
+Done = subprocess.CompletedProcess[str]
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
@@ -37,3 +43,18 @@ def stopped(pid: int) -> Iterator[int]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def pvbus(*arguments: str, machine: str | None = None, **variables: str) -> Done:
+    """Run one command to its end."""
+    inherited = {name: value for name, value in environment().items() if name != "PVBUS_MACHINE"}
+    chosen = {"PVBUS_MACHINE": machine} if machine is not None else {}
+    return subprocess.run(
+        [*PVBUS, *arguments],
+        env=inherited | chosen | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=RUN_S_MAX,
+        check=False,
+    )

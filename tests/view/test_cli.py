@@ -6,43 +6,26 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pvbus.actors.runtime import rundir
-from pvbus.tests.view.support import WAIT_S_MAX, pid_of, stopped
+from pvbus.tests.view.support import PVBUS, RUN_S_MAX, WAIT_S_MAX, pid_of, pvbus, stopped
 from pvbus.view import cli
 from pvbus.view.pytest_plugin import BootedMachine, environment
 from pvbus.view.tables import table
 
-RUN_S_MAX = 40
-PVBUS = [sys.executable, "-m", "pvbus.supervisor"]
 VERBS = [
-    "up", "down", "status", "ports", "virq", "affinity", "soft-reset", "explain", "stress", "demo", "doctor", "conformance",
+    "up", "down", "status", "ports", "virq", "affinity", "soft-reset", "offer", "rescind", "devices", "channels", "explain",
+    "stress", "demo", "doctor", "conformance",
 ]  # fmt: skip
 WITHOUT_NAME = {"demo", "conformance"}  # a machine of its own, and none at all
 NEEDS_MACHINE = [
     ["down"], ["status"], ["ports"], ["virq", "3"], ["affinity", "0:1", "0"], ["soft-reset", "0"], ["explain", "port", "0:1"],
+    ["offer", "echo"], ["rescind", "1"], ["devices"], ["channels"],
 ]  # fmt: skip
-Done = subprocess.CompletedProcess[str]
-
-
-def pvbus(*arguments: str, machine: str | None = None, **variables: str) -> Done:
-    """Run one command to its end."""
-    inherited = {name: value for name, value in environment().items() if name != "PVBUS_MACHINE"}
-    chosen = {"PVBUS_MACHINE": machine} if machine is not None else {}
-    return subprocess.run(
-        [*PVBUS, *arguments],
-        env=inherited | chosen | variables,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=RUN_S_MAX,
-        check=False,
-    )
 
 
 @pytest.fixture
