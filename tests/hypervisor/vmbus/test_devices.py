@@ -10,7 +10,16 @@ import pytest
 from pvbus.actors.hypervisor.vmbus import heartbeat, integration, shutdown, snapshot
 from pvbus.actors.hypervisor.vmbus.channel import RingPages
 from pvbus.actors.hypervisor.vmbus.echo import Echo
-from pvbus.actors.hypervisor.vmbus.endpoint import BATCH_PACKETS_MAX, COMPLETION, IN_BAND, ROUNDS_MAX, Endpoint, Packet, Service
+from pvbus.actors.hypervisor.vmbus.endpoint import (
+    BATCH_PACKETS_MAX,
+    COMPLETION,
+    HOST_TAKES,
+    IN_BAND,
+    ROUNDS_MAX,
+    Endpoint,
+    Packet,
+    Service,
+)
 from pvbus.actors.hypervisor.vmbus.heartbeat import PERIOD_NS, Heartbeat
 from pvbus.actors.hypervisor.vmbus.integration import (
     HEARTBEAT,
@@ -57,6 +66,23 @@ class MemoryRing:
             raise OSError(errno.EIO, "impossible index")
         return [self.to_host.popleft() for _ in range(min(max_packets, len(self.to_host)))]
 
+    def echo(self, max_packets: int) -> tuple[int, bool, bool]:
+        """Send back, one by one."""
+        taken, signal = 0, False
+        if self.broken:
+            raise OSError(errno.EIO, "impossible index")
+        while self.to_host and taken < max_packets:
+            if self.to_host[0].type not in HOST_TAKES:
+                raise OSError(errno.EPROTO, "strange type")
+            try:
+                for packet in Echo().on_packets([self.to_host[0]]):
+                    signal = bool(self.send(packet.payload, packet.transaction, False, packet.type)) or signal
+            except BlockingIOError:
+                return taken, signal, True
+            self.to_host.popleft()
+            taken += 1
+        return taken, signal, False
+
     def begin_read(self) -> None:
         """Mask."""
         self.masked = True
@@ -70,6 +96,12 @@ class MemoryRing:
         """Whether the guest waits for room."""
         freed, self.guest_blocked = self.guest_blocked and len(self.to_host) < self.capacity, False
         return freed
+
+
+class PacketByPacket(Echo):
+    """The echo as a service that is handed its packets."""
+
+    echoes = False
 
 
 class Driver:
@@ -124,8 +156,9 @@ def pages() -> Iterator[Pages]:
 # -------------------------------------------------------------------------------------------------------------- echo
 
 
-def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(pages: Pages) -> None:
-    driver = Driver(pages, Echo())
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(pages: Pages, echo: type[Echo]) -> None:
+    driver = Driver(pages, echo())
 
     driver.put(Packet(IN_BAND, 5, b"wants", True), Packet(IN_BAND, 6, b"plain"), Packet(COMPLETION, 7, b"of nothing"))
 
@@ -133,13 +166,14 @@ def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(
     assert driver.rig.flags == [(driver.relid, 0)]      # one signal for both
 
 
-def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages: Pages) -> None:
-    driver = Driver(pages, Echo(), capacity=3)
+@pytest.mark.parametrize(("echo", "held"), [(Echo, 3), (PacketByPacket, BATCH_PACKETS_MAX)])
+def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages: Pages, echo: type[Echo], held: int) -> None:
+    driver = Driver(pages, echo(), capacity=3)
     sent = [Packet(IN_BAND, number, b"x", True) for number in range(200)]
 
     driver.put(*sent)
     assert len(driver.ring.to_guest) == 3
-    assert len(driver.ring.to_host) == 200 - BATCH_PACKETS_MAX
+    assert len(driver.ring.to_host) == 200 - held
     got: list[Packet] = []
     while taken := driver.take():
         got += taken
@@ -148,8 +182,9 @@ def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages:
     assert (driver.endpoint.received, driver.endpoint.sent) == (200, 200)
 
 
-def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pages: Pages) -> None:
-    driver, count = Driver(pages, Echo(), capacity=10_000), BATCH_PACKETS_MAX * ROUNDS_MAX + 9
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pages: Pages, echo: type[Echo]) -> None:
+    driver, count = Driver(pages, echo(), capacity=10_000), BATCH_PACKETS_MAX * ROUNDS_MAX + 9
     driver.put(*(Packet(IN_BAND, number, b"") for number in range(count)))
     assert len(driver.take()) == count - 9
     assert driver.rig.server.due_ns() == 0
@@ -160,8 +195,9 @@ def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pag
     assert driver.rig.server.due_ns() is None
 
 
-def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(pages: Pages) -> None:
-    driver = Driver(pages, Echo())
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(pages: Pages, echo: type[Echo]) -> None:
+    driver = Driver(pages, echo())
     driver.ring.guest_blocked = True
 
     driver.put(Packet(COMPLETION, 1, b""))
@@ -170,9 +206,12 @@ def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(page
     assert driver.rig.flags == [(driver.relid, 0)]
 
 
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
 @pytest.mark.parametrize("fault", ["broken ring", "strange type"])
-def test_a_ring_with_something_impossible_is_left_alone_and_the_channel_can_be_opened_again(pages: Pages, fault: str) -> None:
-    driver = Driver(pages, Echo())
+def test_a_ring_with_something_impossible_is_left_alone_and_the_channel_can_be_opened_again(
+    pages: Pages, echo: type[Echo], fault: str
+) -> None:
+    driver = Driver(pages, echo())
     driver.ring.broken = fault == "broken ring"
     driver.put(Packet(2 if fault == "strange type" else IN_BAND, 1, b""))
     assert driver.endpoint.fault
