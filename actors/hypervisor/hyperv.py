@@ -217,9 +217,12 @@ class HypervHost:
         return self.server.due_ns()
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Do what is due. Kept is what may have changed: a busy echo, which has no state, costs an heir nothing."""
+        waiting = len(self.server.outgoing)
         self.server.tick(self._clock())
-        self.keep()
+        opened = (self.server.devices[channel.relid] for channel in self.server.offers if channel.state is State.OPEN)
+        if len(self.server.outgoing) != waiting or any(device.save() for device in opened):
+            self.keep()
 
     # ---- heirs
 

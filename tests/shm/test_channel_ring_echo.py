@@ -22,7 +22,9 @@ def test_it_sends_back_what_the_service_would_wherever_a_packet_wraps(rig: Rig, 
     channel = Channel(rig, at=8 * rng.randrange(DATA_BYTES // 8))
     for round_ in range(60):
         sizes = [rng.choice((0, 1, 8, 63, 64, 1024, 1500)) for _ in range(rng.randrange(4))]
-        sent = [Packet(rng.choice(TYPES), 100 * round_ + i, rng.randbytes(size), rng.random() < 0.5) for i, size in enumerate(sizes)]
+        sent = [
+            Packet(rng.choice(TYPES), 100 * round_ + i, rng.randbytes(size), rng.random() < 0.5) for i, size in enumerate(sizes)
+        ]
         for packet in sent:
             channel.guest.send(packet.payload, packet.transaction, packet.completion, packet.type)
         arrived = [packet._replace(payload=packet.payload + bytes(-len(packet.payload) % 8)) for packet in sent]

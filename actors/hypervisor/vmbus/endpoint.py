@@ -22,8 +22,10 @@ IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION = 6, 7, 9, 0xB
 HOST_TAKES = frozenset({IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION})
 
 BATCH_PACKETS_MAX = 64
-ROUNDS_MAX = 16
-"""Batches in a row; then others have their turn, and `tick` goes on."""
+ROUNDS_MAX = 4
+"""Batches in a row; then others have their turn, and `tick` goes on. Measured with event channels that go to and fro
+beside a saturated echo: with 1024 packets a turn instead of 256 their round trip took half as long again (p50), and p99 was
+milliseconds; with 64 the echo carried a third."""
 
 
 class Packet(NamedTuple):
@@ -45,7 +47,7 @@ class Ring(Protocol):
         """Take what is there."""
 
     def echo(self, max_packets: int) -> tuple[int, bool, bool]:
-        """Send back what is there, without a Packet being made; give how many were taken, whether to signal, whether it is full."""
+        """Send back what is there, no Packet made; give how many were taken, whether to signal, whether it is full."""
 
     def begin_read(self) -> None:
         """Ask for no signals."""
