@@ -88,7 +88,7 @@ class HypervisorProcess(ProcessActor):
         self.rings: dict[int, int] = {}  # submission index -> slot
         self.ring_kicks: dict[int, int] = {}
         self.cpus = Cpus(self.inbox, self.channels, self._flushed)
-        self.hosts = Hosts(self.inbox, self.path, self.cpus, self._kick)
+        self.hosts = Hosts(self.inbox, self.path, self.cpus, self._kick, self.machine)
         for spec in arguments["domains"]:
             if f"hyperv{spec['id']}" in fds:
                 self.hosts.add(spec["id"], spec["cpus"], fds[f"hyperv{spec['id']}"], fds[f"kept{spec['id']}"])
