@@ -149,7 +149,7 @@ def test_a_guest_that_wants_no_interrupts_gets_none_and_a_cpu_that_it_does_not_h
     assert rig.say(rig.opening(relid, vp=2)) == [wire.OpenResult(relid, 7, STATUS_UNSUCCESSFUL)]
 
 
-@pytest.mark.checklist("H11", "X9")
+@pytest.mark.checklist("H11")
 @pytest.mark.parametrize(("relid", "defect", "seen"), [
     (1, False, 1), (31, False, 31), (32, False, 32), (100, False, 100), (255, False, 255),
     (1, True, 1), (31, True, 31), (32, True, 64), (100, True, 196),
