@@ -27,6 +27,7 @@ name = "{name}"
 id = 0
 cpus = 2
 affinity = "spread"
+platforms = ["xen", "hyperv"]
 
 [[domain]]
 id = 1

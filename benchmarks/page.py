@@ -14,6 +14,7 @@ import time
 STOP = 0  # written by the parent: the row's time is over
 RECEIVED = 1  # by the receiver: events it has read and, where the transport knows that, written back
 DONE = 2  # by the side that leaves its loop first
+SIGNALS = 3  # by the sender, where a transport says when it signals
 WORDS = 512
 STRIDE = 64  # events between two looks at STOP and two stores of RECEIVED
 END_S_MAX = 5.0  # how long a sender goes on feeding a receiver that has not seen STOP yet
@@ -45,7 +46,7 @@ class Page:
 
     def reset(self) -> None:
         """Set all to zero, while nobody counts."""
-        for word in (STOP, RECEIVED, DONE):
+        for word in (STOP, RECEIVED, DONE, SIGNALS):
             self.words[word] = 0
 
 

@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pvbus.actors.client import attach
-from pvbus.benchmarks import evtchn, peers
-from pvbus.benchmarks.page import RECEIVED, STOP, Page
+from pvbus.benchmarks import evtchn, peers, vmbus
+from pvbus.benchmarks.page import RECEIVED, SIGNALS, STOP, STRIDE, Page
 
 WARM_UP_S = 0.05
 ANSWER_S_MAX = 30.0
@@ -57,13 +57,26 @@ def _peer_rows(setup: Setup, page: Page, ends: dict[str, Any]) -> dict[str, Any]
     for name, end in ends.items():
         if setup.is_sender:
             rows[f"{name} single"] = lambda _, end=end: peers.send_single(page, end.send)  # type: ignore[misc]
+            rows[f"{name} packets"] = lambda size, end=end: peers.send_single(page, end.send, [bytes(size)] * STRIDE)  # type: ignore[misc]
             rows[f"{name} batch"] = lambda _, end=end: peers.send_batch(page, end.send)  # type: ignore[misc]
             rows[f"{name} trip"] = lambda _, end=end: peers.trip(page, end.send, end.receive)  # type: ignore[misc]
         else:
             rows[f"{name} single"] = lambda _, end=end: peers.receive_single(page, end.receive)  # type: ignore[misc]
+            rows[f"{name} packets"] = rows[f"{name} single"]
             rows[f"{name} batch"] = lambda _, end=end: peers.receive_batch(page, end.receive)  # type: ignore[misc]
             rows[f"{name} trip"] = lambda _, end=end: peers.echo(page, end.send, end.receive)  # type: ignore[misc]
     return rows
+
+
+def _vmbus_rows(setup: Setup, page: Page, machine: Any, stack: ExitStack) -> dict[str, Any]:
+    """The host is the other end, so one of the two has nothing to do."""
+    if not setup.is_sender:
+        return {f"{vmbus.TRANSPORT} {kind}": lambda _: None for kind in ("packets", "trip")}
+    channel = vmbus.open_echo(machine, stack)
+    return {
+        f"{vmbus.TRANSPORT} packets": lambda size: vmbus.stream(page, channel, size),
+        f"{vmbus.TRANSPORT} trip": lambda _: vmbus.trip(page, channel),
+    }
 
 
 def _serve(setup: Setup, page: Page, control: Connection, pipes: tuple[Connection, Connection]) -> None:
@@ -73,7 +86,7 @@ def _serve(setup: Setup, page: Page, control: Connection, pipes: tuple[Connectio
             ends["zmq"] = peers.ZmqEnds(setup.zmq_to_peer, setup.zmq_from_peer)
             stack.callback(ends["zmq"].close)
         machine = stack.enter_context(attach(name=setup.machine))
-        rows = _peer_rows(setup, page, ends)
+        rows = _peer_rows(setup, page, ends) | _vmbus_rows(setup, page, machine, stack)
         for abi in evtchn.ABIS:
             file = machine.open_evtchn(domain=abi.sender if setup.is_sender else abi.receiver, nonblock=False)
             stack.callback(file.close)
@@ -160,6 +173,10 @@ class Pair:
         last, end = words[RECEIVED], time.perf_counter()
         self._finish(row)
         return (last - first) / (end - begin)
+
+    def signals(self) -> float:
+        """Return how often a packet of the last row was signalled, for a transport that says so."""
+        return self.page.words[SIGNALS] / (self.page.words[RECEIVED] or 1)
 
     def trips(self, row: str, seconds: float) -> list[int]:
         """Return round-trip times in nanoseconds, without the first tenth."""

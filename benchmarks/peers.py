@@ -9,7 +9,7 @@ batch form, the sender starts from a list of ids and the receiver ends with one.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from multiprocessing.connection import Connection
 from time import perf_counter_ns
@@ -23,14 +23,14 @@ END = b""
 IDS = [number.to_bytes(4, "little") for number in range(1, STRIDE + 1)]
 
 
-def send_single(page: Page, send: Send) -> None:
-    """Send ids one by one until the row is over."""
+def send_single(page: Page, send: Send, payloads: Sequence[bytes] = IDS) -> None:
+    """Send ids, or other payloads, one by one until the row is over."""
     words = page.words
     while not words[STOP]:
-        for port in IDS:
-            send(port)
+        for payload in payloads:
+            send(payload)
     for _ in Feed(page):
-        send(IDS[0])
+        send(payloads[0])
     send(END)
 
 

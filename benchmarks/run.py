@@ -34,35 +34,42 @@ from pvbus.benchmarks.evtchn import ABIS, FIFO, MACHINE, TWO_LEVEL
 from pvbus.benchmarks.machine_facts import MachineFigures, measure_machine
 from pvbus.benchmarks.page import percentiles
 from pvbus.benchmarks.pair import Pair
+from pvbus.benchmarks.vmbus import TITLE, TRANSPORT
 from pvbus.verify.launch import launched
 
-SCHEMA = 2
+SCHEMA = 3
 EVENTS_RATIO_MIN = {"pipe": 5.0, "zmq": 2.0}  # what the shape of the data path lets one expect
+PACKETS_RATIO_MIN = 5.0  # to Pipe, 64 B: packets are copied in batches, and few are signalled
+PACKET_SIZES = (64, 4096)
 TRIP_RATIO_MAX = 2.0  # to Pipe: two hops more, each a wake-up at worst
 FIFO_SHARE_MIN = 0.7  # of the 2-level ABI's events: a word more is linked and taken out
 PORTS = (1, 256, 4095, 65536)  # as far as --ports-max and the ABI allow
-TITLES = {**{abi.transport: abi.title for abi in ABIS}, "pipe": "multiprocessing.Pipe", "zmq": "pyzmq PUSH/PULL ipc"}
+PEERS = {"pipe": "multiprocessing.Pipe", "zmq": "pyzmq PUSH/PULL ipc"}
+TITLES = {**{abi.transport: abi.title for abi in ABIS}, TRANSPORT: TITLE, **PEERS}
 
 
 @dataclass
 class Row:
     """One line of the table: what is measured, and a figure a round."""
 
-    kind: str  # "single", "batch" or "trip"
+    kind: str  # "single", "batch", "packets" or "trip"
     transport: str
     ports: int = 1
+    size: int = 0  # of a packet, in bytes
     rounds: list[tuple[float, ...]] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """What the row is called."""
         name = TITLES[self.transport]
+        if self.size:
+            return f"{name}, {self.size:,} B"
         return f"{name}, {self.ports:,} port{'s' * (self.ports != 1)}" if self.is_ours and self.kind != "trip" else name
 
     @property
     def is_ours(self) -> bool:
         """Whether it goes through the machine."""
-        return any(abi.transport == self.transport for abi in ABIS)
+        return self.transport == TRANSPORT or any(abi.transport == self.transport for abi in ABIS)
 
     def median(self, figure: int = 0) -> float:
         """Return the median over the rounds of one figure."""
@@ -83,7 +90,9 @@ def make_rows(ports: dict[str, int], with_zmq: bool) -> list[Row]:
         *(Row("single", peer) for peer in peers),
         *(Row("batch", transport, count) for transport, count in ours if count > 1),
         *(Row("batch", peer) for peer in peers),
+        *(Row("packets", transport, size=size) for size in PACKET_SIZES for transport in (TRANSPORT, *peers)),
         *(Row("trip", abi.transport) for abi in ABIS),
+        Row("trip", TRANSPORT),
         *(Row("trip", peer) for peer in peers),
     ]
 
@@ -94,9 +103,10 @@ def measure(pair: Pair, rows: Sequence[Row], seconds: float, rounds: int) -> Non
         for row in reversed(rows) if turn % 2 else rows:
             name = f"{row.transport} {row.kind}"
             if row.kind == "trip":
-                row.rounds.append(percentiles(pair.trips(name, seconds / rounds)))
+                figures: tuple[float, ...] = percentiles(pair.trips(name, seconds / rounds))
             else:
-                row.rounds.append((pair.rate(name, row.ports, seconds / rounds),))
+                figures = (pair.rate(name, row.size or row.ports, seconds / rounds),)
+            row.rounds.append((*figures, pair.signals()) if row.transport == TRANSPORT else figures)
 
 
 def facts() -> dict[str, Any]:
@@ -114,7 +124,7 @@ def facts() -> dict[str, Any]:
 def _ratios(row: Row, rows: Sequence[Row], figure: int = 0) -> dict[str, float]:
     if not row.is_ours:
         return {}
-    others = [other for other in rows if other.kind == row.kind and not other.is_ours]
+    others = [other for other in rows if (other.kind, other.size) == (row.kind, row.size) and not other.is_ours]
     if row.transport == FIFO.transport:
         others += [
             other for other in rows if (other.kind, other.transport, other.ports) == (row.kind, TWO_LEVEL.transport, row.ports)
@@ -126,9 +136,13 @@ def as_json(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any])
     """Return all figures."""
     listed = []
     for row in rows:
-        figures = ("p50_us", "p99_us") if row.kind == "trip" else ("events_per_s",)
+        figures = {"trip": ("p50_us", "p99_us"), "packets": ("packets_per_s",)}.get(row.kind, ("events_per_s",))
         entry: dict[str, Any] = {"kind": row.kind, "transport": row.transport, "ports": row.ports}
+        if row.transport == TRANSPORT:
+            figures = (*figures, "signals_per_packet")
         entry |= {name: row.median(index) for index, name in enumerate(figures)}
+        if row.size:
+            entry |= {"size": row.size, "bytes_per_s": row.median() * row.size}
         entry["ratios"] = _ratios(row, rows)
         entry["rounds"] = row.rounds
         listed.append(entry)
@@ -150,6 +164,7 @@ def table(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -
     heads = {
         "single": ("events a second, one call an event (read and written back)", "events/s", ""),
         "batch": ("events a second, batch forms (at most 256 ids a call)", "events/s", ""),
+        "packets": ("packets a second (VMBus: there and back; the others: one way)", "packets/s", "MB/s"),
         "trip": ("round trip, blocking on both sides", "p50 µs", "p99 µs"),
     }
     for kind, (head, first, second) in heads.items():
@@ -161,9 +176,18 @@ def table(rows: Sequence[Row], machine: MachineFigures, about: dict[str, Any]) -
             middle = f"{row.median():12,.0f}{'':10}"
             if kind == "trip":
                 middle = f"{row.median():12.1f}{row.median(1):10.1f}"
+            if kind == "packets":
+                middle = f"{row.median():12,.0f}{row.median() * row.size / 1e6:10,.1f}"
             cells = "".join(_cell(ratios, peer) for peer in peers).rstrip()
             lines.append(f"  {row.title:<58}{middle}{cells}".rstrip())
-    return "\n".join([*lines, "", *machine.lines()])
+    return "\n".join([*lines, "", signals_line(rows), "", *machine.lines()])
+
+
+def signals_line(rows: Sequence[Row]) -> str:
+    """Say how often the driver signals its host: alone on the channel, and under load."""
+    said = [f"{'idle' if row.kind == 'trip' else f'{row.size:,} B under load'} {row.median(-1):.4g}"
+            for row in reversed(rows) if row.transport == TRANSPORT]  # fmt: skip
+    return f"VMBus signals a packet, driver to host: {', '.join(said)}"
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
@@ -174,6 +198,11 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         for peer, least in EVENTS_RATIO_MIN.items():
             if peer in ratios:
                 said.append(f"{row.title}: {ratios[peer]:.2f} × {peer} in events/s, expected ≥ {least:g}")
+    said += [
+        f"{row.title}: {_ratios(row, rows)['pipe']:.2f} × pipe in packets/s, expected ≥ {PACKETS_RATIO_MIN:g}"
+        for row in rows
+        if row.transport == TRANSPORT and row.size == PACKET_SIZES[0]
+    ]
     said += [
         f"{row.title}, round trip p50: {_ratios(row, rows)['pipe']:.2f} × pipe, expected ≤ {TRIP_RATIO_MAX:g}"
         for row in rows

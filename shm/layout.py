@@ -242,6 +242,10 @@ class Machine:
     VARIANT_DOUBLE_CLOSE: Final = 8
     VARIANT_STRICT_STATIC: Final = 16
     VARIANT_ONE_TASKLET_PAIR: Final = 32
+    VARIANT_OFFERS_STALL: Final = 64
+    VARIANT_LEAVES_DIRTY: Final = 128
+    VARIANT_WORK_ALLOCATION_RETRIES: Final = 256
+    VARIANT_WRONG_SIGNAL_WORD: Final = 512
 
     @staticmethod
     def file(slot: int, field: int) -> int:

@@ -23,6 +23,7 @@ from pvbus.actors.runtime.process import Peer, PeerGone
 from pvbus.actors.runtime.vmbus_facts import HOST_DEVICES
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.shm import hyperv, store
+from pvbus.shm.layout import Machine
 from pvbus.shm.memory import ChannelRing, Memory
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ class Host:
 class Hosts:
     """Every domain on the Hyper-V platform."""
 
-    def __init__(self, inbox: Inbox, path: EventPath, cpus: Cpus, kick: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, inbox: Inbox, path: EventPath, cpus: Cpus, kick: Callable[[int, int], None], machine: Memory
+    ) -> None:
+        self._wrong_signal_word = bool(machine.load32(Machine.VARIANTS) & Machine.VARIANT_WRONG_SIGNAL_WORD)
         self._inbox = inbox
         self._path = path
         self._cpus = cpus
@@ -91,7 +95,10 @@ class Hosts:
             if self._path.kick_vcpu(domid, vp):
                 self._kick(domid, vp)
 
-        host = HypervHost(segment, Memory(kept_fd, store.BYTES), vcpus, interrupt, map_ring, self._inbox.clock.now_ns)
+        host = HypervHost(
+            segment, Memory(kept_fd, store.BYTES), vcpus, interrupt, map_ring, self._inbox.clock.now_ns,
+            wrong_signal_word=self._wrong_signal_word,
+        )  # fmt: skip
         self._hosts[domid] = Host(domid, host)
 
     def offer_defaults(self, domains: Mapping[int, Mapping[str, Any]]) -> None:
@@ -208,10 +215,10 @@ class Hosts:
                 cpu.ask(vm.AttachDoor(relid=relid), _ignore, fds=(doors.drivers,))
 
     def _rung(self, host: Host, relid: int, fd: int, _events: int) -> None:
-        """A driver has signalled: HvSignalEvent of the channel's connection, without the call."""
+        """A driver has signalled: what would be HvSignalEvent is done on its guest's behalf."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
-        host.host.signal(relid)
+        host.host.ring(relid)
         self._schedule(host)
 
     def _drop_doors(self, host: Host, relid: int) -> None:

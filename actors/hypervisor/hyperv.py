@@ -23,7 +23,7 @@ from pvbus.actors.hypervisor.vmbus.heartbeat import Heartbeat
 from pvbus.actors.hypervisor.vmbus.offers import event_connection
 from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.hypervisor.vmbus.shutdown import Shutdown
-from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, MESSAGE_TYPE, VMBUS_SINT
+from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, MESSAGE_TYPE, VMBUS_SINT, uses_interrupt_page
 from pvbus.shm import hyperv, store
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class HypervHost:
         interrupt: Callable[[int, int], None],
         make_ring: Callable[[RingPages], Ring],
         clock: Callable[[], int],
+        *,
+        wrong_signal_word: bool = False,
     ) -> None:
         self.frames = Frames(segment)
         self.synic = Synic(segment, vcpus, interrupt, clock=clock)
@@ -94,11 +96,12 @@ class HypervHost:
         self._kept = kept
         self._make_ring = make_ring
         self._clock = clock
+        self._wrong_signal_word = wrong_signal_word
         self.synic.create_message_port(MESSAGE_PORT, VMBUS_SINT)
         self.synic.create_event_port(EVENT_PORT, VMBUS_SINT)
         for number in MESSAGE_CONNECTIONS:
             self.synic.connect(number, ConnectionKind.MESSAGE, self._message_waits)
-        self.synic.connect(EVENT_CONNECTION, ConnectionKind.EVENT, lambda _flag: self.server.on_event())
+        self.synic.connect(EVENT_CONNECTION, ConnectionKind.EVENT, self._on_event)
 
     # ---- host to guest
 
@@ -132,8 +135,20 @@ class HypervHost:
     def _signalled(self, relid: int, _flag: int) -> None:
         self.signal(relid)
 
+    def _on_event(self, _flag: int) -> None:
+        self.server.on_event()
+        self._keep_devices()
+
+    def ring(self, relid: int) -> None:
+        """A driver has rung a channel's doorbell: what its guest would do with a hypercall, in the way of its version."""
+        if uses_interrupt_page(self.server.link.version):
+            self.server.set_guest_signal(relid, wrong_word=self._wrong_signal_word)
+            self.synic.hv_signal_event(EVENT_CONNECTION, 0)
+        else:
+            self.signal(relid)
+
     def signal(self, relid: int) -> None:
-        """The guest has signalled a channel: by its connection, or by its doorbell, which is the same without the hypercall."""
+        """The guest has signalled a channel by its event connection."""
         self.server.on_signal(relid)
         channel = self.server.offers.get(relid)
         if channel is not None and channel.state is State.OPEN and self.server.devices[relid].save():
@@ -221,15 +236,24 @@ class HypervHost:
         return self.server.due_ns()
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Do what is due. Kept is what may have changed: a busy echo, which has no state, costs an heir nothing."""
+        waiting = len(self.server.outgoing)
         self.server.tick(self._clock())
-        self.keep()
+        if len(self.server.outgoing) != waiting:
+            self.keep()
+        else:
+            self._keep_devices()
 
     # ---- heirs
 
     def keep(self) -> None:
         """Store what an heir needs."""
         store.write(self._kept, snapshot.take(self.server))
+
+    def _keep_devices(self) -> None:
+        opened = (self.server.devices[channel.relid] for channel in self.server.offers if channel.state is State.OPEN)
+        if any(device.save() for device in opened):
+            self.keep()
 
     def recover(self) -> None:
         """Go on where a forerunner died: with its channels, its messages, and the memory that the guest has given again."""

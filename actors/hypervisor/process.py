@@ -88,7 +88,7 @@ class HypervisorProcess(ProcessActor):
         self.rings: dict[int, int] = {}  # submission index -> slot
         self.ring_kicks: dict[int, int] = {}
         self.cpus = Cpus(self.inbox, self.channels, self._flushed)
-        self.hosts = Hosts(self.inbox, self.path, self.cpus, self._kick)
+        self.hosts = Hosts(self.inbox, self.path, self.cpus, self._kick, self.machine)
         self.hosts.add_all({spec["id"]: spec["cpus"] for spec in arguments["domains"]}, fds)
         self.calls = Executor(self._take_turns, self._before_a_call, self.cpus.flush)
         self.doors = select.epoll()

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import msgspec
 
 from pvbus.actors.runtime import rundir
-from pvbus.actors.runtime.vmbus_facts import HOST_DEVICES
+from pvbus.actors.runtime.vmbus_facts import HOST_DEVICES, SPOKEN, version_text
 from pvbus.shm.layout import DOMAINS_MAX, NR_VIRQS, PORTS_2L, PORTS_FIFO, VCPUS_MAX, Machine
 
 PLATFORMS = ("xen", "hyperv")
+VMBUS_VERSIONS = {version_text(version): int(version) for version in SPOKEN}  # in the order in which a guest tries them
 VARIANTS = {  # what is switched on -> its bit in the machine's header, where every room reads it
     "driver-wakeup-order": Machine.VARIANT_DRIVER_WAKEUP,
     "duplicate-drops-ports": Machine.VARIANT_DUPLICATE_DROPS,
@@ -21,10 +22,17 @@ VARIANTS = {  # what is switched on -> its bit in the machine's header, where ev
     "double-close": Machine.VARIANT_DOUBLE_CLOSE,
     "strict-static-restriction": Machine.VARIANT_STRICT_STATIC,
     "one-tasklet-pair": Machine.VARIANT_ONE_TASKLET_PAIR,
+    "offers-stall": Machine.VARIANT_OFFERS_STALL,
+    "leaves-dirty": Machine.VARIANT_LEAVES_DIRTY,
+    "work-allocation-retries": Machine.VARIANT_WORK_ALLOCATION_RETRIES,
+    "wrong-signal-word": Machine.VARIANT_WRONG_SIGNAL_WORD,
 }
 PROFILES = {
     "linux-6.12": (),  # the answers as they were recorded
-    "seed": ("driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair"),
+    "seed": (
+        "driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair", "offers-stall",
+        "leaves-dirty", "work-allocation-retries", "wrong-signal-word",
+    ),
     "strict": ("strict-static-restriction",),
 }
 INJECT_MAX = PORTS_FIFO  # a file binds no more ports
@@ -52,6 +60,7 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     affinity: Literal["vcpu0", "spread"] = "vcpu0"
     acpi_device: bool = True  # Hyper-V: is there a VMBUS device in ACPI?
     vmbus_irq: int = 7  # Hyper-V: the interrupt in its _CRS; 0 = none
+    vmbus_versions: tuple[str, ...] = tuple(VMBUS_VERSIONS)  # Hyper-V: what the guest tries, in this order
     devices: tuple[str, ...] = ()  # Hyper-V: classes that the host offers from the start
 
     def as_arguments(self) -> dict[str, Any]:
@@ -214,12 +223,16 @@ def _check_domain(domain: DomainConfig, handled: frozenset[int]) -> None:
     foreign = [virq for virq in domain.kernel_virqs if virq not in not_global and virq not in handled]
     local = [virq for virq in domain.global_virqs if not 0 <= virq < NR_VIRQS or virq in not_global]
     strange = [name for name in domain.devices if name not in HOST_DEVICES]
+    unspoken = [version for version in domain.vmbus_versions if version not in VMBUS_VERSIONS]
     rules: tuple[tuple[bool, str, str], ...] = (
         (not 0 <= domain.id < DOMID_FIRST_RESERVED, "id", f"{domain.id} is not in 0..{DOMID_FIRST_RESERVED - 1}"),
         (not 1 <= domain.cpus <= VCPUS_MAX, "cpus", f"{domain.cpus} is not in 1..{VCPUS_MAX}"),
         (bool(unknown), "platforms", f"{unknown} not in {', '.join(PLATFORMS)}"),
         (not domain.platforms, "platforms", "a domain needs at least one"),
         (len(set(domain.platforms)) != len(domain.platforms), "platforms", "one is given twice"),
+        (bool(unspoken), "vmbus_versions", f"{unspoken} not in {', '.join(VMBUS_VERSIONS)}"),
+        (not domain.vmbus_versions, "vmbus_versions", "a guest needs at least one"),
+        (len(set(domain.vmbus_versions)) != len(domain.vmbus_versions), "vmbus_versions", "one is given twice"),
         (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),
         (len(set(domain.kernel_virqs)) != len(domain.kernel_virqs), "kernel_virqs", "a VIRQ is given twice"),
         (bool(foreign), "kernel_virqs", f"global VIRQs {foreign} are handled by another domain"),

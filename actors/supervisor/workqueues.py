@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.actors.runtime.config import VMBUS_VERSIONS
 from pvbus.actors.runtime.process import Peer, Received
 from pvbus.actors.runtime.supervision import Child, ChildSpec, State
 from pvbus.actors.runtime.wire import Done, Failure, Message
@@ -67,6 +68,7 @@ class Workqueues:
         }
         arguments: dict[str, Any] = {
             "domain": domid, "vcpus": domain.cpus, "acpi_device": domain.acpi_device, "irq": domain.vmbus_irq,
+            "versions": [VMBUS_VERSIONS[version] for version in domain.vmbus_versions],
         }  # fmt: skip
         hypervisor = supervisor.hypervisor()
         if hypervisor is None:  # it died meanwhile: started again behind its heir

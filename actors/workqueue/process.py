@@ -62,10 +62,15 @@ class WorkqueueProcess(ProcessActor):
         self.work = WorkRing(self.memory)
         self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
         self.requests = waits.Requests()
-        self.connection = Connection(self.memory, self.requests, self._log)
+        variants = machine.load32(Machine.VARIANTS)
+        self.connection = Connection(
+            self.memory, self.requests, self._log,
+            versions=arguments["versions"], stalls=bool(variants & Machine.VARIANT_OFFERS_STALL),
+        )  # fmt: skip
         self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
-        self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log)
+        dirty = bool(variants & Machine.VARIANT_LEAVES_DIRTY)
+        self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
         self.memories = RingMemories(self._memory_gone)
         self.users: set[Peer] = set()
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires

@@ -65,15 +65,21 @@ static int64_t put(RingObject *self, uint32_t *at, const char *from, size_t byte
     return 0;
 }
 
-static int64_t write_packet(RingObject *self, uint32_t *at, const pv_batch *batch, const char *payload, size_t bytes)
+static int64_t put_header(RingObject *self, uint32_t *at, const pv_batch *batch, size_t payload_bytes)
 {
-    int64_t r;
-    uint64_t length8 = (packet_bytes(bytes) - PV_PACKET_TRAILER) / 8, trailer = (uint64_t)*at << 32;
+    uint64_t length8 = (packet_bytes(payload_bytes) - PV_PACKET_TRAILER) / 8;
     uint64_t header[2] = {
         batch->type | (uint64_t)(PV_PACKET_HEADER / 8) << 16 | length8 << 32 | (uint64_t)batch->flags << 48,
         batch->first_transaction_id + (uint64_t)batch->sent,
     };
-    PV_TRY(r, put(self, at, (const char *)header, sizeof header));
+    return put(self, at, (const char *)header, sizeof header);
+}
+
+static int64_t write_packet(RingObject *self, uint32_t *at, const pv_batch *batch, const char *payload, size_t bytes)
+{
+    int64_t r;
+    uint64_t trailer = (uint64_t)*at << 32;
+    PV_TRY(r, put_header(self, at, batch, bytes));
     PV_TRY(r, put(self, at, payload, bytes));
     return put(self, at, (const char *)&trailer, sizeof trailer);
 }
@@ -142,6 +148,16 @@ static int64_t publish(RingObject *self, uint32_t write_index)
     return read_index == before;
 }
 
+/* Publish packets of at most `largest` bytes each, if there are any. */
+static int64_t finish(RingObject *self, uint32_t write_index, uint32_t largest)
+{
+    int64_t r;
+    if (largest == 0)
+        return 0;
+    PV_TRY(r, withdraw(self, write_index, largest));
+    return publish(self, write_index);
+}
+
 /* Write the packets of a batch for which there is room now, and publish them together. */
 static int64_t send_what_fits(RingObject *self, pv_batch *batch)
 {
@@ -159,10 +175,7 @@ static int64_t send_what_fits(RingObject *self, pv_batch *batch)
         largest = packet_bytes(bytes) > largest ? packet_bytes(bytes) : largest;
         batch->sent++;
     }
-    if (largest == 0)
-        return 0;
-    PV_TRY(r, withdraw(self, write_index, largest));
-    return publish(self, write_index);
+    return finish(self, write_index, largest);
 }
 
 /*
@@ -262,6 +275,79 @@ int64_t pv_channel_release(RingObject *self)
         self->in_signals++;
     }
     return 0;
+}
+
+/* ---- both at once */
+
+/* What a channel may carry; another type is the reader's to refuse. */
+static int is_known(uint16_t type)
+{
+    return type == PV_PACKET_IN_BAND || type == PV_PACKET_TRANSFER_PAGES || type == PV_PACKET_GPA_DIRECT || type == PV_PACKET_COMPLETION;
+}
+
+/* Copy a packet from the ring that we read to *at in the one that we write, through a buffer: nobody else sees half of it. */
+static int64_t copy_across(RingObject *self, uint32_t *at, const pv_packet *packet)
+{
+    char words[1024];
+    int64_t r;
+    uint16_t type = packet->flags & PV_PACKET_WANTS_COMPLETION ? PV_PACKET_COMPLETION : PV_PACKET_IN_BAND;
+    pv_batch head = {.first_transaction_id = packet->transaction_id, .type = type};
+    uint64_t trailer = (uint64_t)*at << 32;
+    PV_TRY(r, put_header(self, at, &head, packet->payload_bytes));
+    for (uint32_t from = packet->payload_at, left = packet->payload_bytes; left > 0;) {
+        uint32_t bytes = left < self->size - from ? left : self->size - from;
+        bytes = bytes < sizeof words ? bytes : (uint32_t)sizeof words;
+        PV_LOAD_WORDS(words, self->memory, self->in + PV_CHANNEL_CONTROL + from, bytes / 8, "vmr.packet");
+        PV_TRY(r, put(self, at, words, bytes));
+        from = wrapped(self->size, from + bytes);
+        left -= bytes;
+    }
+    return put(self, at, (const char *)&trailer, sizeof trailer);
+}
+
+/*
+ * Send back up to `most` packets: as completions those that want one, the others in band; completions are dropped.  *taken counts
+ * them; *full: one waits for room, which is asked for.  1 = signal.  What stops us is met again, and told, if nothing was taken.
+ */
+int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *full)
+{
+    uint32_t seen = self->read_index, write_index = self->write_index, largest = 0;
+    int64_t r = 1, released, signal = 0;
+    pv_packet packet;
+    for (*taken = 0, *full = 0; *taken < most; ++*taken) {
+        if (seen == self->read_index)
+            PV_TRY(r, pv_channel_look(self, &seen));
+        if (r > 0)
+            PV_TRY(r, pv_channel_parse(self, seen, &packet));
+        if (r < 0 || seen == self->read_index)
+            break;
+        if (!is_known(packet.type)) {
+            r = -EPROTO;
+            break;
+        }
+        uint32_t bytes = packet_bytes(packet.payload_bytes);
+        if (packet.type != PV_PACKET_COMPLETION) {
+            PV_TRY(r, room(self, write_index, bytes));
+            if (r == 0) {
+                PV_TRY(r, finish(self, write_index, largest));
+                signal |= r;
+                largest = 0;
+                PV_TRY(r, await_room(self, bytes));
+                *full = r == 0;
+            }
+            if (r <= 0)
+                break;
+            PV_TRY(r, copy_across(self, &write_index, &packet));
+            largest = bytes > largest ? bytes : largest;
+        }
+        self->read_index = packet.next;
+        r = 1;
+    }
+    PV_TRY(released, finish(self, write_index, largest));
+    signal |= released;
+    self->out_signals += (uint64_t)signal;
+    PV_TRY(released, pv_channel_release(self));
+    return r < 0 && *taken == 0 ? r : signal;
 }
 
 /* No signals while we read.  Seen late, it costs a signal that nobody needs, so no barrier: end_read has the one that counts. */

@@ -20,6 +20,8 @@
 #define PV_PACKET_TRAILER 8u
 #define PV_PACKET_LENGTH_MAX (0xFFFFu * 8u)
 #define PV_PACKET_IN_BAND 6
+#define PV_PACKET_TRANSFER_PAGES 7
+#define PV_PACKET_GPA_DIRECT 9
 #define PV_PACKET_COMPLETION 0xB
 #define PV_PACKET_WANTS_COMPLETION 1u
 
@@ -64,6 +66,7 @@ int64_t pv_channel_look(RingObject *self, uint32_t *write_index); /* 1 = not emp
 int64_t pv_channel_parse(RingObject *self, uint32_t write_index, pv_packet *packet);
 int64_t pv_channel_take(RingObject *self, const pv_packet *packet, char *payload);
 int64_t pv_channel_release(RingObject *self);
+int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *full); /* 1 = as send */
 int64_t pv_channel_begin_read(RingObject *self);
 int64_t pv_channel_end_read(RingObject *self); /* 1 = not empty again */
 

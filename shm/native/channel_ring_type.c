@@ -296,6 +296,17 @@ static PyObject *ring_recv_many(RingObject *self, PyObject *const *args, Py_ssiz
     return r == -ENOBUFS ? too_small(needed) : failed(r);
 }
 
+static PyObject *ring_echo(RingObject *self, PyObject *most)
+{
+    int64_t taken = 0, r, packets = PyLong_AsLongLong(most);
+    int full = 0;
+    if (packets == -1 && PyErr_Occurred())
+        return NULL;
+    if ((r = usable(self)) < 0 || (r = pv_channel_echo(self, packets, &taken, &full)) < 0)
+        return failed(r);
+    return Py_BuildValue("(LNN)", (long long)taken, PyBool_FromLong((long)r), PyBool_FromLong(full));
+}
+
 static PyObject *ring_begin_read(RingObject *self, PyObject *ignored)
 {
     (void)ignored;
@@ -367,8 +378,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     size_t last = (size_t)(out < in ? in : out);
     if (pv_memory_check(memory, last + (size_t)bytes, "the memory of a channel") < 0)
         return NULL;
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    RingObject *self = (RingObject *)alloc(type, 0);
+    RingObject *self = (RingObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self == NULL)
         return NULL;
     Py_INCREF(memory);
@@ -406,6 +416,7 @@ static PyMethodDef ring_methods[] = {
                 "Mirrors vmbus_recvpacket.  BufferTooSmall (ENOBUFS, .needed): the packet stays; EIO.  Ask take_signal() afterwards."),
     NAMED(recv_many, "recv_many(max_packets, max_bytes=None) -> list of packets as recv gives them; their room is given back at once.\n\n"
                      "max_bytes bounds the payloads together; BufferTooSmall only if the first is larger."),
+    {"echo", (PyCFunction)ring_echo, METH_O, "echo(max_packets) -> (how many were taken, must signal, full): send back what is there."},
     PLAIN(begin_read, "begin_read(): ask for no signals while packets are read.  Mirrors hv_begin_read."),
     PLAIN(end_read, "end_read() -> True if there is something to read (again): begin anew.  Mirrors hv_end_read."),
     PLAIN(take_signal, "take_signal() -> True, once, if what was read has made the room that the other side waits for: signal it."),
@@ -421,8 +432,7 @@ static PyType_Slot ring_slots[] = {
     {Py_tp_dealloc, ring_dealloc},
     {Py_tp_methods, ring_methods},
     {Py_tp_getset, ring_getset},
-    {Py_tp_doc, "ChannelRing(memory, out_offset, in_offset, ring_bytes, signal_always=False): one side's view of a channel's rings.\n\n"
-                "It never signals, it says when to.  signal_always: as protocol 0.13, at every packet unless the mask is up."},
+    {Py_tp_doc, "ChannelRing(memory, out_offset, in_offset, ring_bytes, signal_always=False): one side's view; it says when to signal."},
     {0, NULL},
 };
 static PyType_Spec ring_spec = {"pvbus.shm._core.ChannelRing", sizeof(RingObject), 0, Py_TPFLAGS_DEFAULT, ring_slots};

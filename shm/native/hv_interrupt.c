@@ -10,6 +10,7 @@
 
 #define MESSAGES_A_RUN 64u   /* a slot refilled as fast as it is emptied must not keep the CPU from its other work */
 #define WORK_CLAIM_TRIES 1000u
+#define WORK_RETRIES 10000u  /* variant work-allocation-retries: the driver of 2012 has no bound */
 
 /* ---- the work ring */
 
@@ -101,7 +102,7 @@ int64_t pv_hv_recover(MemoryObject *hv, uint32_t vp)
  * vmbus_on_msg_dpc for one message.  Copied before the slot is freed; freed by compare-exchange (zoo 5), so that a second consumer
  * cannot erase what came next; then a full barrier, and only then a look whether the host waits for an EOM.
  */
-static int64_t take_message(MemoryObject *hv, uint32_t vp, pv_hv_effects *out)
+static int64_t take_message(MemoryObject *hv, uint32_t vp, uint32_t retries, pv_hv_effects *out)
 {
     uint64_t simp, eom;
     uint32_t type, meta, offered;
@@ -117,6 +118,8 @@ static int64_t take_message(MemoryObject *hv, uint32_t vp, pv_hv_effects *out)
         return 0;
     PV_LOAD32(offered, hv, PV_HV_VP(vp, offered) + 4u * PV_HV_SINT_VMBUS, PV_RELAXED, "hv.offered");
     PV_TRY(queued, queue_work(hv, vp, slot, offered));
+    for (uint32_t again = 0; !queued && again < retries; again++)
+        PV_TRY(queued, queue_work(hv, vp, slot, offered));
     if (!queued) {
         out->work_full = 1;
         return 0;
@@ -252,8 +255,10 @@ static int64_t schedule(MemoryObject *machine, MemoryObject *hv, uint32_t vp, ui
 }
 
 /* The tasklets of this CPU that are scheduled; which of them stay so, for what is left. */
-static int64_t run_tasklets(MemoryObject *hv, uint32_t vp, uint32_t tasklets, uint32_t flags_are_relids, pv_hv_effects *out)
+static int64_t run_tasklets(MemoryObject *machine, MemoryObject *hv, uint32_t vp, uint32_t tasklets, uint32_t flags_are_relids,
+                            pv_hv_effects *out)
 {
+    uint32_t variants;
     uint32_t old, taken = 0, left = 0;
     int64_t r = 1;
     PV_AND32(old, hv, PV_HV_HEADER(global_tasklets), ~tasklets, "hv.tasklets.global");
@@ -264,8 +269,9 @@ static int64_t run_tasklets(MemoryObject *hv, uint32_t vp, uint32_t tasklets, ui
         left |= out->channels_left ? PV_HV_TASKLET_EVENT : 0u;
     }
     if (tasklets & PV_HV_TASKLET_MESSAGE) {
+        PV_LOAD32(variants, machine, offsetof(struct pv_machine_header, variants), PV_RELAXED, "variants");
         for (r = 1; r && taken < MESSAGES_A_RUN; taken++)
-            PV_TRY(r, take_message(hv, vp, out));
+            PV_TRY(r, take_message(hv, vp, variants & PV_VARIANT_WORK_ALLOCATION_RETRIES ? WORK_RETRIES : 0, out));
         left |= out->work_full || r ? PV_HV_TASKLET_MESSAGE : 0u;
     }
     PV_STORE32(hv, PV_HV_VP(vp, tasklets), left, PV_RELAXED, "hv.tasklets");
@@ -294,7 +300,7 @@ int64_t pv_hv_run(MemoryObject *machine, MemoryObject *hv, uint32_t vp, pv_hv_ef
     }
     left = 0;
     if (now != 0)
-        PV_TRY(left, run_tasklets(hv, vp, (uint32_t)now, flags_are_relids, out));
+        PV_TRY(left, run_tasklets(machine, hv, vp, (uint32_t)now, flags_are_relids, out));
     return requested || left != now;
 }
 

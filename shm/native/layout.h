@@ -190,6 +190,10 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 #define PV_VARIANT_DOUBLE_CLOSE 8u  /* H4 */
 #define PV_VARIANT_STRICT_STATIC 16u /* H2, fixed */
 #define PV_VARIANT_ONE_TASKLET_PAIR 32u /* H10, zoo 4 */
+#define PV_VARIANT_OFFERS_STALL 64u /* H6 */
+#define PV_VARIANT_LEAVES_DIRTY 128u /* H9 */
+#define PV_VARIANT_WORK_ALLOCATION_RETRIES 256u /* H5 */
+#define PV_VARIANT_WRONG_SIGNAL_WORD 512u /* H11 */
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {

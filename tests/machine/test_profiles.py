@@ -71,7 +71,10 @@ def duplicate(machine: Any) -> tuple[Any, int]:
     ("", "linux-6.12", []),
     ('profile = "strict"\n', "strict", ["strict-static-restriction"]),
     ('profile = "strict"\nvariants = ["double-close"]\n', "strict", ["double-close", "strict-static-restriction"]),
-    (SEED, "seed", ["driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair"]),
+    (SEED, "seed", [
+        "driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair", "offers-stall",
+        "leaves-dirty", "work-allocation-retries", "wrong-signal-word",
+    ]),
 ])
 def test_status_names_the_profile_and_what_is_switched_on(
     pvbus_boot: Any, text: str, profile: str, variants: list[str]

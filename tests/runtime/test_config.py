@@ -55,10 +55,10 @@ def test_a_machine_answers_as_recorded_unless_told_otherwise() -> None:
 @pytest.mark.checklist("H1", "H2", "H3", "H4")
 @pytest.mark.parametrize(("profile", "variants", "bits"), [
     ("linux-6.12", [], 0),
-    ("seed", [], 1 | 2 | 4 | 8 | 32),
+    ("seed", [], 1 | 2 | 4 | 8 | 32 | 64 | 128 | 256 | 512),
     ("strict", [], 16),
     ("strict", ["driver-wakeup-order"], 17),
-    ("seed", ["double-close", "strict-static-restriction", "double-close"], 63),
+    ("seed", ["double-close", "strict-static-restriction", "double-close"], 1023),
 ])
 def test_a_profile_is_a_set_of_variants_and_single_ones_come_on_top(
     tmp_path: Path, profile: str, variants: list[str], bits: int
@@ -86,6 +86,9 @@ def test_each_variant_has_a_bit_of_its_own_and_each_profile_names_some_that_exis
     ("[inject]\nrecord_allocation_failures = -1", "inject.record_allocation_failures: -1 is not in 0..131072"),
     ("[inject]\nring_growth_failures = 131073", "inject.ring_growth_failures: 131073 is not in 0..131072"),
     ("[inject]\nboom = 1", "boom"),
+    ('[[domain]]\nid = 0\nvmbus_versions = ["6.0"]', "domain 0: vmbus_versions: ['6.0'] not in 5.3, 0.13"),
+    ("[[domain]]\nid = 0\nvmbus_versions = []", "domain 0: vmbus_versions: a guest needs at least one"),
+    ('[[domain]]\nid = 0\nvmbus_versions = ["0.13", "0.13"]', "domain 0: vmbus_versions: one is given twice"),
     ("[inject]\nring_growth_failures = true", "inject.ring_growth_failures"),
 ])
 def test_a_profile_variant_or_failure_that_is_none_is_refused_with_its_value(

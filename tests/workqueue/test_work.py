@@ -8,9 +8,11 @@ import pytest
 
 from pvbus.actors.runtime.inbox import InvariantError
 from pvbus.actors.workqueue.work import WorkRing
+from pvbus.shm import _core_explored
 from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
 from pvbus.shm.memory import EventPath, Memory
+from pvbus.tests.shm.rig import Rig
 from pvbus.tests.workqueue.rig import anonymous
 
 TAIL = Header.WORK_TAIL
@@ -19,9 +21,10 @@ TAIL = Header.WORK_TAIL
 class Cpus:
     """Message slots of two virtual CPUs, filled as the host does, and the tasklets that empty them."""
 
-    def __init__(self) -> None:
-        self.memory = anonymous(BYTES)
-        self.path = EventPath(anonymous(Machine.BYTES), {0: anonymous(Domain.BYTES)})
+    def __init__(self, rig: Rig | None = None) -> None:
+        make, path = (rig.memory, rig.core.EventPath) if rig is not None else (anonymous, EventPath)
+        self.memory, self.machine = make(BYTES), make(Machine.BYTES)
+        self.path = path(self.machine, {0: make(Domain.BYTES)})
         self.path.set_hyperv(0, self.memory, -1)
         self.number = 0
         for vp in range(2):
@@ -70,6 +73,7 @@ def test_messages_of_two_cpus_come_in_the_order_of_their_claims_over_many_laps()
     assert cpus.memory.load32(Header.WORK_HEAD) == cpus.memory.load32(TAIL) == 5 * Work.ENTRIES
 
 
+@pytest.mark.checklist("H5", "B4.4")
 def test_a_full_ring_leaves_the_message_in_its_slot_until_there_is_room() -> None:
     cpus = Cpus()
     ring = WorkRing(cpus.memory)
@@ -84,6 +88,46 @@ def test_a_full_ring_leaves_the_message_in_its_slot_until_there_is_room() -> Non
 
     assert cpus.memory.load32(slot) == 0
     assert [first, *drain(ring)] == [struct.pack("<Q", i) for i in range(Work.ENTRIES + 1)]
+
+
+@pytest.mark.checklist("H5", "B4.4")
+@pytest.mark.parametrize(("variants", "least", "most"), [(0, 1, 4), (Machine.VARIANT_WORK_ALLOCATION_RETRIES, 10_000, 30_000)])
+def test_without_room_the_2012_tasklet_tries_again_at_once_and_ours_stays_scheduled(variants: int, least: int, most: int) -> None:
+    rig = Rig(_core_explored)
+    cpus = Cpus(rig)
+    cpus.machine.store32(Machine.VARIANTS, variants)
+    ring = WorkRing(cpus.memory)
+    for i in range(Work.ENTRIES):
+        cpus.memory.store32(Work.at(i, Work.STATE), Work.FILLED)
+
+    with rig.world.dying_at(0):
+        cpus.message(0, b"no room.")
+
+    assert least <= rig.world.sites.count("work_room") <= most
+    assert cpus.memory.load32(Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, Slot.TYPE)) == MESSAGE_VMBUS
+    assert cpus.memory.load32(Vp.at(0, Vp.TASKLETS)) == 1
+    cpus.memory.store32(Work.at(0, Work.STATE), Work.FREE)
+    cpus.path.hv_run(0, 0)  # no interrupt: it was still scheduled
+    assert ring.take() == b"no room."
+
+
+@pytest.mark.checklist("H10")
+@pytest.mark.parametrize("variants", [0, Machine.VARIANT_ONE_TASKLET_PAIR])
+def test_with_one_pair_of_tasklets_a_second_cpus_message_waits_for_its_next_interrupt(variants: int) -> None:
+    cpus = Cpus()
+    cpus.machine.store32(Machine.VARIANTS, variants)
+    cpus.memory.store32(Header.GLOBAL_TASKLETS, 1)  # CPU 0 is between its interrupt and its tasklet
+    cpus.memory.store32(Vp.at(0, Vp.TASKLETS), 1)
+    slot = Slot.at(Frame.of_vp(1, Frame.MESSAGES), SINT_VMBUS, Slot.TYPE)
+
+    cpus.message(1, b"of CPU 1")
+    cpus.message(0, b"of CPU 0")
+
+    assert cpus.memory.load32(slot) == (MESSAGE_VMBUS if variants else 0)
+    before = drain(WorkRing(cpus.memory))
+    cpus.run(1)
+    assert sorted(before + drain(WorkRing(cpus.memory))) == [b"of CPU 0", b"of CPU 1"]
+    assert cpus.memory.load32(slot) == 0
 
 
 def test_who_read_the_tail_a_lap_ago_cannot_claim_behind_the_head() -> None:
@@ -123,6 +167,7 @@ def test_an_heir_repeats_the_item_that_its_forerunner_held() -> None:
     assert drain(WorkRing(cpus.memory)) == [b"half done", b"next"]
 
 
+@pytest.mark.checklist("H14", "B4.5")
 def test_a_foreign_type_and_an_impossible_size_are_dropped() -> None:
     cpus = Cpus()
     ring = WorkRing(cpus.memory)

@@ -103,6 +103,17 @@ class Connection:
             memory, offset = page
             memory.test_and_set_bit(offset + relid // 64 * 8, relid % 64)
 
+    def set_guest_signal(self, link: Link, relid: int, *, wrong_word: bool = False) -> None:
+        """Mirror vmbus_set_event (below 2.4): set a channel's bit in the guest's half, on the guest's behalf.
+
+        `wrong_word`: as the driver of 2012 does on 64 bits (H11), whose index of 32-bit words counts 64-bit ones.
+        """
+        page = self._page(link)
+        if page is not None:
+            memory, offset = page
+            word = relid // 32 * (2 if wrong_word else 1)
+            memory.test_and_set_bit(offset + GUEST_TO_HOST_HALF + word // 2 * 8, word % 2 * 32 + relid % 32)
+
     def take_signals(self, link: Link) -> Iterator[int]:
         """Take the bits that the guest has set in its half; give their relids."""
         page = self._page(link)

@@ -22,8 +22,10 @@ IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION = 6, 7, 9, 0xB
 HOST_TAKES = frozenset({IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION})
 
 BATCH_PACKETS_MAX = 64
-ROUNDS_MAX = 16
-"""Batches in a row; then others have their turn, and `tick` goes on."""
+ROUNDS_MAX = 4
+"""Batches in a row; then others have their turn, and `tick` goes on. Measured with event channels that go to and fro
+beside a saturated echo: with 1024 packets a turn instead of 256 their round trip took half as long again (p50), and p99 was
+milliseconds; with 64 the echo carried a third."""
 
 
 class Packet(NamedTuple):
@@ -44,6 +46,9 @@ class Ring(Protocol):
     def recv_many(self, max_packets: int) -> list[tuple[int, int, bytes, bool]]:
         """Take what is there."""
 
+    def echo(self, max_packets: int) -> tuple[int, bool, bool]:
+        """Send back what is there, no Packet made; give how many were taken, whether to signal, whether it is full."""
+
     def begin_read(self) -> None:
         """Ask for no signals."""
 
@@ -56,6 +61,9 @@ class Ring(Protocol):
 
 class Service(Protocol):
     """What a device does, without rings."""
+
+    echoes: bool
+    """Every packet's answer is the packet: `on_packets` is not called, the ring does it."""
 
     def on_open(self) -> list[Packet]:
         """Give what to send first."""
@@ -89,6 +97,7 @@ class Endpoint:
         self._handle: Handle | None = None
         self._unsent: deque[Packet] = deque()
         self._more = False      # the rounds were used up: there may be more to read
+        self._full = False      # an echo waits for room
         self.fault = ""         # why the ring is left alone
         self.sent = self.received = self.signals = 0
 
@@ -168,26 +177,37 @@ class Endpoint:
 
     def _exchange(self, ring: Ring) -> bool:
         """Send and read until nothing is left, no room is left, or it is the turn of others; give whether to signal."""
-        self._more = False
+        self._more = self._full = False
         must_signal = self._send(ring)
+        answer = self._echo if self.service.echoes else self._answer
         for _ in range(ROUNDS_MAX):
             if self._unsent:
                 return must_signal
             ring.begin_read()
-            packets = [Packet(*packet) for packet in ring.recv_many(BATCH_PACKETS_MAX)]
-            self.received += len(packets)
-            strange = [packet.type for packet in packets if packet.type not in HOST_TAKES]
-            if strange:
-                raise ValueError(f"packets of types {strange}")
+            took, signal = answer(ring)
             again = ring.end_read()
-            must_signal = ring.take_signal() or must_signal
-            if packets:
-                self._unsent.extend(self.service.on_packets(packets))
-                must_signal = self._send(ring) or must_signal
-            elif not again:
+            must_signal = ring.take_signal() or signal or must_signal
+            if not took and (self._full or not again):
                 return must_signal
         self._more = True
         return must_signal
+
+    def _answer(self, ring: Ring) -> tuple[int, bool]:
+        """Have the service answer a batch; give how many packets it had, and whether to signal."""
+        packets = [Packet(*packet) for packet in ring.recv_many(BATCH_PACKETS_MAX)]
+        self.received += len(packets)
+        strange = [packet.type for packet in packets if packet.type not in HOST_TAKES]
+        if strange:
+            raise ValueError(f"packets of types {strange}")
+        self._unsent.extend(self.service.on_packets(packets) if packets else ())
+        return len(packets), self._send(ring)
+
+    def _echo(self, ring: Ring) -> tuple[int, bool]:
+        """Answer a batch with itself."""
+        took, signal, self._full = ring.echo(BATCH_PACKETS_MAX)
+        self.received += took
+        self.sent += took
+        return took, signal
 
     def _send(self, ring: Ring) -> bool:
         must_signal = False

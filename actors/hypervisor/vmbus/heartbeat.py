@@ -56,6 +56,8 @@ class HeartbeatState(msgspec.Struct):
 class Heartbeat:
     """Negotiate, then ask and check."""
 
+    echoes = False
+
     def __init__(self) -> None:
         self.state = HeartbeatState()
 

@@ -420,6 +420,10 @@ class Server:
         for relid in self._connection.take_signals(self.link):
             self.on_signal(relid)
 
+    def set_guest_signal(self, relid: int, *, wrong_word: bool = False) -> None:
+        """The guest sets a channel's bit in the interrupt page, before it signals connection 2."""
+        self._connection.set_guest_signal(self.link, relid, wrong_word=wrong_word)
+
     def signal_guest(self, channel: Channel) -> None:
         """Interrupt the guest for a channel, in the way of its version."""
         vp = channel.opened.target_vp if channel.opened is not None else VP_NO_INTERRUPT

@@ -58,6 +58,8 @@ class ShutdownState(msgspec.Struct):
 class Shutdown:
     """Negotiate; then one request at a time."""
 
+    echoes = False
+
     def __init__(self) -> None:
         self.state = ShutdownState()
         self._on_answer: Callable[[int | None], None] | None = None

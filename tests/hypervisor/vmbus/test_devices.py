@@ -2,7 +2,6 @@
 """Echo, heartbeat and shutdown behind a server, over rings in memory; their messages byte for byte."""
 
 import errno
-from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -10,14 +9,19 @@ import pytest
 from pvbus.actors.hypervisor.vmbus import heartbeat, integration, shutdown, snapshot
 from pvbus.actors.hypervisor.vmbus.channel import RingPages
 from pvbus.actors.hypervisor.vmbus.echo import Echo
-from pvbus.actors.hypervisor.vmbus.endpoint import BATCH_PACKETS_MAX, COMPLETION, IN_BAND, ROUNDS_MAX, Endpoint, Packet, Service
+from pvbus.actors.hypervisor.vmbus.endpoint import (
+    BATCH_PACKETS_MAX,
+    COMPLETION,
+    IN_BAND,
+    ROUNDS_MAX,
+    Endpoint,
+    Packet,
+)
 from pvbus.actors.hypervisor.vmbus.heartbeat import PERIOD_NS, Heartbeat
 from pvbus.actors.hypervisor.vmbus.integration import (
     HEARTBEAT,
     NEGOTIATE,
-    RESPONSE,
     SHUTDOWN,
-    TRANSACTION,
     V1_0,
     V3_0,
     IcError,
@@ -28,90 +32,9 @@ from pvbus.actors.hypervisor.vmbus.integration import (
 )
 from pvbus.actors.hypervisor.vmbus.shutdown import FORCE, Shutdown
 from pvbus.actors.runtime import vmbus_wire as wire
-from pvbus.actors.runtime.vmbus_facts import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
+from pvbus.actors.runtime.vmbus_facts import STATUS_UNSUCCESSFUL
+from pvbus.tests.hypervisor.vmbus.channels import Driver, MemoryRing, PacketByPacket
 from pvbus.tests.hypervisor.vmbus.rig import ECHO, INSTANCE, Pages, Rig
-
-
-class MemoryRing:
-    """Both directions of a channel as two bounded queues; signals as a ring decides them: empty → not empty, blocked → room."""
-
-    def __init__(self, capacity: int = 8) -> None:
-        self.capacity = capacity
-        self.to_guest: deque[Packet] = deque()
-        self.to_host: deque[Packet] = deque()
-        self.masked = False
-        self.guest_blocked = self.host_blocked = False
-        self.broken = False
-
-    def send(self, payload: bytes, transaction_id: int = 0, completion: bool = False, type: int = IN_BAND) -> int:  # noqa: A002
-        """Send to the guest."""
-        if len(self.to_guest) >= self.capacity:
-            self.host_blocked = True
-            raise BlockingIOError(errno.EAGAIN, "full")
-        self.to_guest.append(Packet(type, transaction_id, bytes(payload), completion))
-        return int(len(self.to_guest) == 1)
-
-    def recv_many(self, max_packets: int) -> list[tuple[int, int, bytes, bool]]:
-        """Take from the guest."""
-        if self.broken:
-            raise OSError(errno.EIO, "impossible index")
-        return [self.to_host.popleft() for _ in range(min(max_packets, len(self.to_host)))]
-
-    def begin_read(self) -> None:
-        """Mask."""
-        self.masked = True
-
-    def end_read(self) -> bool:
-        """Unmask, look again."""
-        self.masked = False
-        return bool(self.to_host)
-
-    def take_signal(self) -> bool:
-        """Whether the guest waits for room."""
-        freed, self.guest_blocked = self.guest_blocked and len(self.to_host) < self.capacity, False
-        return freed
-
-
-class Driver:
-    """A guest with one open channel."""
-
-    def __init__(self, pages: Pages, service: Service, capacity: int = 8) -> None:
-        self.rig, self.ring = Rig(pages), MemoryRing(capacity)
-        self.endpoint = Endpoint(service, lambda _: self.ring)
-        self.relid = self.rig.server.offer(ECHO, INSTANCE, self.endpoint)
-        self.rig.connect()
-        self.rig.give_pages(self.relid)
-        (result,) = self.rig.say(self.rig.opening(self.relid))
-        assert result == wire.OpenResult(self.relid, 7, STATUS_SUCCESS)
-
-    def put(self, *packets: Packet) -> None:
-        """Write packets, signal once."""
-        self.ring.to_host.extend(packets)
-        self.rig.server.on_signal(self.relid)
-
-    def take(self) -> list[Packet]:
-        """Read everything; signal if the host waits for room."""
-        taken = list(self.ring.to_guest)
-        self.ring.to_guest.clear()
-        if self.ring.host_blocked:
-            self.ring.host_blocked = False
-            self.rig.server.on_signal(self.relid)
-        return taken
-
-    def agree(self, *, frame: integration.IcVersion = V3_0, version: integration.IcVersion = V3_0) -> None:
-        """Answer the question for versions."""
-        (question,) = self.take()
-        asked = decode(question.payload)
-        assert asked.type == NEGOTIATE
-        assert frame in versions_of(asked.body)[0]
-        self.answer(asked, body=versions_body((frame,), (version,)))
-
-    def answer(self, asked: IcMessage, *, body: bytes = b"", status: int = 0, transaction: int | None = None) -> None:
-        """Answer a request."""
-        self.put(Packet(IN_BAND, 0, IcMessage(
-            type=asked.type, body=body, frame=asked.frame, version=asked.version, status=status, flags=TRANSACTION | RESPONSE,
-            transaction=asked.transaction if transaction is None else transaction,
-        ).encode()))  # fmt: skip
 
 
 @pytest.fixture
@@ -124,8 +47,9 @@ def pages() -> Iterator[Pages]:
 # -------------------------------------------------------------------------------------------------------------- echo
 
 
-def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(pages: Pages) -> None:
-    driver = Driver(pages, Echo())
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(pages: Pages, echo: type[Echo]) -> None:
+    driver = Driver(pages, echo())
 
     driver.put(Packet(IN_BAND, 5, b"wants", True), Packet(IN_BAND, 6, b"plain"), Packet(COMPLETION, 7, b"of nothing"))
 
@@ -133,13 +57,14 @@ def test_echo_completes_what_wants_a_completion_and_sends_the_rest_back_in_band(
     assert driver.rig.flags == [(driver.relid, 0)]      # one signal for both
 
 
-def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages: Pages) -> None:
-    driver = Driver(pages, Echo(), capacity=3)
+@pytest.mark.parametrize(("echo", "held"), [(Echo, 3), (PacketByPacket, BATCH_PACKETS_MAX)])
+def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages: Pages, echo: type[Echo], held: int) -> None:
+    driver = Driver(pages, echo(), capacity=3)
     sent = [Packet(IN_BAND, number, b"x", True) for number in range(200)]
 
     driver.put(*sent)
     assert len(driver.ring.to_guest) == 3
-    assert len(driver.ring.to_host) == 200 - BATCH_PACKETS_MAX
+    assert len(driver.ring.to_host) == 200 - held
     got: list[Packet] = []
     while taken := driver.take():
         got += taken
@@ -148,8 +73,9 @@ def test_a_full_ring_holds_the_echo_back_and_nothing_is_lost_or_reordered(pages:
     assert (driver.endpoint.received, driver.endpoint.sent) == (200, 200)
 
 
-def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pages: Pages) -> None:
-    driver, count = Driver(pages, Echo(), capacity=10_000), BATCH_PACKETS_MAX * ROUNDS_MAX + 9
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pages: Pages, echo: type[Echo]) -> None:
+    driver, count = Driver(pages, echo(), capacity=10_000), BATCH_PACKETS_MAX * ROUNDS_MAX + 9
     driver.put(*(Packet(IN_BAND, number, b"") for number in range(count)))
     assert len(driver.take()) == count - 9
     assert driver.rig.server.due_ns() == 0
@@ -160,8 +86,9 @@ def test_one_signal_serves_a_bounded_number_of_packets_and_the_timer_goes_on(pag
     assert driver.rig.server.due_ns() is None
 
 
-def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(pages: Pages) -> None:
-    driver = Driver(pages, Echo())
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
+def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(pages: Pages, echo: type[Echo]) -> None:
+    driver = Driver(pages, echo())
     driver.ring.guest_blocked = True
 
     driver.put(Packet(COMPLETION, 1, b""))
@@ -170,9 +97,12 @@ def test_a_guest_that_waits_for_room_is_signalled_once_its_packets_are_read(page
     assert driver.rig.flags == [(driver.relid, 0)]
 
 
+@pytest.mark.parametrize("echo", [Echo, PacketByPacket])
 @pytest.mark.parametrize("fault", ["broken ring", "strange type"])
-def test_a_ring_with_something_impossible_is_left_alone_and_the_channel_can_be_opened_again(pages: Pages, fault: str) -> None:
-    driver = Driver(pages, Echo())
+def test_a_ring_with_something_impossible_is_left_alone_and_the_channel_can_be_opened_again(
+    pages: Pages, echo: type[Echo], fault: str
+) -> None:
+    driver = Driver(pages, echo())
     driver.ring.broken = fault == "broken ring"
     driver.put(Packet(2 if fault == "strange type" else IN_BAND, 1, b""))
     assert driver.endpoint.fault

@@ -149,6 +149,31 @@ def test_a_guest_that_wants_no_interrupts_gets_none_and_a_cpu_that_it_does_not_h
     assert rig.say(rig.opening(relid, vp=2)) == [wire.OpenResult(relid, 7, STATUS_UNSUCCESSFUL)]
 
 
+@pytest.mark.checklist("H11")
+@pytest.mark.parametrize(("relid", "defect", "seen"), [
+    (1, False, 1), (31, False, 31), (32, False, 32), (100, False, 100), (255, False, 255),
+    (1, True, 1), (31, True, 31), (32, True, 64), (100, True, 196),
+])
+def test_the_2012_driver_sets_the_wrong_word_for_relids_from_32_on_and_ours_does_not(
+    pages: Pages, relid: int, defect: bool, seen: int
+) -> None:
+    rig = Rig(pages, V0_13)
+    devices = {number: PacedDevice() for number in (relid, seen)}
+    for number in range(1, 256):
+        rig.server.offer(ECHO, uuid.UUID(int=number), devices.get(number) or PacedDevice())
+    rig.connect()
+    for number in devices:
+        rig.give_pages(number, gpadl=number)
+        rig.say(rig.opening(number, gpadl=number))
+
+    rig.server.set_guest_signal(relid, wrong_word=defect)
+    rig.server.on_event()
+
+    assert {number: device.calls.count("signal") for number, device in devices.items()} == {
+        number: int(number == seen) for number in devices
+    }
+
+
 def test_the_guests_half_of_the_interrupt_page_is_taken_bit_by_bit(pages: Pages) -> None:
     rig, device = Rig(pages, V0_13), PacedDevice()
     for number in range(99):
