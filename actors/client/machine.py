@@ -6,6 +6,7 @@ Everything here is a call on the machine's socket, or a look into its segments (
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -135,6 +136,9 @@ class Machine:
     def bus(self, domain: int = 0) -> Bus:
         """Connect to a domain's VMBus; one connection a domain and process. ENODEV without the platform."""
         found = self._buses.get(domain)
+        if found is not None and found.closed:
+            found.close()  # its workqueue has died: its heir knows neither our drivers nor our channels
+            found = None
         if found is None:
             reply, fds = self._ask(vm.ConnectBus(domain=domain))
             if not isinstance(reply, vm.BusConnection) or len(fds) != 1:
@@ -177,7 +181,13 @@ class Machine:
     # ---- the machine
 
     def settle(self) -> None:
-        """Return when every submission ring is drained and every upcall done: then "nothing arrives" is a fact."""
+        """Return when every submission ring is drained and every upcall done: then "nothing arrives" is a fact.
+
+        On VMBus: no interrupt, tasklet, message or driver's call is under way. EDEADLK from a driver's call, which would wait
+        for itself; ETIMEDOUT when one does not end.
+        """
+        if any(bus.calls_here for bus in self._buses.values()):
+            raise OSError(errno.EDEADLK, "a driver's call waits for its own end")
         self._ask(m.Settle())
 
     def advance(self, seconds: float) -> None:

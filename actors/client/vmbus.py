@@ -68,9 +68,18 @@ class VmbusChannel:
         self.ring_bytes = opened.ring_bytes
 
     def _open_ring(self) -> ChannelRing:
-        if self._ring is None:
+        ring = self._ring
+        if ring is None:
             raise OSError(errno.ENOTCONN, f"{self._device} is not open")
-        return self._ring
+        if self._bus.closed:
+            raise OSError(errno.EIO, f"{self._device}: the bus has gone")
+        return ring
+
+    def wake(self) -> None:
+        """Ring our own doorbell: whoever sleeps on it looks again, and finds that the channel is no more."""
+        with self._lock:
+            if self._door >= 0:
+                os.eventfd_write(self._door, 1)
 
     def _signal(self) -> None:
         os.eventfd_write(self._host, 1)
@@ -132,6 +141,7 @@ class VmbusChannel:
             ring, self._ring = self._ring, None
         if ring is None:
             return
+        self.wake()
         try:
             self._bus.ask(vm.CloseRing(device=self._device))
         except OSError as error:
@@ -142,9 +152,10 @@ class VmbusChannel:
             if self._memory is not None:
                 self._memory.close()
                 self._memory = None
-            for fd in (self._door, self._host):
-                os.close(fd)
-            self._door = self._host = -1
+            with self._lock:
+                for fd in (self._door, self._host):
+                    os.close(fd)
+                self._door = self._host = -1
 
 
 class VmbusDevice:
@@ -190,7 +201,21 @@ class Bus:
     def __init__(self, sock: socket.socket) -> None:
         self._drivers: dict[str, VmbusDriver] = {}
         self._devices: dict[tuple[str, str], VmbusDevice] = {}
-        self._connection = BusConnection(sock, self._call)
+        self._connection = BusConnection(sock, self._call, self._gone)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the bus has gone: its process has died, or we have left it. Another connection leads to its heir."""
+        return self._connection.closed
+
+    @property
+    def calls_here(self) -> bool:
+        """Whether the caller is a driver's probe, remove or shutdown."""
+        return self._connection.calls_here()
+
+    def _gone(self) -> None:
+        for device in tuple(self._devices.values()):
+            device.channel.wake()
 
     def register(self, driver: type[VmbusDriver] | VmbusDriver) -> VmbusDriver:
         """Mirror vmbus_driver_register: every device that nobody has is tried before this returns. EBUSY: the name is taken."""
@@ -254,3 +279,6 @@ class Bus:
     def close(self) -> None:
         """Leave: the bus removes our drivers, and closes their channels."""
         self._connection.close()
+        for device in tuple(self._devices.values()):
+            device.channel.close()
+        self._devices.clear()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 SYNCHRONIZE_DEADLINE_S = 10.0
+TICKS_A_LOOK_MAX = 64  # a guest that fills its ring as fast as it is read does not settle
 
 
 def map_ring(pages: RingPages) -> Ring:
@@ -79,6 +80,7 @@ class Hosts:
     def add(self, domid: int, vcpus: int, segment_fd: int, kept_fd: int) -> None:
         """Make the host of a domain; it knows nothing of a forerunner before `recover`."""
         segment = Memory(segment_fd, hyperv.BYTES)
+        self._cpus.watch(domid, segment)
 
         def interrupt(vp: int, vector: int) -> None:
             request_interrupt(segment, vp, vector)
@@ -123,6 +125,8 @@ class Hosts:
     def workqueue_up(self, message: vm.WorkqueueUp, received: Received) -> Message:
         """Connect a workqueue, first or reborn."""
         host = self._host(message.domain)
+        if host.workqueue is not None:
+            self.forget(host.workqueue)  # its hang-up comes behind its heir
         host.workqueue = self._inbox.add_peer(socket.socket(fileno=received.fds[0]), f"workqueue/{message.domain}")
         self._of_peer[host.workqueue] = host
         return Done()
@@ -137,6 +141,7 @@ class Hosts:
         if host is None or host.workqueue is not peer:
             return
         host.workqueue = None
+        host.host.frames.clear()
         for relid in tuple(host.doors):
             self._drop_doors(host, relid)
 
@@ -228,6 +233,17 @@ class Hosts:
         host.timer = host.timer_ns = None
         host.host.tick()
         self._schedule(host)
+
+    def look(self) -> None:
+        """Do at once what would be done in the next turns: exits that nobody has heard of yet, timers that are due."""
+        for host in self._hosts.values():
+            host.host.on_exits()
+            for _ in range(TICKS_A_LOOK_MAX):
+                due = host.host.due_ns()
+                if due is None or due > self._inbox.clock.now_ns():
+                    break
+                host.host.tick()
+            self._schedule(host)
 
     # ---- the toolstack
 

@@ -62,6 +62,10 @@ class Frames:
         found = self._more.pop(frame, None)
         return found[1] if found else None
 
+    def clear(self) -> None:
+        """Forget all but the segment; rings that are mapped stay so until their channels close."""
+        self._more.clear()
+
     def find(self, frame: int) -> tuple[Memory, int] | None:
         """Give the mapping of a page and the page's offset in it."""
         if 0 <= frame < hyperv.Frame.COUNT:

@@ -272,6 +272,7 @@ class HypervisorProcess(ProcessActor):
             drained = self.path.drain(2**31)
             if drained is not None:
                 self._effects(drained)
+            self.hosts.look()
             idle = True
             for domid, domain in self.channels.domains.items():
                 if not all(self.cpus.is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):

@@ -176,6 +176,12 @@ class BusUser(Message, frozen=True, kw_only=True):
     pid: int
 
 
+class SettleBus(Message, frozen=True, kw_only=True):
+    """Ask a workqueue to answer once its work ring is empty and no device waits for a driver; Done with its progress so far."""
+
+    fds_max: ClassVar[int | None] = 0
+
+
 # ---- user -> workqueue
 
 

@@ -28,6 +28,7 @@ from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.actors.supervisor import limits
 from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore
 from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
+from pvbus.actors.supervisor.settling import Settling
 from pvbus.actors.supervisor.status import status_of
 from pvbus.actors.supervisor.workqueues import Workqueues, on_hyperv
 from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
@@ -303,7 +304,7 @@ class Supervisor(ProcessActor):
             m.Status: lambda _m, _r: m.Report(data=status_of(self)),
             m.Inspect: self._inspect,
             m.InspectFile: self._inspect_file,
-            m.Settle: self._forward,
+            m.Settle: lambda message, received: Settling(self, message, received).begin(),
             m.RaiseVirq: self._forward,
             m.EventChannelOp: self._forward,
             m.SetVirqHandler: self._forward,

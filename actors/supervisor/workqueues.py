@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ENTRY = "pvbus.actors.workqueue.process:WorkqueueProcess"
 CALL_DEADLINE_S = 20.0
+RETRY_NS = 2_000_000  # a workqueue that has died is started again in some 20 ms
+CONNECTS_MAX = 5_000
 
 
 def on_hyperv(domains: tuple[DomainConfig, ...]) -> list[DomainConfig]:
@@ -97,27 +99,44 @@ class Workqueues:
             if control is not None:
                 control.ask(m.Advance(ns=0), ignore, CALL_DEADLINE_S)
 
+    def controls(self) -> list[Peer | None]:
+        """Give the workqueues' control connections; None for one that is being restarted."""
+        up = [f"workqueue/{domid}" for domid in self._domains]
+        table = self._supervisor.table
+        return [self._supervisor.controls.get(name) if table[name].state is State.UP else None for name in up]
+
     # ---- users
 
-    def connect(self, message: vm.ConnectBus, received: Received) -> None:
-        """Give a user process a connection to a domain's bus. ENODEV without the platform, EAGAIN while the bus is reborn."""
+    def connect(self, message: vm.ConnectBus, received: Received, tries: int = CONNECTS_MAX) -> None:
+        """Give a user process a connection to a domain's bus. ENODEV without the platform; a bus that is reborn is waited for."""
         if message.domain not in self._domains:
             raise OSError(errno.ENODEV, f"domain {message.domain} is not on the Hyper-V platform")
         control = self._supervisor.controls.get(f"workqueue/{message.domain}")
         if control is None:
-            raise OSError(errno.EAGAIN, f"domain {message.domain}'s workqueue is being restarted")
+            self._connect_later(message, received, tries)
+            return
         theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def connected(reply: Message, _fds: list[int]) -> None:
             with theirs:
                 if isinstance(reply, Done):
                     received.peer.reply(received.request, vm.BusConnection(), (theirs.fileno(),))
+                elif getattr(reply, "errno", 0) == errno.EPIPE:
+                    self._connect_later(message, received, tries)
                 else:
                     text = getattr(reply, "text", "")
                     received.peer.reply(received.request, Failure(errno=getattr(reply, "errno", errno.EIO), text=text))
 
         with buses:
             control.ask(vm.BusUser(pid=received.peer.pid), connected, CALL_DEADLINE_S, fds=(buses.fileno(),))
+
+    def _connect_later(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
+        if self._supervisor.stopping or tries == 0:
+            text = f"domain {message.domain} has no workqueue"
+            received.peer.reply(received.request, Failure(errno=errno.EAGAIN, text=text))
+            return
+        inbox = self._supervisor.inbox
+        inbox.call_at(inbox.clock.now_ns() + RETRY_NS, lambda: self.connect(message, received, tries - 1))
 
 
 def _eventfd() -> int:
