@@ -40,7 +40,6 @@ class VmbusChannel:
         self._bus = bus
         self._device = device
         self._ring: ChannelRing | None = None
-        self._memory: Memory | None = None
         self._door = self._host = -1
         self._lock = threading.Lock()
         self.ring_bytes = 0
@@ -62,9 +61,9 @@ class VmbusChannel:
         if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
             raise ConnectionError(f"unexpected {type(opened).__name__}")
         memory_fd, self._door, self._host = fds
-        self._memory = Memory(memory_fd, 2 * opened.ring_bytes)
+        memory = Memory(memory_fd, 2 * opened.ring_bytes)
         os.close(memory_fd)
-        self._ring = ChannelRing(self._memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
+        self._ring = ChannelRing(memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
         self.ring_bytes = opened.ring_bytes
 
     def _open_ring(self) -> ChannelRing:
@@ -82,7 +81,9 @@ class VmbusChannel:
                 os.eventfd_write(self._door, 1)
 
     def _signal(self) -> None:
-        os.eventfd_write(self._host, 1)
+        with self._lock:  # the bus may be closing it: the number is another file's then
+            if self._host >= 0:
+                os.eventfd_write(self._host, 1)
 
     # ---- packets
 
@@ -120,11 +121,11 @@ class VmbusChannel:
 
     def _arm(self) -> bool:
         """Take the bell back, then look again: what came in between rang before, and would leave nobody to ring."""
-        try:
-            os.eventfd_read(self._door)
-        except BlockingIOError:
-            return False
-        return True
+        with self._lock:
+            try:
+                return self._door >= 0 and os.eventfd_read(self._door) > 0
+            except BlockingIOError:
+                return False
 
     def fileno(self) -> int:
         """Give the doorbell: readable when the host has signalled; a receive that finds nothing takes that back."""
@@ -138,8 +139,8 @@ class VmbusChannel:
     def close(self) -> None:
         """Mirror vmbus_close; closing what is closed does nothing."""
         with self._lock:
-            ring, self._ring = self._ring, None
-        if ring is None:
+            is_open, self._ring = self._ring is not None, None  # unmapped when the last thread that uses it has left
+        if not is_open:
             return
         self.wake()
         try:
@@ -148,10 +149,6 @@ class VmbusChannel:
             if error.errno not in (errno.EIO, errno.ENODEV):  # the bus, or the device, has gone before us
                 raise
         finally:
-            del ring
-            if self._memory is not None:
-                self._memory.close()
-                self._memory = None
             with self._lock:
                 for fd in (self._door, self._host):
                     os.close(fd)

@@ -62,6 +62,8 @@ class Host:
         self.workqueue: Peer | None = None
         self.doors: dict[int, Doors] = {}
         self.exits: dict[str, tuple[int]] = {}  # by CPU
+        self.recovered = False  # knows what its forerunner knew: before that nothing may be offered or stored
+        self.waiting: list[Received] = []  # of the toolstack, until then
         self.timer: Any = None
         self.timer_ns: int | None = None
 
@@ -185,7 +187,7 @@ class Hosts:
             case vm.DetachChannel():
                 self._drop_doors(host, message.relid)
             case vm.MemoryKnown():
-                guest.recover()
+                self._recover(host, guest_gone=message.fresh)
             case _:
                 raise OSError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
         self._schedule(host)
@@ -247,8 +249,31 @@ class Hosts:
 
     # ---- the toolstack
 
+    def first_boot(self) -> None:
+        """There is no forerunner."""
+        for host in self._hosts.values():
+            host.recovered = True
+
+    def _recover(self, host: Host, *, guest_gone: bool) -> None:
+        if host.recovered:
+            return
+        host.host.recover(guest_gone=guest_gone)
+        host.recovered = True
+        waiting, host.waiting = host.waiting, []
+        for received in waiting:
+            try:
+                reply = self.execute(received.message, received)
+            except OSError as error:
+                reply = Failure(errno=error.errno or errno.EIO, text=error.strerror or "")
+            if reply is not None:
+                received.peer.reply(received.request, reply)
+
     def execute(self, message: Message, received: Received) -> Message | None:
-        """Execute what an administrator asks of a host."""
+        """Execute what an administrator asks of a host; an heir does so when it knows what there is."""
+        waits = self._host(message.domain) if isinstance(message, REQUESTS) else None
+        if waits is not None and not waits.recovered:
+            waits.waiting.append(received)
+            return None
         match message:
             case vm.Offer():
                 host = self._host(message.domain)

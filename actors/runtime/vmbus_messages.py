@@ -86,9 +86,13 @@ class SynchronizeIrq(Message, frozen=True, kw_only=True):
 
 
 class MemoryKnown(Message, frozen=True, kw_only=True):
-    """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on."""
+    """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on.
+
+    `fresh`: from a workqueue that has just been born, and has none.
+    """
 
     fds_max: ClassVar[int | None] = 0
+    fresh: bool = False
 
 
 # ---- supervisor -> hypervisor

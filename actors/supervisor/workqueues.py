@@ -82,9 +82,8 @@ class Workqueues:
     def rewire(self, hypervisor: Peer) -> None:
         """Connect every workqueue that lives to a hypervisor's heir."""
         for domid in self._domains:
-            name = f"workqueue/{domid}"
-            control = self._supervisor.controls.get(name)
-            if control is None or self._supervisor.table[name].state is not State.UP:
+            control = self._up(domid)
+            if control is None:
                 continue
             theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
@@ -95,15 +94,18 @@ class Workqueues:
     def clock_moved(self) -> None:
         """Wake those that wait for a time."""
         for domid in self._domains:
-            control = self._supervisor.controls.get(f"workqueue/{domid}")
+            control = self._up(domid)
             if control is not None:
                 control.ask(m.Advance(ns=0), ignore, CALL_DEADLINE_S)
 
     def controls(self) -> list[Peer | None]:
         """Give the workqueues' control connections; None for one that is being restarted."""
-        up = [f"workqueue/{domid}" for domid in self._domains]
-        table = self._supervisor.table
-        return [self._supervisor.controls.get(name) if table[name].state is State.UP else None for name in up]
+        return [self._up(domid) for domid in self._domains]
+
+    def _up(self, domid: int) -> Peer | None:
+        """One that is forked and has not been told what it is takes nothing but that."""
+        name = f"workqueue/{domid}"
+        return self._supervisor.controls.get(name) if self._supervisor.table[name].state is State.UP else None
 
     # ---- users
 
@@ -111,7 +113,7 @@ class Workqueues:
         """Give a user process a connection to a domain's bus. ENODEV without the platform; a bus that is reborn is waited for."""
         if message.domain not in self._domains:
             raise OSError(errno.ENODEV, f"domain {message.domain} is not on the Hyper-V platform")
-        control = self._supervisor.controls.get(f"workqueue/{message.domain}")
+        control = self._up(message.domain)
         if control is None:
             self._connect_later(message, received, tries)
             return

@@ -76,6 +76,7 @@ class WorkqueueProcess(ProcessActor):
     def on_ready(self) -> None:
         """Bring the bus up; drivers that register meanwhile wait for its offers as they do later."""
         self.inbox.add_fd(self.work_doorbell, select.EPOLLIN, self._on_work)
+        self._ask_hypervisor(vm.MemoryKnown(fresh=True), (), _ignore)
         self.tasks.start(self.vmbus.begin(), self._initialised)
         self._on_work(0)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pvbus.tests.machine.vmbus_support import ECHO, HEARTBEAT, Recorder, config, echo, receive
+from pvbus.tests.machine.vmbus_support import ECHO, HEARTBEAT, Recorder, config, drive, echo, receive
 
 RING_BYTES_MIN = 8 * 1024
 RING_BYTES_LARGE = 256 * 4096
@@ -240,7 +240,7 @@ def test_settling_from_a_probe_would_wait_for_itself(machine: Any) -> None:
 
     machine.offer("echo")
 
-    driver = machine.register_driver(Settler())
+    driver = drive(machine, Settler())
 
     assert driver.refuses == errno.EDEADLK
 
@@ -248,7 +248,7 @@ def test_settling_from_a_probe_would_wait_for_itself(machine: Any) -> None:
 @pytest.mark.parametrize("ring_bytes", [RING_BYTES_MIN, RING_BYTES_LARGE])
 def test_packets_come_back_through_rings_of_every_size(machine: Any, ring_bytes: int) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder(ring_bytes=ring_bytes))
+    driver = drive(machine, Recorder(ring_bytes=ring_bytes))
 
     echo(driver.channel, 2000, size=200)
     driver.channel.send(b"question", 77, completion=True)
@@ -261,7 +261,7 @@ def test_packets_come_back_through_rings_of_every_size(machine: Any, ring_bytes:
 @pytest.mark.parametrize("ring_bytes", [0, 4096, 4097, 2 * 4096 + 8, 1 << 40])
 def test_a_ring_of_an_impossible_size_is_refused_and_the_device_is_not_held(machine: Any, ring_bytes: int) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder(ring_bytes=0))
+    driver = drive(machine, Recorder(ring_bytes=0))
     (device,) = driver.devices.values()
 
     with pytest.raises(OSError) as refused:
@@ -274,7 +274,7 @@ def test_a_ring_of_an_impossible_size_is_refused_and_the_device_is_not_held(mach
 
 def test_a_full_ring_answers_eagain_and_goes_on_when_the_host_has_made_room(machine: Any) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder(ring_bytes=RING_BYTES_MIN))
+    driver = drive(machine, Recorder(ring_bytes=RING_BYTES_MIN))
     channel, sent = driver.channel, 0
     with pytest.raises(BlockingIOError):
         for sent in range(10_000):  # nobody reads what comes back, so both rings fill
@@ -289,7 +289,7 @@ def test_a_full_ring_answers_eagain_and_goes_on_when_the_host_has_made_room(mach
 
 def test_a_buffer_too_small_is_told_the_size_and_loses_nothing(machine: Any) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder())
+    driver = drive(machine)
     channel = driver.channel
     channel.send(b"y" * 500, 5)
     machine.settle()
@@ -306,7 +306,7 @@ def test_a_buffer_too_small_is_told_the_size_and_loses_nothing(machine: Any) -> 
 
 def test_the_doorbell_is_readable_when_something_came_and_quiet_after_it_was_taken(machine: Any) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder())
+    driver = drive(machine)
     channel = driver.channel
     with select.epoll() as epoll:
         epoll.register(channel.fileno(), select.EPOLLIN)
@@ -325,7 +325,7 @@ def test_the_doorbell_is_readable_when_something_came_and_quiet_after_it_was_tak
 
 def test_a_channel_is_opened_and_closed_again_and_again(machine: Any) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder())
+    driver = drive(machine)
     channel = driver.channel
     for _ in range(20):
         with pytest.raises(OSError) as opened:
@@ -342,7 +342,7 @@ def test_a_channel_is_opened_and_closed_again_and_again(machine: Any) -> None:
 
 def test_interrupts_follow_the_channel_to_another_cpu(machine: Any) -> None:
     machine.offer("echo")
-    driver = machine.register_driver(Recorder())
+    driver = drive(machine)
     (device,) = driver.devices.values()
     for vp in (1, 0, 1):
         device.modify_target(vp)

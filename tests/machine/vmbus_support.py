@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -99,6 +100,14 @@ class Recorder(VmbusDriver):
         return device.channel
 
 
+def drive(machine: Any, driver: Recorder | None = None) -> Recorder:
+    """Register a driver and have it probe what was offered before."""
+    machine.settle()
+    registered: Recorder = machine.register_driver(driver or Recorder())
+    machine.settle()
+    return registered
+
+
 def receive(channel: Any, count: int = 1, bound_s: float = BOUND_S) -> list[Any]:
     """Wait for so many packets."""
     got: list[Any] = []
@@ -184,12 +193,16 @@ class Child:
         return self.pipe.recv()
 
 
-def descriptors(pid: int) -> int:
-    """How many descriptors a process holds."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def descriptors(pid: int) -> dict[str, int]:
+    """What a process has open, but for which socket it is."""
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}").partition(":")[0])
+    return dict(collections.Counter(found))
 
 
-def guests(machine: Any) -> dict[str, int]:
+def guests(machine: Any) -> dict[str, dict[str, int]]:
     """The descriptors of everybody who holds some for channels."""
     return {
         one["name"]: descriptors(one["pid"]) for one in machine.status()["processes"]
