@@ -27,9 +27,12 @@ CALL_TIMEOUT_S = 40.0  # an open waits for two answers of the host, five seconds
 class BusConnection:
     """The socket to the domain's workqueue. `call_driver` makes what comes in; its OSError is the driver's answer."""
 
-    def __init__(self, sock: socket.socket, call_driver: Callable[[vm.CallDriver], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, call_driver: Callable[[vm.CallDriver], None], gone: Callable[[], None] = lambda: None
+    ) -> None:
         self._sock = sock
         self._call_driver = call_driver
+        self._on_gone = gone
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
@@ -41,6 +44,15 @@ class BusConnection:
         )]  # fmt: skip
         for thread in self._threads:
             thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the bus has gone, or we have left it."""
+        return self._closed
+
+    def calls_here(self) -> bool:
+        """Whether this is the thread that makes the driver's calls."""
+        return threading.current_thread() is self._threads[1]
 
     def ask(self, message: Message, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Message, list[int]]:
         """Call the workqueue; give its answer and what came with it. OSError with its errno; EIO when it has gone, ETIMEDOUT."""
@@ -91,6 +103,7 @@ class BusConnection:
         for waiting in tuple(self._waiting.values()):
             waiting.put(None)
         self.gone.set()
+        self._on_gone()
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:

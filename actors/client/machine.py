@@ -6,6 +6,7 @@ Everything here is a call on the machine's socket, or a look into its segments (
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -70,6 +71,7 @@ class Machine:
         self._files: weakref.WeakSet[EvtchnFile] = weakref.WeakSet()
         self._buses: dict[int, Bus] = {}
         self._inspector: Inspector | None = None
+        self._settler: Machine | None = None
         self._path = rundir.run_directory(name)
         self._socket: socket.socket | None = None
         self._connect()
@@ -188,6 +190,9 @@ class Machine:
     def bus(self, domain: int = 0) -> Bus:
         """Connect to a domain's VMBus; one connection a domain and process. ENODEV without the platform."""
         found = self._buses.get(domain)
+        if found is not None and found.closed:
+            found.close()  # its workqueue has died: its heir knows neither our drivers nor our channels
+            found = None
         if found is None:
             reply, fds = self._ask(vm.ConnectBus(domain=domain))
             if not isinstance(reply, vm.BusConnection) or len(fds) != 1:
@@ -230,8 +235,17 @@ class Machine:
     # ---- the machine
 
     def settle(self) -> None:
-        """Return when every submission ring is drained and every upcall done: then "nothing arrives" is a fact."""
-        self._ask(m.Settle())
+        """Return when every submission ring is drained and every upcall done: then "nothing arrives" is a fact.
+
+        On VMBus: no interrupt, tasklet, message or driver's call is under way. EDEADLK from a driver's call, which would wait
+        for itself; ETIMEDOUT when one does not end.
+        """
+        if any(bus.calls_here for bus in self._buses.values()):
+            raise OSError(errno.EDEADLK, "a driver's call waits for its own end")
+        if self._buses and self._settler is None:
+            self._settler = Machine(self.name)
+        # A driver's call that is waited for may itself call the machine: not behind us on the same connection.
+        (self._settler or self)._ask(m.Settle())  # noqa: SLF001 - our own kind
 
     def advance(self, seconds: float) -> None:
         """Move the machine's clock forward: a time-out costs a test nothing."""
@@ -278,6 +292,9 @@ class Machine:
         for bus in self._buses.values():
             bus.close()
         self._buses.clear()
+        if self._settler is not None:
+            self._settler.close()
+            self._settler = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None

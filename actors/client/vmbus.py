@@ -40,7 +40,6 @@ class VmbusChannel:
         self._bus = bus
         self._device = device
         self._ring: ChannelRing | None = None
-        self._memory: Memory | None = None
         self._door = self._host = -1
         self._lock = threading.Lock()
         self.ring_bytes = 0
@@ -62,18 +61,29 @@ class VmbusChannel:
         if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
             raise ConnectionError(f"unexpected {type(opened).__name__}")
         memory_fd, self._door, self._host = fds
-        self._memory = Memory(memory_fd, 2 * opened.ring_bytes)
+        memory = Memory(memory_fd, 2 * opened.ring_bytes)
         os.close(memory_fd)
-        self._ring = ChannelRing(self._memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
+        self._ring = ChannelRing(memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
         self.ring_bytes = opened.ring_bytes
 
     def _open_ring(self) -> ChannelRing:
-        if self._ring is None:
+        ring = self._ring
+        if ring is None:
             raise OSError(errno.ENOTCONN, f"{self._device} is not open")
-        return self._ring
+        if self._bus.closed:
+            raise OSError(errno.EIO, f"{self._device}: the bus has gone")
+        return ring
+
+    def wake(self) -> None:
+        """Ring our own doorbell: whoever sleeps on it looks again, and finds that the channel is no more."""
+        with self._lock:
+            if self._door >= 0:
+                os.eventfd_write(self._door, 1)
 
     def _signal(self) -> None:
-        os.eventfd_write(self._host, 1)
+        with self._lock:  # the bus may be closing it: the number is another file's then
+            if self._host >= 0:
+                os.eventfd_write(self._host, 1)
 
     # ---- packets
 
@@ -111,11 +121,11 @@ class VmbusChannel:
 
     def _arm(self) -> bool:
         """Take the bell back, then look again: what came in between rang before, and would leave nobody to ring."""
-        try:
-            os.eventfd_read(self._door)
-        except BlockingIOError:
-            return False
-        return True
+        with self._lock:
+            try:
+                return self._door >= 0 and os.eventfd_read(self._door) > 0
+            except BlockingIOError:
+                return False
 
     def fileno(self) -> int:
         """Give the doorbell: readable when the host has signalled; a receive that finds nothing takes that back."""
@@ -129,22 +139,20 @@ class VmbusChannel:
     def close(self) -> None:
         """Mirror vmbus_close; closing what is closed does nothing."""
         with self._lock:
-            ring, self._ring = self._ring, None
-        if ring is None:
+            is_open, self._ring = self._ring is not None, None  # unmapped when the last thread that uses it has left
+        if not is_open:
             return
+        self.wake()
         try:
             self._bus.ask(vm.CloseRing(device=self._device))
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENODEV):  # the bus, or the device, has gone before us
                 raise
         finally:
-            del ring
-            if self._memory is not None:
-                self._memory.close()
-                self._memory = None
-            for fd in (self._door, self._host):
-                os.close(fd)
-            self._door = self._host = -1
+            with self._lock:
+                for fd in (self._door, self._host):
+                    os.close(fd)
+                self._door = self._host = -1
 
 
 class VmbusDevice:
@@ -190,7 +198,21 @@ class Bus:
     def __init__(self, sock: socket.socket) -> None:
         self._drivers: dict[str, VmbusDriver] = {}
         self._devices: dict[tuple[str, str], VmbusDevice] = {}
-        self._connection = BusConnection(sock, self._call)
+        self._connection = BusConnection(sock, self._call, self._gone)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the bus has gone: its process has died, or we have left it. Another connection leads to its heir."""
+        return self._connection.closed
+
+    @property
+    def calls_here(self) -> bool:
+        """Whether the caller is a driver's probe, remove or shutdown."""
+        return self._connection.calls_here()
+
+    def _gone(self) -> None:
+        for device in tuple(self._devices.values()):
+            device.channel.wake()
 
     def register(self, driver: type[VmbusDriver] | VmbusDriver) -> VmbusDriver:
         """Mirror vmbus_driver_register: every device that nobody has is tried before this returns. EBUSY: the name is taken."""
@@ -263,3 +285,6 @@ class Bus:
     def close(self) -> None:
         """Leave: the bus removes our drivers, and closes their channels."""
         self._connection.close()
+        for device in tuple(self._devices.values()):
+            device.channel.close()
+        self._devices.clear()

@@ -13,8 +13,9 @@ from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone
 from pvbus.actors.runtime.wire import Failure, Message
+from pvbus.shm.hyperv import Vp
 from pvbus.shm.layout import Domain, Vcpu
-from pvbus.shm.memory import now_ns
+from pvbus.shm.memory import Memory, now_ns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,12 +36,17 @@ class Cpus:
         self._flushed = flushed
         self._peers: dict[tuple[int, int], Peer] = {}
         self._doorbells: dict[tuple[int, int], int] = {}
+        self._hyperv: dict[int, Memory] = {}  # segments of the domains on the Hyper-V platform
         self._flushing: set[tuple[int, int]] = set()
         self._deadline_ns = 0
 
     def of(self, domid: int) -> Iterator[tuple[int, Peer]]:
         """Give (vCPU, its process) of every CPU of a domain that is up."""
         return ((vcpu, peer) for (owner, vcpu), peer in tuple(self._peers.items()) if owner == domid)
+
+    def watch(self, domid: int, segment: Memory) -> None:
+        """A CPU of this domain is idle only if Hyper-V has no interrupt for it either."""
+        self._hyperv[domid] = segment
 
     def up(self, message: m.CpuUp, received: Received) -> Peer:
         """Connect a CPU's process, first or reborn; nothing that its forerunner, or ours, left half done stays so."""
@@ -85,9 +91,14 @@ class Cpus:
         if not self._flushing:
             self._inbox.call_soon(lambda: self._flushed(None))
 
-    @staticmethod
-    def is_idle(domain: DomainState, vcpu: int) -> bool:
-        """Nothing to deliver: it sleeps, and has no upcall pending (it looks at that after announcing sleep)."""
+    def is_idle(self, domain: DomainState, vcpu: int) -> bool:
+        """Nothing to deliver: it sleeps, and has no upcall and no interrupt pending (it looks at those after announcing sleep)."""
+        segment = self._hyperv.get(domain.domid)
+        # Before the look at its sleep: a CPU that has taken a vector and not scheduled its tasklet yet is awake.
+        if segment is not None and (
+            any(segment.load64(Vp.at(vcpu, Vp.IRR) + 8 * word) for word in range(4)) or segment.load32(Vp.at(vcpu, Vp.TASKLETS))
+        ):
+            return False
         return (
             domain.memory.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING)) == 1
             and domain.memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)) == 0

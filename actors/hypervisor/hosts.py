@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 SYNCHRONIZE_DEADLINE_S = 10.0
+TICKS_A_LOOK_MAX = 64  # a guest that fills its ring as fast as it is read does not settle
 
 
 def map_ring(pages: RingPages) -> Ring:
@@ -63,6 +64,8 @@ class Host:
         self.workqueue: Peer | None = None
         self.doors: dict[int, Doors] = {}
         self.exits: dict[str, tuple[int]] = {}  # by CPU
+        self.recovered = False  # knows what its forerunner knew: before that nothing may be offered or stored
+        self.waiting: list[Received] = []  # of the toolstack, until then
         self.timer: Any = None
         self.timer_ns: int | None = None
 
@@ -89,6 +92,7 @@ class Hosts:
 
     def _add(self, domid: int, vcpus: int, segment_fd: int, kept_fd: int) -> None:
         segment = Memory(segment_fd, hyperv.BYTES)
+        self._cpus.watch(domid, segment)
 
         def interrupt(vp: int, vector: int) -> None:
             request_interrupt(segment, vp, vector)
@@ -142,7 +146,8 @@ class Hosts:
     def workqueue_up(self, message: vm.WorkqueueUp, received: Received) -> Message:
         """Connect a workqueue, first or reborn."""
         host = self._host(message.domain)
-        host.host.frames.clear()
+        if host.workqueue is not None:
+            self.forget(host.workqueue)  # its hang-up comes behind its heir
         host.workqueue = self._inbox.add_peer(socket.socket(fileno=received.fds[0]), f"workqueue/{message.domain}")
         self._of_peer[host.workqueue] = host
         return Done()
@@ -157,6 +162,7 @@ class Hosts:
         if host is None or host.workqueue is not peer:
             return
         host.workqueue = None
+        host.host.frames.clear()
         for relid in tuple(host.doors):
             self._drop_doors(host, relid)
 
@@ -200,7 +206,7 @@ class Hosts:
             case vm.DetachChannel():
                 self._drop_doors(host, message.relid)
             case vm.MemoryKnown():
-                guest.recover()
+                self._recover(host, guest_gone=message.fresh)
             case _:
                 raise OSError(errno.ENOSYS, f"no hypercall {type(message).__name__}")
         self._schedule(host)
@@ -249,10 +255,44 @@ class Hosts:
         host.host.tick()
         self._schedule(host)
 
+    def look(self) -> None:
+        """Do at once what would be done in the next turns: exits that nobody has heard of yet, timers that are due."""
+        for host in self._hosts.values():
+            host.host.on_exits()
+            for _ in range(TICKS_A_LOOK_MAX):
+                due = host.host.due_ns()
+                if due is None or due > self._inbox.clock.now_ns():
+                    break
+                host.host.tick()
+            self._schedule(host)
+
     # ---- the toolstack
 
+    def first_boot(self) -> None:
+        """There is no forerunner."""
+        for host in self._hosts.values():
+            host.recovered = True
+
+    def _recover(self, host: Host, *, guest_gone: bool) -> None:
+        if host.recovered:
+            return
+        host.host.recover(guest_gone=guest_gone)
+        host.recovered = True
+        waiting, host.waiting = host.waiting, []
+        for received in waiting:
+            try:
+                reply = self.execute(received.message, received)
+            except OSError as error:
+                reply = Failure(errno=error.errno or errno.EIO, text=error.strerror or "")
+            if reply is not None:
+                received.peer.reply(received.request, reply)
+
     def execute(self, message: Message, received: Received) -> Message | None:
-        """Execute what an administrator asks of a host."""
+        """Execute what an administrator asks of a host; an heir does so when it knows what there is."""
+        waits = self._host(message.domain) if isinstance(message, REQUESTS) else None
+        if waits is not None and not waits.recovered:
+            waits.waiting.append(received)
+            return None
         match message:
             case vm.Offer():
                 host = self._host(message.domain)

@@ -255,11 +255,14 @@ class HypervHost:
         if any(device.save() for device in opened):
             self.keep()
 
-    def recover(self) -> None:
-        """Go on where a forerunner died: with its channels, its messages, and the memory that the guest has given again."""
+    def recover(self, *, guest_gone: bool = False) -> None:
+        """Go on where a forerunner died: with its channels, its messages, and the memory that the guest has given again.
+
+        `guest_gone`: the workqueue has died, too; what it had been offered is offered to its heir.
+        """
         data = store.read(self._kept)
         if data:
-            snapshot.restore(self.server, data, self._again)
+            snapshot.restore(self.server, data, self._again, guest_gone=guest_gone)
         self._connect_channels()
         self.synic.recover()
         for number in MESSAGE_CONNECTIONS:

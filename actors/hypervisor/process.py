@@ -106,6 +106,8 @@ class HypervisorProcess(ProcessActor):
         self.public.store32(PublicPage.HYPERVISOR_SLEEPING, (self.public.load32(PublicPage.HYPERVISOR_SLEEPING) | 1) + 1)
         if born > 0:
             recovery.repair(self.channels, self.irqs)
+        else:
+            self.hosts.first_boot()
         self.inbox.sleep_in(self._serve)
         self.inbox.add_fd(self.doors.fileno(), select.EPOLLIN, self._look_for_hangups)
 
@@ -270,6 +272,7 @@ class HypervisorProcess(ProcessActor):
             drained = self.path.drain(2**31)
             if drained is not None:
                 self._effects(drained)
+            self.hosts.look()
             idle = True
             for domid, domain in self.channels.domains.items():
                 if not all(self.cpus.is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):

@@ -86,9 +86,13 @@ class SynchronizeIrq(Message, frozen=True, kw_only=True):
 
 
 class MemoryKnown(Message, frozen=True, kw_only=True):
-    """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on."""
+    """Tell a hypervisor's heir that it has all of the domain's memory and doorbells again: its host goes on.
+
+    `fresh`: from a workqueue that has just been born, and has none.
+    """
 
     fds_max: ClassVar[int | None] = 0
+    fresh: bool = False
 
 
 # ---- supervisor -> hypervisor
@@ -174,6 +178,12 @@ class BusUser(Message, frozen=True, kw_only=True):
 
     fds_max: ClassVar[int | None] = 1
     pid: int
+
+
+class SettleBus(Message, frozen=True, kw_only=True):
+    """Ask a workqueue to answer once its work ring is empty and no device waits for a driver; Done with its progress so far."""
+
+    fds_max: ClassVar[int | None] = 0
 
 
 # ---- user -> workqueue

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CALL_DEADLINE_S = 20.0
 WAITING_MAX = 1024  # calls of users that wait for a hypervisor's heir
-TWICE_IS_ONCE = (m.Settle, m.Advance)  # a VIRQ is not raised again, and no call of a kernel made again: it may have been
+TWICE_IS_ONCE = (m.Advance,)  # a VIRQ is not raised again, and no call of a kernel made again: it may have been
 
 
 class Heirs:

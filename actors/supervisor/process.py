@@ -29,6 +29,7 @@ from pvbus.actors.supervisor import limits
 from pvbus.actors.supervisor.heirs import Heirs
 from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, hand_on, ignore, reopen
 from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
+from pvbus.actors.supervisor.settling import Settling
 from pvbus.actors.supervisor.status import inspect, inspect_file, status_of
 from pvbus.actors.supervisor.workqueues import Workqueues, on_hyperv
 from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
@@ -52,7 +53,7 @@ STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
 EXIT_BROKEN = 1
 FORWARDED = (  # to the hypervisor, or its heir
-    m.Settle, m.RaiseVirq, m.EventChannelOp, m.SetVirqHandler, m.SetAffinity, m.SoftReset,
+    m.RaiseVirq, m.EventChannelOp, m.SetVirqHandler, m.SetAffinity, m.SoftReset,
     vm.Offer, vm.RescindOffer, vm.ListChannels, vm.HostShutdown,
 )  # fmt: skip
 
@@ -300,6 +301,7 @@ class Supervisor(ProcessActor):
             m.Status: lambda _m, _r: m.Report(data=status_of(self)),
             m.Inspect: lambda _m, received: inspect(self, received),
             m.InspectFile: lambda message, received: inspect_file(self, message, received),
+            m.Settle: lambda message, received: Settling(self, message, received).begin(),
             **dict.fromkeys(FORWARDED, self.heirs.forward),
             vm.ConnectBus: self.workqueues.connect,
             m.Advance: self._advance,

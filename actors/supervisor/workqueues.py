@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ENTRY = "pvbus.actors.workqueue.process:WorkqueueProcess"
 CALL_DEADLINE_S = 20.0
+RETRY_NS = 2_000_000  # a workqueue that has died is started again in some 20 ms
+CONNECTS_MAX = 5_000
 
 
 def on_hyperv(domains: tuple[DomainConfig, ...]) -> list[DomainConfig]:
@@ -82,9 +84,8 @@ class Workqueues:
     def rewire(self, hypervisor: Peer) -> None:
         """Connect every workqueue that lives to a hypervisor's heir."""
         for domid in self._domains:
-            name = f"workqueue/{domid}"
-            control = self._supervisor.controls.get(name)
-            if control is None or self._supervisor.table[name].state is not State.UP:
+            control = self._up(domid)
+            if control is None:
                 continue
             theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
@@ -95,31 +96,51 @@ class Workqueues:
     def clock_moved(self) -> None:
         """Wake those that wait for a time."""
         for domid in self._domains:
-            control = self._supervisor.controls.get(f"workqueue/{domid}")
+            control = self._up(domid)
             if control is not None:
                 control.ask(m.Advance(ns=0), ignore, CALL_DEADLINE_S)
 
+    def controls(self) -> list[Peer | None]:
+        """Give the workqueues' control connections; None for one that is being restarted."""
+        return [self._up(domid) for domid in self._domains]
+
+    def _up(self, domid: int) -> Peer | None:
+        """One that is forked and has not been told what it is takes nothing but that."""
+        name = f"workqueue/{domid}"
+        return self._supervisor.controls.get(name) if self._supervisor.table[name].state is State.UP else None
+
     # ---- users
 
-    def connect(self, message: vm.ConnectBus, received: Received) -> None:
-        """Give a user process a connection to a domain's bus. ENODEV without the platform, EAGAIN while the bus is reborn."""
+    def connect(self, message: vm.ConnectBus, received: Received, tries: int = CONNECTS_MAX) -> None:
+        """Give a user process a connection to a domain's bus. ENODEV without the platform; a bus that is reborn is waited for."""
         if message.domain not in self._domains:
             raise OSError(errno.ENODEV, f"domain {message.domain} is not on the Hyper-V platform")
-        control = self._supervisor.controls.get(f"workqueue/{message.domain}")
+        control = self._up(message.domain)
         if control is None:
-            raise OSError(errno.EAGAIN, f"domain {message.domain}'s workqueue is being restarted")
+            self._connect_later(message, received, tries)
+            return
         theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def connected(reply: Message, _fds: list[int]) -> None:
             with theirs:
                 if isinstance(reply, Done):
                     received.peer.reply(received.request, vm.BusConnection(), (theirs.fileno(),))
+                elif getattr(reply, "errno", 0) == errno.EPIPE:
+                    self._connect_later(message, received, tries)
                 else:
                     text = getattr(reply, "text", "")
                     received.peer.reply(received.request, Failure(errno=getattr(reply, "errno", errno.EIO), text=text))
 
         with buses:
             control.ask(vm.BusUser(pid=received.peer.pid), connected, CALL_DEADLINE_S, fds=(buses.fileno(),))
+
+    def _connect_later(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
+        if self._supervisor.stopping or tries == 0:
+            text = f"domain {message.domain} has no workqueue"
+            received.peer.reply(received.request, Failure(errno=errno.EAGAIN, text=text))
+            return
+        inbox = self._supervisor.inbox
+        inbox.call_at(inbox.clock.now_ns() + RETRY_NS, lambda: self.connect(message, received, tries - 1))
 
 
 def _eventfd() -> int:

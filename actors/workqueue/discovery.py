@@ -130,6 +130,14 @@ class Vmbus:
             raise
         self.running = True
 
+    def begin(self) -> Steps[None]:
+        """Come up, first or as the heir of a process that has died: what that one left on is switched off before, as after a crash."""
+        if any(self._memory.load32(Vp.at(vp, Vp.VECTOR), "hv.vector") for vp in range(self._platform.vcpus)):
+            yield from self._free_irq()
+            yield from self._synic_cleanup()
+            yield from self._hv_cleanup()
+        yield from self.init()
+
     def exit(self) -> Steps[None]:
         """Mirror vmbus_exit (B9.9), and between its steps what it left out: UNLOAD, and the SynIC off on every CPU."""
         self.running = False

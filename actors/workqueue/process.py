@@ -75,13 +75,15 @@ class WorkqueueProcess(ProcessActor):
         self.users: set[Peer] = set()
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
+        self.items = 0  # of the work ring
         self.started = self.leaving = False
         self.start_error: OSError | None = None
 
     def on_ready(self) -> None:
         """Bring the bus up; drivers that register meanwhile wait for its offers as they do later."""
         self.inbox.add_fd(self.work_doorbell, select.EPOLLIN, self._on_work)
-        self.tasks.start(self.vmbus.init(), self._initialised)
+        self._ask_hypervisor(vm.MemoryKnown(fresh=True), (), _ignore)
+        self.tasks.start(self.vmbus.begin(), self._initialised)
         self._on_work(0)
 
     def _initialised(self, outcome: Any) -> None:
@@ -106,6 +108,7 @@ class WorkqueueProcess(ProcessActor):
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.work_doorbell)
         while (payload := self.work.take()) is not None:
+            self.items += 1
             self.channels.onmessage(payload)
             self.work.done()
         self.tasks.pump()
@@ -185,6 +188,9 @@ class WorkqueueProcess(ProcessActor):
             if isinstance(message, vm.BusUser):
                 self.users.add(self.inbox.add_peer(socket.socket(fileno=received.fds[0]), f"driver process {message.pid}"))
                 return Done()
+            if isinstance(message, vm.SettleBus):
+                self._settle(received)
+                return None
             if isinstance(message, m.Rewire):
                 self._rewire(received.fds[0])
                 return Done()
@@ -228,6 +234,15 @@ class WorkqueueProcess(ProcessActor):
             case _:
                 return super().on_message(received)
         return None
+
+    def _settle(self, received: Received) -> None:
+        """Answer once nothing waits but for time-outs and for what the host withholds; say how far everything has come."""
+
+        def steps() -> waits.Steps[None]:
+            self._on_work(0)
+            yield waits.Until(self.tasks.is_quiet)
+
+        self._run(received, steps(), lambda: _answer(received, Done(value=self.tasks.progress + self.items)))
 
     def _register(self, driver: Driver) -> waits.Steps[None]:
         yield waits.Until(lambda: self.started)

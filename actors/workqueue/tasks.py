@@ -57,12 +57,18 @@ class Tasks:
         self._watching: list[Task] = []     # for something of our own: Reply, Until
         self._pumping = False
         self.running = 0
+        self._abroad = 0     # answers that will come from outside, or with time
+        self.progress = 0   # waits that have ended, but for `Until`
 
     def start(self, steps: Steps[Any], ended: Callable[[Any], None]) -> None:
         """Begin; `ended` gets the value, or the OSError. Any other exception is a broken invariant and leaves `pump`."""
         self.running += 1
         self._ready.append((Task(steps, ended), None))
         self.pump()
+
+    def is_quiet(self) -> bool:
+        """Whether nobody can go on, and nobody waits for an answer that is certain to come. A `Reply` is the host's to give."""
+        return not self._ready and self._abroad == 0
 
     def pump(self) -> None:
         """Resume everybody who can go on. Call it after anything that may have ended a wait."""
@@ -92,6 +98,8 @@ class Tasks:
     def _answered(self, task: Task, turn: int, answer: Any) -> None:
         if task.turn != turn or task.wait is None:
             return
+        self.progress += not isinstance(task.wait, Until)
+        self._abroad -= not isinstance(task.wait, Reply | Until)
         task.wait = None
         if task.timer is not None:
             task.timer.cancel()
@@ -118,6 +126,7 @@ class Tasks:
 
     def _begin(self, task: Task, wait: Wait) -> None:
         done = partial(self._from_outside, task, task.turn, None)
+        self._abroad += not isinstance(wait, Reply | Until)
         if isinstance(wait, Reply):
             self._watching.append(task)
             task.timer = self._timers.add(self._clock.now_ns() + round(wait.deadline_s * NS_PER_S), done)

@@ -73,13 +73,24 @@ def take(server: Server) -> bytes:
     return data
 
 
-def restore(server: Server, data: bytes, device_of: Callable[[Channel], Device]) -> None:
-    """Make a fresh server the heir. Devices of open channels are opened again; a channel whose rings are gone is rescinded."""
+def restore(server: Server, data: bytes, device_of: Callable[[Channel], Device], *, guest_gone: bool = False) -> None:
+    """Make a fresh server the heir. Devices of open channels are opened again; a channel whose rings are gone is rescinded.
+
+    `guest_gone`: nobody is connected any more. What was offered is offered to whoever comes; what was rescinded is gone.
+    """
     try:
         record = msgspec.msgpack.decode(data, type=Snapshot)
     except msgspec.MsgspecError as error:
         raise SnapshotError(f"no snapshot: {error}") from None
-    server.link, server.outgoing, server.counters = record.link, deque(record.outgoing), record.counters
+    server.counters = record.counters
+    if guest_gone:
+        kept = [channel for channel in record.channels if channel.state is not State.REVOKED]
+        for channel in kept:
+            channel.state, channel.opened, channel.reopen, channel.device_state = State.CLIENT_RELEASED, None, None, b""
+            server.devices[channel.relid] = device_of(channel)
+        server.offers.load(kept, record.serial)
+        return
+    server.link, server.outgoing = record.link, deque(record.outgoing)
     server.gpadls.load(record.gpadls)
     server.offers.load(record.channels, record.serial)
     for channel in server.offers:
