@@ -20,7 +20,8 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from pvbus.actors.runtime import messages as m
-from pvbus.actors.runtime.process import ATTACH_REQUEST, PeerGone, ask_blocking, await_blocking
+from pvbus.actors.runtime.asking import ATTACH_REQUEST, ask_blocking, await_blocking
+from pvbus.actors.runtime.peer import PeerGone
 from pvbus.actors.runtime.wire import Done, Message, close_fds, encode, send_frame, socket_cookie
 from pvbus.shm.layout import MAGIC_FILE, MAGIC_PUBLIC, MAGIC_SUBMISSION, FilePage, PublicPage, SubmissionRing
 from pvbus.shm.memory import Context, Memory, UserFile

@@ -21,7 +21,8 @@ from pvbus.actors.client.vmbus import Bus, VmbusDriver
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir
 from pvbus.actors.runtime import vmbus_messages as vm
-from pvbus.actors.runtime.process import PeerGone, ask_blocking
+from pvbus.actors.runtime.asking import ask_blocking
+from pvbus.actors.runtime.peer import PeerGone
 from pvbus.shm.layout import FilePage
 from pvbus.shm.memory import Memory
 

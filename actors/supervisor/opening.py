@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import wire
-from pvbus.actors.runtime.process import ATTACH_REQUEST, Peer, Received, Stop, failure_of
+from pvbus.actors.runtime.asking import ATTACH_REQUEST
+from pvbus.actors.runtime.process import Peer, Received, Stop, failure_of
 from pvbus.actors.runtime.wire import Done, Failure, Message, socket_cookie
 from pvbus.actors.supervisor import limits
 from pvbus.shm.layout import PORTS_MAX, FilePage

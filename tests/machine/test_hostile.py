@@ -18,7 +18,7 @@ import pytest
 
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir, wire
-from pvbus.actors.runtime.process import ask_blocking
+from pvbus.actors.runtime.asking import ask_blocking
 from pvbus.shm.layout import FilePage, SubmissionRing
 
 if TYPE_CHECKING:

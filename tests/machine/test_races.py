@@ -19,7 +19,7 @@ import pytest
 from pvbus.actors.file.process import USERS_MAX
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import rundir, wire
-from pvbus.actors.runtime.process import ask_blocking
+from pvbus.actors.runtime.asking import ask_blocking
 from pvbus.actors.supervisor.pool import SPARES
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pvbus.actors.runtime import wire
+from pvbus.actors.runtime.asking import ask_blocking
 from pvbus.actors.runtime.inbox import PeerGone
-from pvbus.actors.runtime.process import ask_blocking
 from pvbus.actors.runtime.wire import Done, Failure, Message, WireError
 
 

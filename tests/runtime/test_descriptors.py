@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pvbus.actors.runtime import wire
-from pvbus.actors.runtime.process import ask_blocking
+from pvbus.actors.runtime.asking import ask_blocking
 from pvbus.actors.runtime.wire import Done, Failure, Message
 
 sys.path.insert(0, str(Path(__file__).parent))
