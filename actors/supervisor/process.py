@@ -482,4 +482,6 @@ class Supervisor(ProcessActor):
 
 
 def _answer(received: Received, reply: Message) -> None:
+    if isinstance(reply, Failure) and reply.errno == errno.EPIPE:
+        reply = Failure(errno=errno.EIO, text="the hypervisor has died under this call: it may have been made")
     received.peer.reply(received.request, reply)

@@ -89,7 +89,7 @@ def test_offers_and_rescinds_race_with_a_driver_that_opens_and_closes(machine: A
         probes, removes, opened = child.receive()
 
     assert probes > ROUNDS // 2
-    assert 0 < opened
+    assert opened > 0
     assert removes <= probes
     everything_is_gone(machine)
     relid = machine.offer("echo")
