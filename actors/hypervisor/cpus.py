@@ -9,6 +9,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from pvbus.actors.hypervisor import calls
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone
@@ -18,12 +19,13 @@ from pvbus.shm.layout import Domain, Vcpu
 from pvbus.shm.memory import Memory, now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from pvbus.actors.hypervisor.ports import DomainState, EventChannels
     from pvbus.actors.runtime.inbox import Inbox
     from pvbus.actors.runtime.process import Received
 
+SETTLE_ROUNDS_MAX = 10_000
 FLUSH_DEADLINE_S = 10.0  # a CPU that is restarted meanwhile included
 
 
@@ -79,6 +81,14 @@ class Cpus:
         if doorbell is not None:
             os.eventfd_write(doorbell, 1)
 
+    def busy(self) -> list[int]:
+        """Give the domains of which a CPU has something to deliver."""
+        domains = self._channels.domains
+        return [
+            domid for domid, domain in domains.items()
+            if not all(self.is_idle(domain, vcpu) for vcpu in range(domain.vcpus))
+        ]  # fmt: skip
+
     # ---- flush
 
     def flush(self, domid: int) -> None:
@@ -92,7 +102,7 @@ class Cpus:
             self._inbox.call_soon(lambda: self._flushed(None))
 
     def is_idle(self, domain: DomainState, vcpu: int) -> bool:
-        """Nothing to deliver: it sleeps, and has no upcall and no interrupt pending (it looks at those after announcing sleep)."""
+        """Nothing to deliver: it sleeps, and no upcall or interrupt is pending (it looks at those after announcing sleep)."""
         segment = self._hyperv.get(domain.domid)
         # Before the look at its sleep: a CPU that has taken a vector and not scheduled its tasklet yet is awake.
         if segment is not None and (
@@ -120,3 +130,15 @@ class Cpus:
             self._flushing.discard(key)
             if not self._flushing:
                 self._flushed(None)
+
+
+def settle(look: Callable[[], bool], cpus: Cpus) -> Generator[calls.Wait, None, int]:
+    """Wait until a round finds nothing to do: rings drained, every CPU asleep without an upcall; give the rounds before it."""
+    for rounds in range(SETTLE_ROUNDS_MAX):
+        done = look()
+        busy = cpus.busy()
+        for domid in busy:
+            yield calls.Flush(domid)
+        if not done and not busy:
+            return rounds
+    raise HypercallError(errno.ETIMEDOUT, "events keep coming")

@@ -16,7 +16,7 @@ import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pvbus.actors.hypervisor import calls, kernel, records, recovery, together, toolstack
-from pvbus.actors.hypervisor.cpus import Cpus
+from pvbus.actors.hypervisor.cpus import Cpus, settle
 from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.hypervisor.executor import Executor
 from pvbus.actors.hypervisor.hosts import REQUESTS as HOST_REQUESTS
@@ -47,7 +47,6 @@ from pvbus.shm.segment import check
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-SETTLE_ROUNDS_MAX = 10_000
 DRAIN_BUDGET = 256  # entries of one ring between two turns of a long call
 BYTE = b"\x01"
 
@@ -192,7 +191,7 @@ class HypervisorProcess(ProcessActor):
         elif isinstance(message, m.FilesKnown):
             self.calls.start(self._files_known(), lambda reply: _reply(received, reply))
         elif isinstance(message, m.Settle):
-            self.calls.start(self._settle(), lambda reply: _reply(received, reply))
+            self.calls.start(settle(self._look, self.cpus), lambda reply: _reply(received, reply))
         elif isinstance(message, toolstack.REQUESTS):
             self._from_toolstack(message, received)
         elif isinstance(message, m.SoftReset):
@@ -254,10 +253,20 @@ class HypervisorProcess(ProcessActor):
 
     def _before_a_call(self) -> None:
         """A call sees every notify that had returned, and every last reference that had gone, when it was made."""
+        self._drain_all()
+        self._look_for_hangups()
+
+    def _drain_all(self) -> bool:
         drained = self.path.drain(2**31)
         if drained is not None:
             self._effects(drained)
-        self._look_for_hangups()
+        return drained is not None
+
+    def _look(self) -> bool:
+        """Do what there is to do; whether there was any."""
+        done = self._drain_all()
+        self.hosts.look()
+        return done
 
     def _take_turns(self, resume: Callable[[], None]) -> None:
         """A call goes on after a look at the messages; the events of all others do not wait for its end."""
@@ -265,22 +274,6 @@ class HypervisorProcess(ProcessActor):
         if drained is not None:
             self._effects(drained)
         self.inbox.call_soon(resume)
-
-    def _settle(self) -> Generator[calls.Wait, None, int]:
-        """Wait until a whole round finds nothing to do: rings drained, every CPU asleep without an upcall."""
-        for rounds in range(SETTLE_ROUNDS_MAX):
-            drained = self.path.drain(2**31)
-            if drained is not None:
-                self._effects(drained)
-            self.hosts.look()
-            idle = True
-            for domid, domain in self.channels.domains.items():
-                if not all(self.cpus.is_idle(domain, vcpu) for vcpu in range(domain.vcpus)):
-                    idle = False
-                    yield calls.Flush(domid)
-            if drained is None and idle:
-                return rounds
-        raise HypercallError(errno.ETIMEDOUT, "events keep coming")
 
     # ---- CPUs
 

@@ -40,10 +40,12 @@ class Heirs:
             return
 
         def answered(reply: Message, _fds: list[int]) -> None:
-            if isinstance(reply, Failure) and reply.errno == errno.EPIPE and isinstance(message, TWICE_IS_ONCE):
+            died = isinstance(reply, Failure) and reply.errno == errno.EPIPE
+            if died and isinstance(message, TWICE_IS_ONCE):
                 self.ask_again(hypervisor, received, lambda: self.forward(message, received))
-            else:
-                received.peer.reply(received.request, reply)
+                return
+            answer = Failure(errno=errno.EIO, text="the hypervisor died under this call; it may be done") if died else reply
+            received.peer.reply(received.request, answer)
 
         hypervisor.ask(message, answered, CALL_DEADLINE_S)
 

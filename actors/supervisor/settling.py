@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settling a machine: the hypervisor and the workqueues are asked in turn until a whole round finds that nobody has done anything.
+"""Settling a machine: hypervisor and workqueues are asked in turn until a whole round finds that nobody has done anything.
 
 The hypervisor answers when its rings are drained and its CPUs idle, a workqueue when nothing waits there that will end by itself.
 What one does may be work for the other; so a round counts only if neither has moved since the last one. Nobody is held up while

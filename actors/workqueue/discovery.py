@@ -131,7 +131,7 @@ class Vmbus:
         self.running = True
 
     def begin(self) -> Steps[None]:
-        """Come up, first or as the heir of a process that has died: what that one left on is switched off before, as after a crash."""
+        """Come up, first or as an heir: what the process that has died left on is switched off before, as after a crash."""
         if any(self._memory.load32(Vp.at(vp, Vp.VECTOR), "hv.vector") for vp in range(self._platform.vcpus)):
             yield from self._free_irq()
             yield from self._synic_cleanup()

@@ -76,13 +76,14 @@ class WorkqueueProcess(ProcessActor):
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
         self.items = 0  # of the work ring
+        self.fresh = True  # until a hypervisor has heard that it need not look for a forerunner's memory
         self.started = self.leaving = False
         self.start_error: OSError | None = None
 
     def on_ready(self) -> None:
         """Bring the bus up; drivers that register meanwhile wait for its offers as they do later."""
         self.inbox.add_fd(self.work_doorbell, select.EPOLLIN, self._on_work)
-        self._ask_hypervisor(vm.MemoryKnown(fresh=True), (), _ignore)
+        self._tell_memory()
         self.tasks.start(self.vmbus.begin(), self._initialised)
         self._on_work(0)
 
@@ -349,11 +350,17 @@ class WorkqueueProcess(ProcessActor):
         for relid, ring in listening.items():
             if ring is not None:
                 self._ask_hypervisor(vm.AttachChannel(relid=relid), ring.doors, _ignore)
-        self._ask_hypervisor(vm.MemoryKnown(), (), _ignore)
+        self._tell_memory()
         orphans, self.orphans = self.orphans, []
         for message, fds, then in orphans:
             if not isinstance(message, vm.GuestMemory | vm.MemoryKnown):
                 self._ask_hypervisor(message, fds, then)
+
+    def _tell_memory(self) -> None:
+        def told(reply: Message) -> None:
+            self.fresh = self.fresh and isinstance(reply, Failure)
+
+        self._ask_hypervisor(vm.MemoryKnown(fresh=self.fresh), (), told)
 
     def on_hangup(self, peer: Peer) -> None:
         """A driver process has gone: what it drove is removed, and can be driven by another."""

@@ -43,7 +43,7 @@ def ring_of(machine: Any) -> Memory:
     """A second mapping of the first channel's rings, as any driver has one of its own."""
     machine.settle()
     directory = Path("/proc", str(process(machine, "workqueue/0")["pid"]), "fd")
-    (link,) = [one for one in directory.iterdir() if f"pvbus-channel-{Frame.CHANNELS:#x}" in os.readlink(one)]
+    (link,) = [one for one in directory.iterdir() if f"pvbus-channel-{Frame.CHANNELS:#x}" in str(one.readlink())]
     fd = os.open(link, os.O_RDWR)
     try:
         return Memory(fd, 2 * RING_BYTES)

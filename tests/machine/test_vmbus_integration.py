@@ -132,7 +132,7 @@ def test_a_guest_that_is_asked_to_shut_down_answers_whether_it_will(machine: Any
         machine.shut_down_guest(relid)
     assert unopened.value.errno == errno.ENOTCONN
     driver = ShutdownDriver()
-    driver.status = status  # type: ignore[misc]
+    driver.status = status
     machine.register_driver(driver)
     machine.settle()
     wait_until("it has negotiated", lambda: driver.agreed is not None)

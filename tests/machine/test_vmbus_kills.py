@@ -9,6 +9,7 @@ import select
 import signal
 import threading
 import time
+import uuid
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def hesitate(machine: Any, pipe: Any) -> None:
 @pytest.mark.checklist("B3.5")
 def test_a_driver_process_killed_in_its_probe_has_refused(machine: Any) -> None:
     machine.offer("echo")
+    machine.settle()
     with driver_process(machine, hesitate) as child:
         child.receive()
         child.kill()
@@ -115,11 +117,9 @@ def test_a_killed_workqueue_has_an_heir_and_drivers_register_again(machine: Any)
         kill_and_wait_for_heir(machine, "workqueue/0")
 
         assert poll.poll(BOUND_S * 1000)  # whoever waits is woken
-        for call in (
-            lambda: channel.send(b"x"), lambda: channel.recv(), lambda: channel.recv_many(), lambda: channel.send_many([b"x"]),  # noqa: B023 -- at once
-        ):  # fmt: skip
+        for call, argument in ((channel.send, b"x"), (channel.send_many, [b"x"]), (channel.recv, None), (channel.recv_many, 1)):
             with pytest.raises(OSError) as gone:
-                call()
+                call(argument)
             assert gone.value.errno == errno.EIO
         driver = drive(machine)
         assert [call for call, _ in driver.calls] == ["probe"]
@@ -270,6 +270,64 @@ def test_a_hypervisor_killed_between_offers_and_opens_forgets_none(machine: Any)
         echo(device.channel, 20)
     kill_and_wait_for_heir(machine, "hypervisor")
     for relid in relids:
+        machine.rescind(relid)
+    machine.settle()
+    assert driver.devices == {}
+    assert machine.channels() == []
+
+
+def offer_surely(machine: Any) -> int:
+    """Offer once, whoever dies meanwhile."""
+    relid: int
+    instance, deadline = str(uuid.uuid4()), time.monotonic() + BOUND_S
+    while time.monotonic() < deadline:
+        try:
+            relid = machine.offer("echo", instance)
+        except FileExistsError:
+            relid = next(one["relid"] for one in machine.channels() if one["instance_id"] == instance)
+            return relid
+        except OSError as error:
+            assert error.errno == errno.EIO  # the call died with the hypervisor: nobody knows if it was made
+        else:
+            return relid
+    raise AssertionError(f"not offered within {BOUND_S} s")
+
+
+def test_what_was_offered_outlives_workqueue_and_hypervisor_together(machine: Any) -> None:
+    relids = [machine.offer("echo") for _ in range(3)]
+    drive(machine)
+    for victims in (("workqueue/0", "hypervisor"), ("hypervisor", "workqueue/0")):
+        pids = [process(machine, name)["pid"] for name in victims]
+        births = {name: process(machine, name)["restarts"] for name in victims}
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        relids.append(offer_surely(machine))  # waits for an heir that knows of the others
+
+        wait_until("both are back", lambda: all(process(machine, one)["restarts"] > births[one] for one in victims))  # noqa: B023
+        driver = drive(machine)
+        assert sorted(device.relid for device in driver.devices.values()) == relids
+        for device in driver.devices.values():
+            echo(device.channel, 20)
+    assert sorted(one["relid"] for one in machine.channels()) == relids
+
+
+def test_offers_and_rescinds_made_while_the_hypervisor_dies_are_all_done(machine: Any) -> None:
+    driver = drive(machine)
+    kept = []
+    for _ in range(KILLS):
+        killer = threading.Thread(target=kill_and_wait_for_heir, args=(machine, "hypervisor"))
+        killer.start()
+        while killer.is_alive():
+            try:
+                kept.append(machine.offer("echo"))
+                machine.rescind(kept.pop()) if len(kept) > 3 else None
+            except OSError as error:
+                assert error.errno == errno.EIO  # the call died with the hypervisor: nobody knows if it was made
+        killer.join()
+        machine.settle()
+    offered = sorted(one["relid"] for one in machine.channels())
+    assert sorted(device.relid for device in driver.devices.values()) == offered
+    for relid in offered:
         machine.rescind(relid)
     machine.settle()
     assert driver.devices == {}

@@ -6,11 +6,15 @@ from __future__ import annotations
 import errno
 import select
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pvbus.shm.memory import BufferTooSmall
 from pvbus.tests.machine.vmbus_support import ECHO, HEARTBEAT, Recorder, config, drive, echo, receive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RING_BYTES_MIN = 8 * 1024
 RING_BYTES_LARGE = 256 * 4096
@@ -133,11 +137,12 @@ def test_a_driver_override_binds_one_driver_whatever_its_table_says(machine: Any
     bus.write_attribute(name, "driver_override", "chosen\n")
 
     usual = machine.register_driver(Recorder("usual"))
-    class Any_(Recorder):
+
+    class Willing(Recorder):
         def probe(self, device: Any, matched_id: uuid.UUID) -> None:
             self.calls.append(("probe", device.name))
 
-    chosen = machine.register_driver(Any_("chosen", classes=(HEARTBEAT,)))
+    chosen = machine.register_driver(Willing("chosen", classes=(HEARTBEAT,)))
 
     assert usual.calls == []
     assert chosen.calls == [("probe", name)]
@@ -214,10 +219,11 @@ def test_attributes_of_a_closed_channel_are_zeros_and_of_an_open_one_its_rings(m
 
 @pytest.mark.checklist("B9.1")
 def test_a_domain_without_the_platform_has_no_bus(machine: Any) -> None:
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: machine.register_driver(Recorder(), domain=1), lambda: machine.offer("echo", domain=1),
         lambda: machine.channels(1), lambda: machine.register_driver(Recorder(), domain=7),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for call in calls:
         with pytest.raises(OSError) as refused:
             call()
         assert refused.value.errno == errno.ENODEV
@@ -298,6 +304,7 @@ def test_a_buffer_too_small_is_told_the_size_and_loses_nothing(machine: Any) -> 
         channel.recv(100)
 
     assert small.value.errno == errno.ENOBUFS
+    assert isinstance(small.value, BufferTooSmall)
     assert small.value.needed == 504  # whole words
     packet = channel.recv()
     assert packet[1] == 5

@@ -11,6 +11,7 @@ import select
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.client import VmbusDriver, attach
@@ -196,9 +197,9 @@ class Child:
 def descriptors(pid: int) -> dict[str, int]:
     """What a process has open, but for which socket it is."""
     found = []
-    for entry in os.listdir(f"/proc/{pid}/fd"):
+    for entry in Path("/proc", str(pid), "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/{pid}/fd/{entry}").partition(":")[0])
+            found.append(str(entry.readlink()).partition(":")[0])
     return dict(collections.Counter(found))
 
 
