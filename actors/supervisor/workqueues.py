@@ -77,21 +77,31 @@ class Workqueues:
             supervisor.forkserver.kill(child.pid, signal.SIGKILL)
         else:
             hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
-            supervisor.ask_start(child, arguments, fds, lambda: supervisor.started(child.spec.name))
+            supervisor.ask_start(child, arguments, fds, lambda: self._started(child, domid, hypervisor))
         theirs.close()
         hypervisors.close()
 
     def rewire(self, hypervisor: Peer) -> None:
         """Connect every workqueue that lives to a hypervisor's heir."""
         for domid in self._domains:
-            control = self._up(domid)
-            if control is None:
-                continue
-            theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
-            control.ask(m.Rewire(), ignore, CALL_DEADLINE_S, fds=(theirs.fileno(),))
-            theirs.close()
-            hypervisors.close()
+            self._rewire(domid, hypervisor)
+
+    def _rewire(self, domid: int, hypervisor: Peer) -> None:
+        control = self._up(domid)
+        if control is None:
+            return
+        theirs, hypervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        hypervisor.ask(vm.WorkqueueUp(domain=domid), ignore, CALL_DEADLINE_S, fds=(hypervisors.fileno(),))
+        control.ask(m.Rewire(), ignore, CALL_DEADLINE_S, fds=(theirs.fileno(),))
+        theirs.close()
+        hypervisors.close()
+
+    def _started(self, child: Child, domid: int, first: Peer) -> None:
+        """It is up; if the hypervisor whose socket it was given has died meanwhile, the heir did not find it up."""
+        now = self._supervisor.hypervisor()
+        self._supervisor.started(child.spec.name)
+        if now is not None and now is not first:
+            self._rewire(domid, now)
 
     def clock_moved(self) -> None:
         """Wake those that wait for a time."""
