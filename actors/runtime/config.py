@@ -61,6 +61,7 @@ class DomainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     acpi_device: bool = True  # Hyper-V: is there a VMBUS device in ACPI?
     vmbus_irq: int = 7  # Hyper-V: the interrupt in its _CRS; 0 = none
     vmbus_versions: tuple[str, ...] = tuple(VMBUS_VERSIONS)  # Hyper-V: what the guest tries, in this order
+    vmbus_cpu: int = 0  # Hyper-V: where the host's messages go (the versions before 3.0 have them on CPU 0)
     devices: tuple[str, ...] = ()  # Hyper-V: classes that the host offers from the start
 
     def as_arguments(self) -> dict[str, Any]:
@@ -231,6 +232,7 @@ def _check_domain(domain: DomainConfig, handled: frozenset[int]) -> None:
         (not domain.platforms, "platforms", "a domain needs at least one"),
         (len(set(domain.platforms)) != len(domain.platforms), "platforms", "one is given twice"),
         (bool(unspoken), "vmbus_versions", f"{unspoken} not in {', '.join(VMBUS_VERSIONS)}"),
+        (not 0 <= domain.vmbus_cpu < domain.cpus, "vmbus_cpu", f"{domain.vmbus_cpu} is not in 0..{domain.cpus - 1}"),
         (not domain.vmbus_versions, "vmbus_versions", "a guest needs at least one"),
         (len(set(domain.vmbus_versions)) != len(domain.vmbus_versions), "vmbus_versions", "one is given twice"),
         (bool(impossible), "kernel_virqs", f"{impossible} not in 0..{NR_VIRQS - 1}"),

@@ -70,6 +70,7 @@ class Workqueues:
         }
         arguments: dict[str, Any] = {
             "domain": domid, "vcpus": domain.cpus, "acpi_device": domain.acpi_device, "irq": domain.vmbus_irq,
+            "target_vp": domain.vmbus_cpu,
             "versions": [VMBUS_VERSIONS[version] for version in domain.vmbus_versions],
         }  # fmt: skip
         hypervisor = supervisor.hypervisor()

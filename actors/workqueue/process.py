@@ -65,7 +65,8 @@ class WorkqueueProcess(ProcessActor):
         variants = machine.load32(Machine.VARIANTS)
         self.connection = Connection(
             self.memory, self.requests, self._log,
-            versions=arguments["versions"], stalls=bool(variants & Machine.VARIANT_OFFERS_STALL),
+            versions=arguments["versions"], target_vp=arguments["target_vp"],
+            stalls=bool(variants & Machine.VARIANT_OFFERS_STALL),
         )  # fmt: skip
         self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)

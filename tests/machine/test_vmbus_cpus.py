@@ -43,9 +43,15 @@ def one_channel_a_cpu(machine: Any) -> tuple[Recorder, list[Any]]:
     return driver, [device.channel for device in devices]
 
 
+@pytest.fixture(params=range(CPUS), ids="messages-to-cpu-{}".format)
+def messages_cpu(request: pytest.FixtureRequest) -> int:
+    vp: int = request.param
+    return vp
+
+
 @pytest.fixture
-def machine(pvbus_boot: Any) -> Any:
-    return pvbus_boot(config(cpus=CPUS)).machine
+def machine(pvbus_boot: Any, messages_cpu: int) -> Any:
+    return pvbus_boot(config(cpus=CPUS, keys=f"vmbus_cpu = {messages_cpu}")).machine
 
 
 @pytest.fixture
@@ -61,7 +67,9 @@ def words(machine: Any) -> Iterator[Memory]:
 
 
 @pytest.mark.checklist("B5.1", "B5.2", "B5.3", "B5.5", "B4.2", "X14", "X19")
-def test_cpus_that_wake_at_once_with_events_and_messages_strand_none(machine: Any) -> None:
+def test_cpus_that_wake_at_once_with_events_and_messages_strand_none(
+    machine: Any, messages_cpu: int, words: Memory
+) -> None:
     driver, channels = one_channel_a_cpu(machine)
     pids = [process(machine, f"cpu/0.{vp}")["pid"] for vp in range(CPUS)]
     for turn in range(ROUNDS):
@@ -82,6 +90,8 @@ def test_cpus_that_wake_at_once_with_events_and_messages_strand_none(machine: An
             machine.rescind(relid)
     machine.settle()
     assert len(driver.devices) == CPUS
+    taken = [words.load64(Vp.at(vp, Vp.MESSAGES)) for vp in range(CPUS)]
+    assert [vp for vp in range(CPUS) if taken[vp]] == [messages_cpu]
 
 
 @pytest.mark.checklist("H10", "B5.5")

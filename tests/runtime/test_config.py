@@ -87,6 +87,7 @@ def test_each_variant_has_a_bit_of_its_own_and_each_profile_names_some_that_exis
     ("[inject]\nring_growth_failures = 131073", "inject.ring_growth_failures: 131073 is not in 0..131072"),
     ("[inject]\nboom = 1", "boom"),
     ('[[domain]]\nid = 0\nvmbus_versions = ["6.0"]', "domain 0: vmbus_versions: ['6.0'] not in 5.3, 0.13"),
+    ("[[domain]]\nid = 0\ncpus = 2\nvmbus_cpu = 2", "domain 0: vmbus_cpu: 2 is not in 0..1"),
     ("[[domain]]\nid = 0\nvmbus_versions = []", "domain 0: vmbus_versions: a guest needs at least one"),
     ('[[domain]]\nid = 0\nvmbus_versions = ["0.13", "0.13"]', "domain 0: vmbus_versions: one is given twice"),
     ("[inject]\nring_growth_failures = true", "inject.ring_growth_failures"),
