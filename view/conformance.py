@@ -65,7 +65,7 @@ def summary(rows: list[Row]) -> str:
     """Say in a sentence how much of the contract is shown."""
     count = totals(rows)
     return (
-        f"{count['shown']} of {count['rows']} rows of part A and the Xen rows of X are shown by {count['tests']} tests "
+        f"{count['shown']} of {count['rows']} rows of parts A, B, X and H are shown by {count['tests']} tests "
         f"({count['cases']} cases)"
     )
 

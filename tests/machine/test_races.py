@@ -129,6 +129,33 @@ def test_a_port_that_a_dying_file_was_just_given_is_not_leaked(pvbus_machine: An
     wait_until("no port is left", lambda: machine.ports() == [])
 
 
+@pytest.mark.checklist("H15", "A9.6")
+def test_a_notify_does_not_wait_behind_a_slow_bind_of_its_file(pvbus_machine: Any) -> None:
+    machine = pvbus_machine.machine
+    file = machine.open_evtchn(domain=0, nonblock=True)
+    ours = next(one["process_pid"] for one in machine.status()["files"])
+    far = machine.open_evtchn(domain=0, nonblock=True)
+    port = far.bind_unbound_port(remote_domain=0)
+    peer = file.bind_interdomain(0, port)
+    file.notify(peer)
+    assert far.poll(select.POLLIN, 5000)
+    far.enable(far.read_ports(64))
+    bound: list[int] = []
+    binder = threading.Thread(target=lambda: bound.append(file.bind_unbound_port(remote_domain=0)))
+
+    with stopped(ours):
+        binder.start()
+        wait_until("the bind is under way", lambda: len(file._shared.under_way) == 1)
+        file.notify(peer)
+        assert far.poll(select.POLLIN, 5000) & select.POLLIN
+        assert (far.read_ports(8), bound) == ([port], [])
+    binder.join(BOUND_S)
+
+    assert len(bound) == 1
+    file.close()
+    far.close()
+
+
 def test_a_close_in_one_thread_waits_for_the_call_of_another(pvbus_machine: Any) -> None:
     machine = pvbus_machine.machine
     file = machine.open_evtchn(domain=0, nonblock=True)

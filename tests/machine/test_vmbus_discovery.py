@@ -24,7 +24,7 @@ def register(machine: Any, outcome: list[int]) -> None:
         outcome.append(error.errno or 0)
 
 
-@pytest.mark.checklist("B9.3", "B9.7", "B1.2", "B7.1")
+@pytest.mark.checklist("B9.3", "B9.7", "B1.2", "B7.1", "B9.8")
 def test_without_an_acpi_device_drivers_are_refused_after_five_seconds_of_the_machines_clock(pvbus_boot: Any) -> None:
     booted = pvbus_boot(config(keys="acpi_device = false"))
     begin = time.monotonic()

@@ -56,6 +56,19 @@ def test_a_device_offered_before_its_driver_is_probed_when_that_registers(machin
     assert machine.devices()[0]["driver"] == "echo"
 
 
+@pytest.mark.checklist("B1.3")
+def test_every_line_of_the_bus_in_the_log_begins_with_the_name_of_its_module(pvbus_shared_machine: Any, machine: Any) -> None:
+    machine.offer("echo")
+    machine.settle()
+    (name,) = names(machine)
+    machine.register_driver(Recorder("loud", refuses=errno.ENXIO))
+
+    lines = pvbus_shared_machine.log.splitlines()
+
+    for said in (f"child device {name} registered", "registering driver loud", f"probe failed for device {name} ({errno.ENXIO})"):
+        assert [line for line in lines if line.endswith(said)] == [f"hv_vmbus: domain 0: {said}"]
+
+
 @pytest.mark.checklist("B7.6", "X13")
 def test_a_device_offered_after_its_driver_is_probed_at_once(machine: Any) -> None:
     driver = machine.register_driver(Recorder())
@@ -153,7 +166,7 @@ def test_a_driver_override_binds_one_driver_whatever_its_table_says(machine: Any
         assert refused.value.errno == number
 
 
-@pytest.mark.checklist("X20", "B7.2")
+@pytest.mark.checklist("X20", "B7.2", "B1.1")
 def test_a_name_that_is_taken_is_busy_until_its_driver_goes(machine: Any) -> None:
     from pvbus.actors.client import attach
 

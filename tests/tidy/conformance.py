@@ -24,7 +24,8 @@ from pvbus.view.conformance import Row, Shown
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "conformance.md"
 CHECKLIST = ROOT / "docs" / "checklist.md"
-SECTIONS = re.compile(r"A\d+ .*|X, Xen")       # of part A all, of part X what Xen needs
+SECTIONS = re.compile(r"[AB]\d+ .*|X, .*|H\. .*")     # all but E, which explorer and heirs show
+DEFECT = "defect"    # the column that says what a row is about, where there is one; else the one behind the id
 CELL = re.compile(r"(?<!\\)\|")
 # By id, file and function: the number of cases.
 Marks = dict[str, Counter[str]]
@@ -33,10 +34,10 @@ HEAD = """\
 <!-- SPDX-License-Identifier: Apache-2.0 -->
 # Conformance
 
-Each row of [the contract](checklist.md), part A and the Xen rows of part X, with the tests that show it. `make
-conformance` writes this page from the marks of the tests, and `make test` fails when it is not up to date or a row has
-no test. ×n: the test runs n cases. `pvbus conformance` prints the same. What differs from the device on purpose stands
-in [divergences.md](divergences.md).
+Each row of [the contract](checklist.md), parts A, B, X and H, with the tests that show it. `make conformance` writes this
+page from the marks of the tests, and `make test` fails when it is not up to date or a row has no test. ×n: the test runs
+n cases. `pvbus conformance` prints the same. What differs from the drivers on purpose stands in
+[divergences.md](divergences.md): where it names a row, the tests here show what pvbus does instead.
 """
 
 
@@ -71,14 +72,17 @@ def collect() -> Marks:
 
 def rows_of(checklist: str) -> list[tuple[str, str, str]]:
     """Return (id, heading, what) of the rows that the report is about, in the order of the page."""
-    found, part = [], ""
+    found, part, column = [], "", 1
     for line in checklist.splitlines():
         if line.startswith("#"):
             part = line.lstrip("#").strip()
         elif line.startswith("| ") and SECTIONS.fullmatch(part):
-            id_, what = (cell.strip() for cell in CELL.split(line)[1:3])
-            if id_ != "#":
-                found.append((id_, part, what.replace("`", "").replace("**", "").replace("\\|", "|")))
+            cells = [cell.strip() for cell in CELL.split(line)[1:]]
+            if cells[0] == "#":
+                column = cells.index(DEFECT) if DEFECT in cells else 1
+            else:
+                what = cells[column].replace("`", "").replace("**", "").replace("\\|", "|")
+                found.append((cells[0], part, what))
     return found
 
 

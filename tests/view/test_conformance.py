@@ -25,7 +25,7 @@ def test_the_table_has_a_line_a_row_and_a_sum(capsys: pytest.CaptureFixture[str]
     assert lines[0].split() == ["ID", "WHAT", "TESTS", "FIRST", "TEST"]
     assert lines[1].split() == ["A1.1", "w" * 47 + "…", "2", "tests/t.py::one"]
     assert lines[2].split() == ["X3a", "call()", "1", "tests/t.py::one"]
-    assert lines[3:] == ["", "2 of 2 rows of part A and the Xen rows of X are shown by 2 tests (3 cases)"]
+    assert lines[3:] == ["", "2 of 2 rows of parts A, B, X and H are shown by 2 tests (3 cases)"]
 
 
 def test_a_row_without_a_test_is_named_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

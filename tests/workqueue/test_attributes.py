@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attribute files, byte for byte."""
 
+import errno
 import uuid
 
 import pytest
@@ -42,12 +43,13 @@ def guest_with_kvp() -> tuple[Guest, int]:
     return guest, relid
 
 
+@pytest.mark.checklist("B2.3")
 def test_there_are_22_attributes_in_their_order() -> None:
     assert list(attributes.ATTRIBUTES) == ORDER
     assert len(ORDER) == 22
 
 
-@pytest.mark.checklist("X15")
+@pytest.mark.checklist("X15", "B2.1", "B2.4", "B2.5", "B2.8")
 def test_an_open_channel_s_attributes_are_these_bytes() -> None:
     guest, relid = guest_with_kvp()
     channel = guest.channel(relid)
@@ -101,6 +103,7 @@ def test_the_rings_of_a_rescinded_channel_are_not_read() -> None:
     assert attributes.snapshot(channel, guest.memory, Rings()).out == RingState()
 
 
+@pytest.mark.checklist("B2.1")
 def test_a_device_without_a_channel_is_all_zeros() -> None:
     guest = Guest()
 
@@ -111,8 +114,52 @@ def test_a_device_without_a_channel_is_all_zeros() -> None:
     assert {attributes.show(name, seen) for name in ORDER if name not in ("class_id", "device_id", "modalias")} == {"0\n"}
 
 
+@pytest.mark.checklist("B2.6")
 def test_an_unknown_name_gives_nothing() -> None:
     assert attributes.show("no_such_file", attributes.Snapshot()) == ""
+
+
+class Moving:
+    """Rings that have moved on each time that somebody looks."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def states(self) -> tuple[RingState, RingState]:
+        self.looks += 1
+        return RingState(*[10 * self.looks] * 5), RingState(*[10 * self.looks + 1] * 5)
+
+
+@pytest.mark.checklist("B2.7")
+def test_a_snapshot_looks_at_the_rings_once_so_that_their_figures_belong_together() -> None:
+    guest, relid = guest_with_kvp()
+    device, rings = guest.bus.devices["vmbus_0_1"], Moving()
+    guest.run(guest.channels.open(guest.channel(relid), RingMemory(guest, 20)))
+
+    first = attributes.all_of(device, guest.memory, rings)
+    second = attributes.all_of(device, guest.memory, rings)
+
+    assert rings.looks == 2
+    assert [first[name] for name in ORDER[12:]] == ["10\n"] * 5 + ["11\n"] * 5
+    assert [second[name] for name in ORDER[12:]] == ["20\n"] * 5 + ["21\n"] * 5
+
+
+class WithoutMemory:
+    """Rings that cannot be looked at."""
+
+    def states(self) -> tuple[RingState, RingState]:
+        raise OSError(errno.ENOMEM, "no memory for a snapshot")
+
+
+@pytest.mark.checklist("B2.2")
+def test_a_snapshot_for_which_there_is_no_memory_is_an_error_and_no_empty_text() -> None:
+    guest, relid = guest_with_kvp()
+    guest.run(guest.channels.open(guest.channel(relid), RingMemory(guest, 20)))
+
+    with pytest.raises(OSError, match="no memory") as caught:
+        attributes.all_of(guest.bus.devices["vmbus_0_1"], guest.memory, WithoutMemory())
+
+    assert caught.value.errno == errno.ENOMEM
 
 
 def test_a_monitor_id_beyond_the_pages_reads_nothing() -> None:

@@ -2,13 +2,14 @@
 """The bus: names, match, probe, remove, shutdown, uevents, and removals behind probes that wait for the host."""
 
 import errno
+import gc
 import uuid
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from pvbus.actors.workqueue.bus import NULL_GUID, Driver, get_id, is_null_guid
+from pvbus.actors.workqueue.bus import NULL_GUID, Device, Driver, get_id, is_null_guid
 from pvbus.actors.workqueue.channel import ChannelState
 from pvbus.actors.workqueue.waits import Probe, Remove, Until, Wait
 from pvbus.tests.workqueue.rig import ECHO, KVP, Echo, Guest, RingMemory, driver
@@ -16,6 +17,7 @@ from pvbus.tests.workqueue.rig import ECHO, KVP, Echo, Guest, RingMemory, driver
 ECHO_MODALIAS = "MODALIAS=vmbus:" + ECHO.bytes_le.hex()
 
 
+@pytest.mark.checklist("B7.6")
 def test_devices_are_named_in_the_order_of_their_offers_and_no_name_is_used_again() -> None:
     guest = Guest().connected()
     first = guest.offer()
@@ -30,6 +32,7 @@ def test_devices_are_named_in_the_order_of_their_offers_and_no_name_is_used_agai
     guest.check_at_rest()
 
 
+@pytest.mark.checklist("B3.3")
 def test_the_table_is_read_up_to_its_terminator_and_whole_guids_are_compared() -> None:
     echo, kvp = ECHO.bytes_le, KVP.bytes_le
 
@@ -38,6 +41,68 @@ def test_the_table_is_read_up_to_its_terminator_and_whole_guids_are_compared() -
     assert get_id(Driver("d", [echo[:-1] + b"\xff", NULL_GUID]), echo) is None
     assert get_id(Driver("d", [NULL_GUID]), NULL_GUID) is None
     assert [is_null_guid(guid) for guid in (NULL_GUID, echo)] == [True, False]
+
+
+@pytest.mark.checklist("B3.2")
+@pytest.mark.parametrize("at", range(16))
+def test_a_guid_with_any_byte_set_is_not_null(at: int) -> None:
+    guid = bytes(at) + b"\x01" + bytes(15 - at)
+
+    assert not is_null_guid(guid)
+    assert get_id(Driver("d", [guid, NULL_GUID]), guid) == guid
+    assert is_null_guid(bytes(16))
+
+
+@pytest.mark.checklist("B7.5")
+def test_a_fresh_device_has_its_channel_and_nothing_of_the_one_before() -> None:
+    guest = Guest().connected()
+    guest.run(guest.bus.register(driver("echo", ECHO)))
+    relid, instance = guest.offer(), uuid.uuid4()
+    guest.bus.override(guest.bus.devices["vmbus_0_1"], "echo")
+    guest.driver = lambda _: errno.ENXIO
+    guest.server.rescind(relid)
+    guest.deliver()
+
+    assert guest.offer(instance=instance) == relid
+
+    device = guest.bus.devices["vmbus_0_2"]
+    assert device.channel is guest.channel(relid)
+    assert (device.channel.offer.class_id, device.channel.offer.instance_id) == (ECHO, instance)
+    assert (device.driver, device.driver_override, device.removed, device.working) == (None, "", False, False)
+    assert "child device vmbus_0_2 registered" in guest.log
+
+
+def objects_of(instance: uuid.UUID) -> int:
+    """Count the device objects of an instance that anybody still holds."""
+    gc.collect()
+    return sum(isinstance(one, Device) and one.channel.offer.instance_id == instance for one in gc.get_objects())
+
+
+@pytest.mark.checklist("B3.8")
+def test_the_object_of_a_device_is_freed_with_its_last_reference() -> None:
+    guest, instance = Guest().connected(), uuid.uuid4()
+    guest.run(guest.bus.register(driver("echo", ECHO)))
+    relid = guest.offer(instance=instance)
+    left: list[bool] = []
+
+    def slow(wait: Wait) -> Any:
+        def steps() -> Generator[Wait, Any, int]:
+            yield Until(lambda: bool(left))
+            return 0
+
+        return steps() if isinstance(wait, Remove) else 0
+
+    guest.driver = slow
+    guest.server.rescind(relid)
+    guest.deliver()
+    guest.trace.clear()     # the test's own references
+    assert objects_of(instance) == 1    # its driver is still in remove
+
+    left.append(True)
+    guest.tasks.pump()
+    guest.trace.clear()
+
+    assert objects_of(instance) == 0
 
 
 def test_a_driver_gets_devices_from_before_and_after_its_registration() -> None:
@@ -53,6 +118,7 @@ def test_a_driver_gets_devices_from_before_and_after_its_registration() -> None:
     assert guest.log.count("registering driver echo") == 1
 
 
+@pytest.mark.checklist("B3.5")
 def test_the_first_probe_that_succeeds_wins_and_failures_are_logged_with_their_code() -> None:
     guest = Guest().connected()
     guest.driver = lambda wait: errno.ENXIO if isinstance(wait, Probe) and wait.driver.name == "picky" else 0
@@ -68,6 +134,7 @@ def test_the_first_probe_that_succeeds_wins_and_failures_are_logged_with_their_c
     assert bound.name == "willing"
 
 
+@pytest.mark.checklist("B3.5", "B3.6")
 def test_a_driver_without_probe_is_enodev_and_without_remove_is_only_logged() -> None:
     guest = Guest().connected()
     relid = guest.offer()
@@ -84,7 +151,7 @@ def test_a_driver_without_probe_is_enodev_and_without_remove_is_only_logged() ->
     assert guest.bus.devices == {}
 
 
-@pytest.mark.checklist("X20")
+@pytest.mark.checklist("X20", "B7.3")
 def test_a_name_that_is_taken_is_ebusy_and_offers_are_requested_all_the_same() -> None:
     guest = Guest().connected()
     guest.run(guest.bus.register(driver("echo", ECHO)))
@@ -109,6 +176,7 @@ def test_a_table_without_a_terminator_is_refused(table: list[bytes]) -> None:
     assert guest.bus.drivers == {}
 
 
+@pytest.mark.checklist("B1.2", "B7.1", "B7.4")
 def test_without_a_bus_registering_is_enodev_after_its_log_line() -> None:
     guest = Guest()
     guest.bus.exists = False
@@ -149,6 +217,7 @@ def test_a_device_with_an_override_takes_that_driver_only_whatever_its_table_say
     assert guest.calls == [("probe", "kvp", "vmbus_0_1")]
 
 
+@pytest.mark.checklist("B3.1", "B3.9")
 def test_uevents_tell_add_bind_unbind_and_remove_with_modalias_and_driver() -> None:
     guest = Guest().connected()
     guest.run(guest.bus.register(driver("echo", ECHO)))
@@ -165,6 +234,7 @@ def test_uevents_tell_add_bind_unbind_and_remove_with_modalias_and_driver() -> N
     ]
 
 
+@pytest.mark.checklist("B3.1")
 def test_a_uevent_with_no_room_is_enomem_and_hurts_nothing_else() -> None:
     guest = Guest().connected()
     guest.run(guest.bus.register(driver("x" * 3000, ECHO)))
@@ -176,6 +246,7 @@ def test_a_uevent_with_no_room_is_enomem_and_hurts_nothing_else() -> None:
     assert "no uevent bind" in guest.log[-1]
 
 
+@pytest.mark.checklist("B3.7", "B3.9")
 def test_shutdown_reaches_bound_devices_whose_driver_has_one() -> None:
     guest = Guest().connected()
     guest.run(guest.bus.register(driver("echo", ECHO)))

@@ -53,7 +53,7 @@ def test_a_device_s_signal_arrives_in_the_way_of_the_version(version: int) -> No
         assert guest.flags == [(relid, 1)]
 
 
-@pytest.mark.checklist("X13")
+@pytest.mark.checklist("X13", "B7.3")
 def test_an_offer_of_the_same_type_and_instance_is_dropped() -> None:
     guest = Guest().connected()
     guest.offer()

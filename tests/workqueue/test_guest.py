@@ -64,6 +64,7 @@ def test_a_device_is_offered_probed_opened_closed_and_rescinded_through_the_segm
     guest.check_at_rest()
 
 
+@pytest.mark.checklist("B4.9")
 def test_more_messages_than_a_turn_takes_are_left_for_the_next_in_order() -> None:
     guest = ThroughTheSegment().connected()
     for _ in range(ITEMS_A_TURN + 1):

@@ -33,6 +33,11 @@ class Cpus:
 
     def message(self, vp: int, payload: bytes, *, number: int | None = None, kind: int = MESSAGE_VMBUS) -> None:
         """Put a message into the slot, and have the CPU's tasklet take it."""
+        self.fill(vp, payload, number=number, kind=kind)
+        self.run(vp)
+
+    def fill(self, vp: int, payload: bytes, *, number: int | None = None, kind: int = MESSAGE_VMBUS) -> None:
+        """Put a message into the slot."""
         self.number = self.number + 1 if number is None else number
         frame, memory = Frame.of_vp(vp, Frame.MESSAGES), self.memory
         for at, (word,) in enumerate(struct.iter_unpack("<Q", payload.ljust(-(-len(payload) // 8) * 8, b"\0"))):
@@ -40,7 +45,6 @@ class Cpus:
         memory.store32(Slot.at(frame, SINT_VMBUS, Slot.META), len(payload))
         memory.store32(Vp.at(vp, Vp.OFFERED) + 4 * SINT_VMBUS, self.number)
         memory.store32(Slot.at(frame, SINT_VMBUS, Slot.TYPE), kind)
-        self.run(vp)
 
     def run(self, vp: int) -> None:
         """Interrupt the CPU."""
@@ -56,6 +60,7 @@ def drain(ring: WorkRing) -> list[bytes]:
     return found
 
 
+@pytest.mark.checklist("B4.9", "X19a")
 def test_messages_of_two_cpus_come_in_the_order_of_their_claims_over_many_laps() -> None:
     cpus = Cpus()
     ring = WorkRing(cpus.memory)
@@ -128,6 +133,26 @@ def test_with_one_pair_of_tasklets_a_second_cpus_message_waits_for_its_next_inte
     cpus.run(1)
     assert sorted(before + drain(WorkRing(cpus.memory))) == [b"of CPU 0", b"of CPU 1"]
     assert cpus.memory.load32(slot) == 0
+
+
+@pytest.mark.checklist("B4.3", "B4.8")
+def test_a_slot_that_is_filled_again_during_the_run_is_emptied_in_the_same_run() -> None:
+    rig = Rig(_core_explored)
+    cpus = Cpus(rig)
+    slot = Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, Slot.TYPE)
+
+    def again() -> None:
+        """Fill the slot that has just been emptied, as the host does; nobody interrupts the CPU for it."""
+        assert cpus.memory.load32(slot) == 0
+        cpus.fill(0, b"second..")
+        rig.world.before["hv.slot.pending"] = lambda: cpus.fill(0, b"third...")
+
+    rig.world.before["hv.slot.pending"] = again
+    cpus.message(0, b"first...")
+
+    assert cpus.memory.load32(slot) == 0
+    assert cpus.memory.load32(Vp.at(0, Vp.TASKLETS)) == 0
+    assert drain(WorkRing(cpus.memory)) == [b"first...", b"second..", b"third..."]
 
 
 def test_who_read_the_tail_a_lap_ago_cannot_claim_behind_the_head() -> None:
@@ -260,6 +285,7 @@ def test_a_workqueue_that_dies_before_any_of_its_stores_loses_nothing_and_only_r
     assert states == {Work.FREE}
 
 
+@pytest.mark.checklist("X19a")
 def test_the_order_of_take_and_done_is_held() -> None:
     cpus = Cpus()
     ring = WorkRing(cpus.memory)
