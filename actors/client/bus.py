@@ -67,7 +67,7 @@ class BusConnection:
             got = answer.get(timeout=timeout_s)
         except queue.Empty:
             raise OSError(errno.ETIMEDOUT, f"{type(message).__name__}: no answer in {timeout_s:.0f} s") from None
-        except BrokenPipeError:
+        except ConnectionError:  # reset: it died with frames of ours unread
             raise OSError(errno.EIO, "the bus has gone") from None
         finally:
             self._waiting.pop(number, None)
@@ -81,6 +81,7 @@ class BusConnection:
 
     def _read(self) -> None:
         while True:
+            fds: list[int] = []
             try:
                 data, fds = recv_frame(self._sock)
                 if not data:
@@ -88,14 +89,13 @@ class BusConnection:
                 frame = decode(data)
             except OSError:
                 break
-            except WireError:
+            except WireError as error:  # among them: no descriptor is left here for those of an answer
+                close_fds(fds)
+                if error.reply:
+                    self._deliver(error.request, Failure(errno=error.number, text=str(error)), [])
                 continue
             if frame.reply:
-                waiting = self._waiting.get(frame.request)
-                if waiting is not None:
-                    waiting.put((frame.message, fds))
-                else:
-                    close_fds(fds)
+                self._deliver(frame.request, frame.message, fds)
             elif isinstance(frame.message, vm.CallDriver):
                 self._calls.put((frame.request, frame.message))
         self._closed = True
@@ -104,6 +104,13 @@ class BusConnection:
             waiting.put(None)
         self.gone.set()
         self._on_gone()
+
+    def _deliver(self, number: int, message: Message, fds: list[int]) -> None:
+        waiting = self._waiting.get(number)
+        if waiting is not None:
+            waiting.put((message, fds))
+        else:
+            close_fds(fds)
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:
@@ -119,6 +126,14 @@ class BusConnection:
                 reply = Failure(errno=errno.EIO, text=f"{type(error).__name__}: {error}")
             with contextlib.suppress(OSError), self._sending:
                 send_frame(self._sock, encode(reply, number, reply=True))
+
+    def forked(self) -> None:
+        """In a forked child: let go of the parent's connection without a word on it; nobody reads or calls here."""
+        self._closed = True
+        self._sending = threading.Lock()  # who held it is not here
+        self.gone = threading.Event()
+        self.gone.set()
+        self._sock.close()
 
     def close(self) -> None:
         """Hang up: the bus removes this process's drivers."""

@@ -79,9 +79,12 @@ class Machine:
         _machines.add(self)
 
     def _forked(self) -> None:
-        """In a forked child: who held the lock is not here."""
+        """In a forked child: who held the lock is not here, and drivers are the parent's."""
         self._lock = threading.Lock()
         self._asking = 0
+        for bus in self._buses.values():
+            bus.forked()
+        self._buses.clear()
 
     def _connect(self) -> None:
         try:

@@ -14,6 +14,7 @@ Packets go through the rings that this process and the host share; a call is mad
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -52,12 +53,18 @@ class VmbusChannel:
     def open(self, ring_bytes: int = 64 * 1024, user_data: bytes = b"", target_vp: int = 0) -> None:
         """Mirror vmbus_open: two rings of `ring_bytes` each, a multiple of the page size, control page included.
 
-        EINVAL, EISCONN when it is open, ETIMEDOUT, ENODEV when it was rescinded, EIO with the host's status.
+        EINVAL, EISCONN when it is open, ETIMEDOUT, ENODEV when it was rescinded, EMFILE, EIO with the host's status.
         """
         if self._ring is not None:
             raise OSError(errno.EISCONN, f"{self._device} is open")
         message = vm.OpenRing(device=self._device, ring_bytes=ring_bytes, user_data=user_data, target_vp=target_vp)
-        opened, fds = self._bus.ask(message)
+        try:
+            opened, fds = self._bus.ask(message)
+        except OSError as error:
+            if error.errno == errno.EMFILE:  # perhaps ours, and what it opened is open
+                with contextlib.suppress(OSError):  # or it is not
+                    self._bus.ask(vm.CloseRing(device=self._device))
+            raise
         if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
             raise ConnectionError(f"unexpected {type(opened).__name__}")
         memory_fd, self._door, self._host = fds
@@ -73,6 +80,10 @@ class VmbusChannel:
         if self._bus.closed:
             raise OSError(errno.EIO, f"{self._device}: the bus has gone")
         return ring
+
+    def forked(self) -> None:
+        """In a forked child: who held the lock is not here."""
+        self._lock = threading.Lock()
 
     def wake(self) -> None:
         """Ring our own doorbell: whoever sleeps on it looks again, and finds that the channel is no more."""
@@ -270,7 +281,7 @@ class Bus:
             try:
                 driver.probe(device, uuid.UUID(bytes_le=call.matched_id))
             except BaseException:
-                self._devices.pop(key).channel.close()
+                self._forget(key)
                 raise
             return
         device = self._devices[key]
@@ -280,7 +291,18 @@ class Bus:
         try:
             driver.remove(device)
         finally:
-            self._devices.pop(key).channel.close()
+            self._forget(key)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        device = self._devices.pop(key, None)
+        if device is not None:  # the driver's call may have left the bus
+            device.channel.close()
+
+    def forked(self) -> None:
+        """In a forked child: connection, threads and drivers are the parent's; whoever wants a bus here connects anew."""
+        self._connection.forked()
+        for device in self._devices.values():
+            device.channel.forked()
 
     def close(self) -> None:
         """Leave: the bus removes our drivers, and closes their channels."""
