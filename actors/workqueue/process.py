@@ -20,7 +20,7 @@ from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received
 from pvbus.actors.runtime.vmbus_facts import MESSAGE_TYPE, uses_interrupt_page
-from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.runtime.wire import Done, Failure, Message, close_fds
 from pvbus.actors.workqueue import attributes, waits
 from pvbus.actors.workqueue.bus import Bus, Device, Driver
 from pvbus.actors.workqueue.channels import Channels
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
-DEVICES_A_FRAME = 16  # with their attributes, of less than two KiB each; a frame has 64
+DEVICES_A_FRAME = 6  # with attributes of less than two KiB, an override and a driver's name of four each; a frame has 64
+GIVEN_ANYWAY = (vm.GuestMemory, vm.DropMemory, vm.MemoryKnown)  # an heir is given the memory that there is when it comes
 WRITABLE = {"driver_override"}
 
 
@@ -145,14 +146,19 @@ class WorkqueueProcess(ProcessActor):
 
     def _ask_hypervisor(self, message: Message, fds: tuple[int, ...], then: Callable[[Message], None]) -> None:
         """Ask; what dies with a hypervisor is asked again of its heir."""
+        asked = self.hypervisor
 
         def answered(reply: Message, _fds: list[int]) -> None:
-            if isinstance(reply, Failure) and reply.errno == errno.EPIPE:
-                self.orphans.append((message, fds, then))
-            else:
+            if not isinstance(reply, Failure) or reply.errno != errno.EPIPE:
                 then(reply)
+            elif isinstance(message, GIVEN_ANYWAY):
+                pass
+            elif asked is self.hypervisor:
+                self.orphans.append((message, fds, then))
+            else:  # asked of a dead one, heard behind its heir's coming: nobody would look at the orphans again
+                self._ask_hypervisor(message, fds, then)
 
-        self.hypervisor.ask(message, answered, CALL_DEADLINE_S, fds=fds)
+        asked.ask(message, answered, CALL_DEADLINE_S, fds=fds)
 
     def _call_driver(
         self, call: str, driver: Driver, device: Device, answer: Callable[[Any], None], matched: bytes = b""
@@ -166,7 +172,11 @@ class WorkqueueProcess(ProcessActor):
             "relid": offer.relid, "class_id": offer.class_id.bytes_le, "device_id": offer.instance_id.bytes_le,
         }  # fmt: skip
         message = vm.CallDriver(call=call, driver=driver.name, device=device.name, matched_id=matched, facts=facts)
-        then = lambda reply, _fds: answer(reply.errno if isinstance(reply, Failure) else 0)  # noqa: E731
+
+        def then(reply: Message, fds: list[int]) -> None:
+            close_fds(fds)  # a driver may say anything
+            answer(reply.errno if isinstance(reply, Failure) else 0)
+
         owner.ask(message, then, DRIVER_DEADLINE_S)
 
     def _memory_gone(self, memory: RingMemory) -> None:
@@ -353,8 +363,7 @@ class WorkqueueProcess(ProcessActor):
         self._tell_memory()
         orphans, self.orphans = self.orphans, []
         for message, fds, then in orphans:
-            if not isinstance(message, vm.GuestMemory | vm.MemoryKnown):
-                self._ask_hypervisor(message, fds, then)
+            self._ask_hypervisor(message, fds, then)
 
     def _tell_memory(self) -> None:
         def told(reply: Message) -> None:

@@ -7,6 +7,7 @@ write into a ring until it has said that its GPADL is torn down: only then `free
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,12 +41,16 @@ class RingMemory:
             text = f"a ring of {ring_bytes} bytes: whole pages, {RING_PAGES_MIN * PAGE} to {RING_BYTES_MAX}"
             raise OSError(errno.EINVAL, text)
         self.first_frame, self.ring_bytes = first_frame, ring_bytes
-        self.fd = sealed_memfd(f"pvbus-channel-{first_frame:#x}", 2 * ring_bytes)
-        self._memory = Memory(self.fd, 2 * ring_bytes)
         self._released = released
-        self.doors = Doors(
-            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        )
+        with contextlib.ExitStack() as undo:  # the last descriptors may be among them
+            self.fd = sealed_memfd(f"pvbus-channel-{first_frame:#x}", 2 * ring_bytes)
+            undo.callback(os.close, self.fd)
+            self._memory = Memory(self.fd, 2 * ring_bytes)
+            undo.callback(self._memory.close)
+            drivers = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.callback(os.close, drivers)
+            self.doors = Doors(drivers, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            undo.pop_all()
 
     @property
     def page_count(self) -> int:
