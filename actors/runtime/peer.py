@@ -140,24 +140,25 @@ class Peer:
         """Send a request and return its id; `then(reply, fds)` is called from the loop, exactly once.
 
         What it gets is the reply, or Failure(ETIMEDOUT) at the deadline, Failure(EPIPE) when the peer is gone
-        (also if it was before), Failure(EMFILE) when no descriptor is left for `fds`, Failure(ESHUTDOWN) when
-        our inbox closes. PeerGone only if our inbox is closed already.
+        (also if it was before), Failure(EMFILE) when no descriptor is left for `fds`, Failure(EMSGSIZE) for
+        what no frame has room for, Failure(ESHUTDOWN) when our inbox closes. PeerGone only if our inbox is closed already.
         """
         inbox = self._inbox
         if inbox.closed:
             raise PeerGone(self.name)
         wire.check_fds(message, len(fds))
         request = self._requests = self._requests + 1
-        data = wire.encode(message, request)
         timer = inbox.call_at(
             inbox.clock.now_ns() + round(deadline_s * NS_PER_S),
             functools.partial(self.complete, request, Failure(errno=errno.ETIMEDOUT), []),
         )
         self._asked[request] = (then, timer)
         try:
-            self._send(data, fds)
+            self._send(wire.encode(message, request), fds)
         except PeerGone:
             inbox.fail_soon(self, request)
+        except WireError:  # words of a user that just fitted a frame when they came: with our number they are too long
+            inbox.call_soon(functools.partial(self.fail, request, errno.EMSGSIZE))
         except OSError as error:
             inbox.call_soon(functools.partial(self.fail, request, error.errno or errno.EIO))
         except BaseException:

@@ -207,7 +207,7 @@ class UnregisterDriver(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Mirror vmbus_open; the reply is RingOpened. ENODEV, EBUSY, EINVAL, ETIMEDOUT, or EIO with the host's status."""
+    """Mirror vmbus_open; the reply is RingOpened. ENODEV, EBUSY, EINVAL, EMFILE, ETIMEDOUT, or EIO with the host's status."""
 
     fds_max: ClassVar[int | None] = 0
     device: str

@@ -52,6 +52,7 @@ PRELOAD = (
 STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
 EXIT_BROKEN = 1
+CLOCK_OFFSET_NS_MAX = 1 << 62  # 146 years: times are 64 bits, and have others added to them
 FORWARDED = (  # to the hypervisor, or its heir
     m.RaiseVirq, m.EventChannelOp, m.SetVirqHandler, m.SetAffinity, m.SoftReset,
     vm.Offer, vm.RescindOffer, vm.ListChannels, vm.HostShutdown,
@@ -319,8 +320,10 @@ class Supervisor(ProcessActor):
     def _advance(self, message: m.Advance, received: Received) -> None:
         if message.ns < 0:
             raise OSError(errno.EINVAL, f"the clock cannot go back ({message.ns} ns)")
-        at = Machine.CLOCK_OFFSET_NS
-        self.pages.machine.store64(at, self.pages.machine.load64(at) + message.ns)
+        offset_ns = self.pages.machine.load64(Machine.CLOCK_OFFSET_NS) + message.ns
+        if offset_ns > CLOCK_OFFSET_NS_MAX:
+            raise OSError(errno.EINVAL, f"the clock ends before that ({message.ns} ns)")
+        self.pages.machine.store64(Machine.CLOCK_OFFSET_NS, offset_ns)
         self.workqueues.clock_moved()
         self.heirs.forward(message, received)  # it may sleep until the time that has come by this
 

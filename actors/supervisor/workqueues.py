@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.config import VMBUS_VERSIONS
-from pvbus.actors.runtime.process import Peer, Received
+from pvbus.actors.runtime.process import Peer, Received, failure_of
 from pvbus.actors.runtime.supervision import Child, ChildSpec, State
 from pvbus.actors.runtime.wire import Done, Failure, Message
+from pvbus.actors.supervisor import limits
 from pvbus.actors.supervisor.opening import ignore
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Workqueues:
         if control is None:
             self._connect_later(message, received, tries)
             return
+        limits.check_reserve(limits.RESERVE_FOR_USERS, self._work[message.domain])  # a slow bus may owe many an answer
         theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def connected(reply: Message, _fds: list[int]) -> None:
@@ -150,7 +152,14 @@ class Workqueues:
             received.peer.reply(received.request, Failure(errno=errno.EAGAIN, text=text))
             return
         inbox = self._supervisor.inbox
-        inbox.call_at(inbox.clock.now_ns() + RETRY_NS, lambda: self.connect(message, received, tries - 1))
+        inbox.call_at(inbox.clock.now_ns() + RETRY_NS, lambda: self._connect_again(message, received, tries - 1))
+
+    def _connect_again(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
+        try:
+            if not received.peer.closed:
+                self.connect(message, received, tries)
+        except OSError as error:
+            received.peer.reply(received.request, failure_of(error))
 
 
 def _eventfd() -> int:

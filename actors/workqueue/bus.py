@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 GUID_BYTES = 16
 NULL_GUID = bytes(GUID_BYTES)
 IDS_MAX = 256
+NAME_BYTES_MAX = 4095
+"""Of a driver, and in driver_override: less than a page, as a file of sysfs takes. Calls with names in them fit a frame."""
 UEVENT_BYTES_MAX = 2048
 """Room for the variables of one uevent in the kernel."""
 
@@ -230,8 +232,8 @@ class Bus:
         table = list(driver.id_table)
         if not 0 < len(table) <= IDS_MAX or any(len(guid) != GUID_BYTES for guid in table) or not is_null_guid(table[-1]):
             return failed(errno.EINVAL, f"{driver.name}: a table of 16-byte GUIDs ends with a null GUID")
-        if not driver.name or "/" in driver.name:
-            return failed(errno.EINVAL, f"{driver.name!r} is no name of a driver")
+        if not driver.name or "/" in driver.name or len(driver.name.encode()) > NAME_BYTES_MAX:
+            return failed(errno.EINVAL, f"{driver.name[:NAME_BYTES_MAX]!r} is no name of a driver")
         return failed(errno.EBUSY, f"driver {driver.name} is registered") if driver.name in self.drivers else None
 
     def unregister(self, driver: Driver) -> Steps[None]:
@@ -273,5 +275,7 @@ class Bus:
         yield Until(lambda: not self.devices and self._channels.unreleased == 0)
 
     def override(self, device: Device, name: str) -> None:
-        """Mirror driver_override_store: who may drive the device from the next match on; empty: whoever matches."""
+        """Mirror driver_override_store: who may drive the device from the next match on; empty: whoever matches. EINVAL."""
+        if len(name.encode()) > NAME_BYTES_MAX:
+            raise failed(errno.EINVAL)
         device.driver_override = name.rstrip("\n")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 GPADL_FIRST = 0xE1E10
 VERSION_RESPONSE_BYTES = 16
+VP_MAX = 0xFFFFFFFF  # a field of a message
 
 
 class Devices(Protocol):
@@ -234,11 +235,12 @@ class Channels:
     def open(self, channel: Channel, pages: Pages, *, target_vp: int = 0, user_data: bytes = b"") -> Steps[None]:
         """Mirror vmbus_open. Takes the pages over: they are freed when the host does not know them any more, whatever comes.
 
-        ENODEV: rescinded, even in the middle. EBUSY: open, or an open that was given up is not decided. ETIMEDOUT. HostError.
+        ENODEV: rescinded, even in the middle. EBUSY: open, or one that was given up is undecided. EINVAL. ETIMEDOUT. HostError.
         """
-        if channel.gone or channel.state is not ChannelState.OPEN or channel.late_open_id or len(user_data) > USER_DATA_BYTES:
+        wrong = len(user_data) > USER_DATA_BYTES or not 0 <= target_vp <= VP_MAX
+        if channel.gone or channel.state is not ChannelState.OPEN or channel.late_open_id or wrong:
             pages.free()
-            raise failed(errno.ENODEV if channel.gone else errno.EINVAL if len(user_data) > USER_DATA_BYTES else errno.EBUSY)
+            raise failed(errno.ENODEV if channel.gone else errno.EINVAL if wrong else errno.EBUSY)
         channel.state = ChannelState.OPENING
         channel.busy += 1
         lent = None
@@ -309,7 +311,7 @@ class Channels:
         """Mirror vmbus_send_modifychannel: interrupts to another CPU. EOPNOTSUPP below 4.1; from 5.3 the host answers."""
         if self.connection.version < Version.WIN10_RS3_0:
             raise failed(errno.EOPNOTSUPP)
-        if channel.gone or channel.state is not ChannelState.OPENED or target_vp == VP_NO_INTERRUPT:
+        if channel.gone or channel.state is not ChannelState.OPENED or not 0 <= target_vp < VP_NO_INTERRUPT:
             raise failed(errno.ENODEV if channel.gone else errno.EINVAL)
         message = wire.ModifyChannel(channel.relid, target_vp)
         if not has_modify_response(self.connection.version):

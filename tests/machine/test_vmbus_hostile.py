@@ -7,13 +7,14 @@ import contextlib
 import errno
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pvbus.actors.runtime import vmbus_messages as vm
-from pvbus.actors.runtime.wire import encode, send_frame
+from pvbus.actors.runtime.wire import Done, WireError, encode, send_frame
 from pvbus.shm.hyperv import Frame
 from pvbus.shm.memory import Memory
 from pvbus.tests.machine.vmbus_support import ECHO, Recorder, config, drive, echo, guests, process, wait_until
@@ -120,6 +121,9 @@ WRONG: list[tuple[str, Any, int]] = [
     ("a table of rubbish", vm.RegisterDriver(name="x", id_table=[b"short"]), errno.EINVAL),
     ("an endless table", vm.RegisterDriver(name="x", id_table=[ECHO.bytes_le] * 1000), errno.EINVAL),
     ("a name that is taken", vm.RegisterDriver(name="echo", id_table=[ECHO.bytes_le]), errno.EBUSY),
+    ("a name of a page", vm.RegisterDriver(name="x" * 4096, id_table=[ECHO.bytes_le]), errno.EINVAL),
+    ("a name as long as a frame", vm.RegisterDriver(name="x" * 65350, id_table=[ECHO.bytes_le]), errno.EINVAL),
+    ("a driver_override of a page", vm.WriteAttribute(device="vmbus_0_1", name="driver_override", text="x" * 4096), errno.EINVAL),
     ("a hypercall", vm.WriteMsr(vp=0, msr=0x40000080, value=0), errno.ENOSYS),
     ("a post", vm.PostMessage(connection=4, type=1, payload=b"\x10" + bytes(7)), errno.ENOSYS),
     ("an administrator's call", vm.SettleBus(), errno.ENOSYS),
@@ -165,8 +169,6 @@ def test_a_user_that_sends_rubbish_loses_its_connection_and_nobody_else_theirs(m
 
 
 def test_a_user_that_answers_what_nobody_asked_is_not_heard(machine: Any) -> None:
-    from pvbus.actors.runtime.wire import Done
-
     _, honest = two_channels(machine)
     connection = machine.bus()._connection
     for number in (0, 1, 2, 99, 1 << 31):
@@ -174,3 +176,77 @@ def test_a_user_that_answers_what_nobody_asked_is_not_heard(machine: Any) -> Non
             send_frame(connection._sock, encode(Done(value=7), number, reply=True))
     machine.settle()
     still_serves(machine, honest)
+
+
+@pytest.mark.parametrize("target_vp", [-1, 1 << 32, 1 << 63])
+def test_a_target_that_no_message_has_room_for_is_refused(machine: Any, target_vp: int) -> None:
+    hostile, honest = two_channels(machine)
+    with pytest.raises(OSError) as refused:
+        hostile.modify_target(target_vp)
+    assert refused.value.errno == errno.EINVAL
+    hostile.channel.close()
+    machine.settle()
+    before = guests(machine)
+    with pytest.raises(OSError) as refused:
+        hostile.channel.open(ring_bytes=RING_BYTES, target_vp=target_vp)
+    assert refused.value.errno == errno.EINVAL
+    machine.settle()
+    assert guests(machine) == before
+    still_serves(machine, honest)
+    hostile.channel.open(ring_bytes=RING_BYTES)
+    echo(hostile.channel, 5)
+
+
+def test_descriptors_in_a_driver_s_answer_are_nobody_s(machine: Any) -> None:
+    from pvbus.actors.client import attach
+    from pvbus.actors.runtime.process import Start
+    from pvbus.actors.runtime.wire import decode, recv_frame
+
+    machine.offer("echo")
+    machine.settle()
+    with attach(name=machine.name) as other:
+        _, (fd,) = other._ask(vm.ConnectBus(domain=0))
+        before = guests(machine)
+        with socket.socket(fileno=fd) as sock:
+            for turn in range(3):
+                send_frame(sock, encode(vm.RegisterDriver(name=f"x{turn}", id_table=[ECHO.bytes_le]), 2 * turn + 1))
+                while not isinstance((frame := decode(recv_frame(sock)[0])).message, vm.CallDriver):
+                    pass  # a uevent
+                send_frame(sock, encode(Start(name="x", entry="x"), frame.request, reply=True), [fd] * 8)
+                send_frame(sock, encode(vm.UnregisterDriver(name=f"x{turn}"), 2 * turn + 2))
+                while not isinstance((frame := decode(recv_frame(sock)[0])).message, vm.CallDriver):
+                    pass
+                send_frame(sock, encode(Done(), frame.request, reply=True))
+            machine.settle()
+            assert guests(machine) == before
+
+
+def test_words_that_fit_a_frame_only_as_they_came_are_refused(machine: Any) -> None:
+    """Handed on, a call has another number: a frame that was full is then too long, and its caller's business."""
+    from pvbus.actors.client import attach
+    from pvbus.actors.runtime.asking import await_blocking
+
+    machine.settle()
+    with attach(name=machine.name) as other:
+        for _ in range(130):  # the supervisor's numbers take two bytes now
+            other.channels()
+        sock = other._connected()
+        for length in range(65536, 65300, -1):
+            message = vm.Offer(domain=0, class_id="x" * length, instance_id="")
+            with contextlib.suppress(WireError):
+                if len(data := encode(message, 1)) == 65536:
+                    break
+        send_frame(sock, data)
+        with pytest.raises(OSError) as refused:
+            await_blocking(sock, message, 1, 20.0)
+        assert refused.value.errno == errno.EMSGSIZE
+        assert other.channels() == machine.channels()
+
+
+def test_a_clock_does_not_leave_its_word(machine: Any) -> None:
+    before = machine.status()["processes"]
+    for seconds in (1e10, 1.8e10):
+        with pytest.raises(OSError) as refused:
+            machine.advance(seconds)
+        assert refused.value.errno == errno.EINVAL
+    assert machine.status()["processes"] == before
