@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ def test_a_forked_child_has_a_bus_of_its_own_and_leaves_its_parent_s_alone(machi
     pid = os.fork()
     if pid == 0:
         code = 1
+        signal.alarm(20)
         try:
             assert bus.closed
             with pytest.raises(OSError, match="the bus has gone"):
@@ -58,6 +60,7 @@ def test_a_forked_child_does_not_wait_for_whoever_held_its_parent_s_locks(machin
         pid = os.fork()
         if pid == 0:
             code = 1
+            signal.alarm(20)
             try:
                 machine.devices()
                 driver.channel.close()
