@@ -7,9 +7,9 @@
     576    latency u16 [4][32]       in 100 ns
     1088   parameters [4][32]        {connection u32, flag u16, reserved u16}: what the host signals on behalf of the guest
 
-Trigger n is bit n % 32 of group n / 32. The guest sets a pending bit and clears its armed bit, both in one exchange; the host that
-finds it so arms it, and when it finds it armed after its latency, it takes both back and signals. A group that nobody has
-triggered for a while is inspected no more: its enable bit says so, and the guest signals by hypercall. No clocks here, no channels.
+Trigger n is bit n % 32 of group n / 32. The guest sets a pending bit and clears its armed bit, both in one exchange. A host that
+finds it so arms it; when it finds it armed after its latency, it takes both back and signals. A group in which nobody has
+triggered for a while is not inspected any more: its enable bit says so, and the guest signals by hypercall. No clocks here.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def trigger(memory: Memory, page: int, monitor_id: int) -> bool:
             break
     else:
         return True
-    # SYNC(mon_enable): the trigger before the look whether anybody inspects it; the host disables the group, then looks for triggers.
+    # SYNC(mon_enable): triggered, then the look whether anybody inspects; the host disables the group, then looks for triggers.
     memory.smp_mb("mon_enable")
-    enabled = memory.load32(page + MonitorPage.TRIGGER_STATE, "mon.enabled")
+    enabled = memory.load64(page + MonitorPage.TRIGGER_STATE, "mon.enabled")
     return not enabled >> monitor_id // MonitorPage.GROUP_BITS & 1
 
 

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pvbus.actors.client.bus import BusConnection
 from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.shm import monitor
 from pvbus.shm.memory import ChannelRing, Memory
+from pvbus.shm.monitor import MonitorPage
 
 if TYPE_CHECKING:
     import socket
@@ -42,8 +44,10 @@ class VmbusChannel:
         self._device = device
         self._ring: ChannelRing | None = None
         self._door = self._host = -1
+        self._triggers: tuple[Memory, int, int] | None = None  # memory, page, our trigger
         self._lock = threading.Lock()
         self.ring_bytes = 0
+        self.hypercalls = self.triggers = 0
 
     @property
     def is_open(self) -> bool:
@@ -68,9 +72,11 @@ class VmbusChannel:
         if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
             raise ConnectionError(f"unexpected {type(opened).__name__}")
         memory_fd, self._door, self._host = fds
-        memory = Memory(memory_fd, 2 * opened.ring_bytes)
+        monitored = opened.monitor_id >= 0
+        memory = Memory(memory_fd, 2 * opened.ring_bytes + (MonitorPage.BYTES if monitored else 0))
         os.close(memory_fd)
         self._ring = ChannelRing(memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
+        self._triggers = (memory, 2 * opened.ring_bytes, opened.monitor_id) if monitored else None
         self.ring_bytes = opened.ring_bytes
 
     def _open_ring(self) -> ChannelRing:
@@ -92,6 +98,12 @@ class VmbusChannel:
                 os.eventfd_write(self._door, 1)
 
     def _signal(self) -> None:
+        """Mirror vmbus_setevent: a trigger, if we have one and the host looks at it, or a hypercall."""
+        triggers = self._triggers
+        if triggers is not None and not monitor.trigger(*triggers):
+            self.triggers += 1
+            return
+        self.hypercalls += 1
         with self._lock:  # the bus may be closing it: the number is another file's then
             if self._host >= 0:
                 os.eventfd_write(self._host, 1)

@@ -79,7 +79,8 @@ def plain(name: str, fields: str = "") -> Callable[[Any, Version], tuple[str, Fi
 
 IN_C: dict[Kind, Callable[[Any, Version], tuple[str, Fields]]] = {
     Kind.OFFERCHANNEL: offer,
-    Kind.RESCIND: plain("relid", "relid"), Kind.CLOSECHANNEL: plain("relid", "relid"), Kind.RELID_RELEASED: plain("relid", "relid"),
+    Kind.RESCIND: plain("relid", "relid"), Kind.CLOSECHANNEL: plain("relid", "relid"),
+    Kind.RELID_RELEASED: plain("relid", "relid"),
     Kind.REQUESTOFFERS: plain("header"), Kind.ALLOFFERS_DELIVERED: plain("header"), Kind.UNLOAD: plain("header"),
     Kind.UNLOAD_RESPONSE: plain("header"),
     Kind.OPENCHANNEL: lambda m, _: ("open", numbers(m, "relid open_id ring_gpadl target_vp downstream_page")
@@ -140,7 +141,7 @@ def chances(seed: int) -> list[tuple[ChannelMessage, Version]]:
         some(wire.GpadlCreated, "relid gpadl status"), some(wire.GpadlTeardown, "relid gpadl"), some(wire.GpadlTorndown, "gpadl"),
         old, new,
     ]  # fmt: skip
-    known = {
+    known: dict[str, Any] = {
         "class_id": uuid.UUID(bytes=dice.randbytes(16)), "instance_id": uuid.UUID(bytes=dice.randbytes(16)), "relid": u(32),
         "latency_100ns": u(64), "revision": u(32), "context_bytes": u(32), "flags": u(16), "mmio_mb": u(16),
         "user_data": dice.randbytes(120), "sub_index": u(16), "mmio_mb_optional": u(16), "monitor_id": u(8),
