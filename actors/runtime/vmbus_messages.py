@@ -173,9 +173,10 @@ class ConnectBus(Message, frozen=True, kw_only=True):
 
 
 class BusConnection(Message, frozen=True, kw_only=True):
-    """Answer ConnectBus. fds: the connection."""
+    """Answer ConnectBus. fds: the connection; to which birth of the workqueue it leads."""
 
     fds_max: ClassVar[int | None] = 1
+    generation: int = 0
 
 
 class BusUser(Message, frozen=True, kw_only=True):
