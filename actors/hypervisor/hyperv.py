@@ -205,7 +205,7 @@ class HypervHost:
         service = SERVICES.get(class_id)
         if service is None:
             raise HypercallError(errno.EINVAL, f"class {class_id}: no synthetic device of it")
-        return Endpoint(service(), self._make_ring)
+        return Endpoint(service(), self._make_ring, self.keep, (self._kept, store.CLAIMS))
 
     def rescind(self, relid: int) -> None:
         """Withdraw a device. ENOENT."""
