@@ -29,6 +29,7 @@ from pvbus.actors.workqueue.discovery import AcpiDevice, Platform, Resource, Vmb
 from pvbus.actors.workqueue.rings import RingMemories, RingMemory
 from pvbus.actors.workqueue.tasks import Tasks
 from pvbus.actors.workqueue.work import WorkRing
+from pvbus.actors.workqueue.work_per_cpu import PerCpuWorkRing
 from pvbus.shm import hyperv
 from pvbus.shm.layout import Machine
 from pvbus.shm.memory import Memory
@@ -60,16 +61,18 @@ class WorkqueueProcess(ProcessActor):
         self.inbox.clock = SharedClock(machine, Machine.CLOCK_OFFSET_NS)
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.work_doorbell = fds["work"]
-        self.work = WorkRing(self.memory)
         self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
         self.requests = waits.Requests()
         variants = machine.load32(Machine.VARIANTS)
+        per_cpu = bool(variants & Machine.VARIANT_WORK_PER_CPU)
+        self.work = PerCpuWorkRing(self.memory) if per_cpu else WorkRing(self.memory)
         self.connection = Connection(
             self.memory, self.requests, self._log,
             versions=arguments["versions"], target_vp=arguments["target_vp"],
             stalls=bool(variants & Machine.VARIANT_OFFERS_STALL),
         )  # fmt: skip
-        self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
+        queued = bool(variants & Machine.VARIANT_RESCIND_QUEUE)
+        self.channels = Channels(self.connection, self.requests, self._spawn, self._log, rescind_queued=queued)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
         dirty = bool(variants & Machine.VARIANT_LEAVES_DIRTY)
         self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
