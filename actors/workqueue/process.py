@@ -7,6 +7,7 @@ removed and its channels closed. What waits runs in `Tasks`; nothing here blocks
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
+CALLS_A_USER_MAX = 256  # of one process that wait at a time: each of its threads makes one
+DRIVERS_A_USER_MAX = 256
 DEVICES_A_FRAME = 6  # with attributes of less than two KiB, an override and a driver's name of four each; a frame has 64
 GIVEN_ANYWAY = (vm.GuestMemory, vm.DropMemory, vm.MemoryKnown)  # an heir is given the memory that there is when it comes
 WRITABLE = {"driver_override"}
@@ -78,6 +81,7 @@ class WorkqueueProcess(ProcessActor):
         self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
         self.memories = RingMemories(self._memory_gone)
         self.users: set[Peer] = set()
+        self.calls: collections.Counter[Peer] = collections.Counter()  # of users, that wait
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
         self.items = 0  # of the work ring
@@ -220,8 +224,12 @@ class WorkqueueProcess(ProcessActor):
 
     def _from_user(self, received: Received) -> Message | None:
         message = received.message
+        if self.calls[received.peer] >= CALLS_A_USER_MAX:
+            raise OSError(errno.EAGAIN, f"{CALLS_A_USER_MAX} calls of this process wait")
         match message:
             case vm.RegisterDriver():
+                if sum(driver.owner is received.peer for driver in self.bus.drivers.values()) >= DRIVERS_A_USER_MAX:
+                    raise OSError(errno.ENOSPC, f"{DRIVERS_A_USER_MAX} drivers of this process are registered")
                 driver = Driver(
                     message.name, [*message.id_table, NULL_GUID], received.peer, True, message.has_remove, message.has_shutdown
                 )
@@ -268,7 +276,11 @@ class WorkqueueProcess(ProcessActor):
         yield from self.bus.register(driver)
 
     def _run(self, received: Received, steps: waits.Steps[Any], then: Callable[[], None] | None = None) -> None:
+        self.calls[received.peer] += 1
+
         def ended(outcome: Any) -> None:
+            self.calls[received.peer] -= 1
+            self.calls += collections.Counter()  # those that have none are forgotten
             if isinstance(outcome, OSError):
                 _answer(received, Failure(errno=outcome.errno or errno.EIO, text=outcome.strerror or ""))
             elif then is not None:
