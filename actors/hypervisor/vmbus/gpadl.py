@@ -59,7 +59,6 @@ class Gpadl(msgspec.Struct, kw_only=True):
     range_bytes: int
     range_count: int
     words: list[int]
-    body: int = 0       # number of the last GPADL_BODY that was taken
     state: GpadlState = GpadlState.IN_PROGRESS
 
     @property
@@ -95,16 +94,8 @@ class GpadlTable:
         self._table = {gpadl.gpadl: gpadl for gpadl in gpadls}
 
     def begin(self, header: GpadlHeader) -> Gpadl:
-        """Enter a GPADL. WireError: the handle is taken, or there are too many pages.
-
-        The header of one that has no body yet, said again: a guest whose hypercall died with a hypervisor makes it again.
-        """
-        there = self._table.get(header.gpadl)
-        if there is not None and there.missing_words and (there.relid, there.range_bytes, there.range_count, there.words) == (
-            header.relid, header.range_bytes, header.range_count, list(header.words),
-        ):  # fmt: skip
-            return there
-        if there is not None:
+        """Enter a GPADL. WireError: the handle is taken, or there are too many pages."""
+        if header.gpadl in self._table:
             raise WireError(f"GPADL {header.gpadl:#x} exists")
         announced = header.range_bytes // 8 + sum(gpadl.range_bytes // 8 for gpadl in self._table.values())
         if len(self._table) >= GPADLS_MAX or announced > WORDS_MAX:
@@ -121,12 +112,9 @@ class GpadlTable:
         entry = self._table.get(body.gpadl)
         if entry is None or entry.state is not GpadlState.IN_PROGRESS:
             raise WireError(f"a body for GPADL {body.gpadl:#x}, which is not in progress")
-        if body.number == entry.body and tuple(entry.words[-len(body.words) :]) == body.words:
-            return entry    # said again, as a header may be
         if len(body.words) > entry.missing_words:
             raise WireError(f"GPADL {body.gpadl:#x}: {len(body.words)} words, {entry.missing_words} are missing")
         entry.words.extend(body.words)
-        entry.body = body.number
         return entry
 
     def complete(self, entry: Gpadl) -> bool:

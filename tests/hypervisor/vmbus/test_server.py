@@ -226,20 +226,6 @@ def test_pages_are_put_together_from_header_and_bodies(rig: Rig, count: int) -> 
     assert rig.give_pages(relid, pages=count) == [wire.GpadlCreated(relid, RING_GPADL, STATUS_SUCCESS)]
 
 
-def test_a_header_or_a_body_that_is_said_again_before_the_next_changes_nothing(rig: Rig) -> None:
-    """A guest whose hypercall died with a hypervisor does not know that it was made, and makes it again."""
-    relid = connected(rig)
-    for gpadl in (5, 6):
-        messages = gpadl_messages(relid, gpadl, 64 * 4096, range(CHANNEL_FRAME, CHANNEL_FRAME + 64))
-        for message in messages[:-1]:
-            assert rig.say(message) == rig.say(message) == []
-        assert rig.say(messages[-1]) == [wire.GpadlCreated(relid, gpadl, STATUS_SUCCESS)]
-        assert rig.server.counters.violations == 0
-    given = rig.server.gpadls.get(6)
-    assert given is not None
-    assert len(given.words) == 65
-
-
 def test_pages_of_two_gpadls_may_arrive_mixed(rig: Rig) -> None:
     relid = connected(rig)
     frames = range(CHANNEL_FRAME, CHANNEL_FRAME + 60)
