@@ -133,11 +133,12 @@ class Workqueues:
             return
         limits.check_reserve(limits.RESERVE_FOR_USERS, self._work[message.domain])  # a slow bus may owe many an answer
         theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        generation = self._supervisor.table[f"workqueue/{message.domain}"].restarts
 
         def connected(reply: Message, _fds: list[int]) -> None:
             with theirs:
                 if isinstance(reply, Done):
-                    received.peer.reply(received.request, vm.BusConnection(), (theirs.fileno(),))
+                    received.peer.reply(received.request, vm.BusConnection(generation=generation), (theirs.fileno(),))
                 elif getattr(reply, "errno", 0) == errno.EPIPE:
                     self._connect_later(message, received, tries)
                 else:
