@@ -20,6 +20,7 @@ from pvbus.actors.hypervisor.vmbus.channel import State
 from pvbus.actors.hypervisor.vmbus.echo import Echo
 from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.actors.hypervisor.vmbus.heartbeat import Heartbeat
+from pvbus.actors.hypervisor.vmbus.mute import Mute
 from pvbus.actors.hypervisor.vmbus.offers import event_connection
 from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.hypervisor.vmbus.shutdown import Shutdown
@@ -41,7 +42,7 @@ SERVICES: dict[uuid.UUID, Callable[[], Service]] = {
     DEVICE_CLASSES["heartbeat"]: Heartbeat,
     DEVICE_CLASSES["shutdown"]: Shutdown,
 }
-"""What the host can offer."""
+"""What the host has a device of; other classes that it knows are offered without one (mute.py)."""
 
 
 class Frames:
@@ -187,10 +188,9 @@ class HypervHost:
         return relid
 
     def _device_of_class(self, class_id: uuid.UUID) -> Device:
-        service = SERVICES.get(class_id)
-        if service is None:
-            raise HypercallError(errno.EINVAL, f"class {class_id}: no synthetic device of it")
-        return Endpoint(service(), self._make_ring)
+        if class_id not in DEVICE_CLASSES.values():
+            raise HypercallError(errno.EINVAL, f"class {class_id} is none of {', '.join(DEVICE_CLASSES)}")
+        return Endpoint(SERVICES.get(class_id, Mute)(), self._make_ring)
 
     def rescind(self, relid: int) -> None:
         """Withdraw a device. ENOENT."""

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
 REQUESTS_A_TURN_MAX = 16  # then the others of the caller's loop have their turn
+_REFUSED = {
+    abi.CREATE: errno.EACCES,
+    **dict.fromkeys(
+        (abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.UNLINK, abi.RMDIR, abi.RENAME, abi.LINK, abi.RENAME2), errno.EPERM
+    ),
+}
+"""What nobody may do in a tree of devices, and the answer of sysfs to it."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 
 
@@ -126,7 +133,7 @@ class Session:
         _, opcode, unique, nodeid, uid, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
         operation = self._operations.get(opcode)
         if operation is None:
-            self.answer(unique, errno.ENOSYS)
+            self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
             return
         request = Request(self, unique, opcode, nodeid, uid, pid)
         try:
