@@ -135,16 +135,20 @@ class _Made(Directory):
         return found
 
     def entries(self) -> Iterable[tuple[str, Node]]:
-        """Give all entries: what goes meanwhile is left out."""
-        made = ((name, self.entry(name)) for name in self.names() if len(name.encode()) <= NAME_BYTES_MAX)
-        return [*self.children.items(), *((name, node) for name, node in made if node is not None)]
+        """Give all entries."""
+        names = (name for name in self.names() if len(name.encode()) <= NAME_BYTES_MAX)
+        return [*self.children.items(), *((name, self.made(name)) for name in names)]
 
     def names(self) -> list[str]:
-        """Give the names that are asked for."""
+        """Ask for the names of what there is."""
+        raise NotImplementedError
+
+    def made(self, name: str) -> Node:
+        """Give what stands for a name that has just been told."""
         raise NotImplementedError
 
     def entry(self, name: str) -> Node | None:
-        """Give what has such a name."""
+        """Ask whether there is such a name; give what stands for it."""
         raise NotImplementedError
 
 
@@ -171,12 +175,11 @@ class _DeviceLinks(_Made):
     def names(self) -> list[str]:
         return self.tree.source.device_names()
 
-    def entry(self, name: str) -> Node | None:
-        return self.tree.link(f"../../..{PARENT}/{name}") if self.tree.source.device(name) is not None else None
+    def made(self, name: str) -> Node:
+        return self.tree.link(f"../../..{PARENT}/{name}")
 
-    def entries(self) -> Iterable[tuple[str, Node]]:
-        """Ask for the names only."""
-        return [(name, self.tree.link(f"../../..{PARENT}/{name}")) for name in self.names()]
+    def entry(self, name: str) -> Node | None:
+        return self.made(name) if self.tree.source.device(name) is not None else None
 
 
 class _DriversDirectory(_Made):
@@ -185,12 +188,11 @@ class _DriversDirectory(_Made):
     def names(self) -> list[str]:
         return self.tree.source.drivers()
 
-    def entry(self, name: str) -> Node | None:
-        return self.tree.node(_DriverDirectory, name) if name in self.tree.source.drivers() else None
+    def made(self, name: str) -> Node:
+        return self.tree.node(_DriverDirectory, name)
 
-    def entries(self) -> Iterable[tuple[str, Node]]:
-        """Ask for the names only."""
-        return [(name, self.tree.node(_DriverDirectory, name)) for name in self.names()]
+    def entry(self, name: str) -> Node | None:
+        return self.made(name) if name in self.tree.source.drivers() else None
 
 
 class _DriverDirectory(_Made):
@@ -208,9 +210,12 @@ class _DriverDirectory(_Made):
     def names(self) -> list[str]:
         return self.tree.source.devices_of(self.name)
 
+    def made(self, name: str) -> Node:
+        return self.tree.link(f"../../../..{PARENT}/{name}")
+
     def entry(self, name: str) -> Node | None:
         device = self.tree.source.device(name)
-        return self.tree.link(f"../../../..{PARENT}/{name}") if device is not None and device["driver"] == self.name else None
+        return self.made(name) if device is not None and device["driver"] == self.name else None
 
 
 # ---- /sys/devices/VMBUS:00
@@ -228,66 +233,64 @@ class _ParentDirectory(_Made):
     def names(self) -> list[str]:
         return self.tree.source.device_names()
 
+    def made(self, name: str) -> Node:
+        return self.tree.node(_DeviceDirectory, name)
+
     def entry(self, name: str) -> Node | None:
-        return self.tree.node(_DeviceDirectory, name) if self.tree.source.device(name) is not None else None
+        return self.made(name) if self.tree.source.device(name) is not None else None
+
+
+class _Attributes(_Made):
+    """A directory of a device's attributes: what is below `head` of their paths."""
+
+    def __init__(self, tree: Tree, device: str, head: str, fixed: dict[str, Node]) -> None:
+        super().__init__(tree, fixed)
+        self.device, self.head = device, head
 
     def entries(self) -> Iterable[tuple[str, Node]]:
-        """Ask for the names only."""
-        return [*self.children.items(), *((name, self.tree.node(_DeviceDirectory, name)) for name in self.names())]
+        """Give all entries, of one moment."""
+        device = self.tree.describe(self.device)
+        below = (path.removeprefix(self.head) for path in device["attributes"] if path.startswith(self.head))
+        names = dict.fromkeys([*(path.partition("/")[0] for path in below), "driver"])
+        found = ((name, self.below(device, name)) for name in names)
+        return [*self.children.items(), *((name, node) for name, node in found if node is not None)]
+
+    def entry(self, name: str) -> Node | None:
+        return self.below(self.tree.describe(self.device), name)
+
+    def below(self, device: dict[str, Any], name: str) -> Node | None:
+        """Give the attribute or the directory of that name."""
+        path = self.head + name
+        if path in device["attributes"]:
+            return self.tree.node(_attribute, self.device, path)
+        if any(known.startswith(path + "/") for known in device["attributes"]):
+            return self.tree.node(_attributes, self.device, path)
+        return None
 
 
-class _DeviceDirectory(_Made):
-    """A device: a file for each attribute, a directory for its channels, and where it belongs."""
+class _DeviceDirectory(_Attributes):
+    """A device: its attributes, and where it belongs."""
 
     def __init__(self, tree: Tree, name: str) -> None:
-        self.name = name
-        super().__init__(tree, {
-            "uevent": tree.uevent(f"{PARENT}/{name}", self._uevent),
-            "subsystem": Symlink(f"../../..{BUS}"),
-        })
+        uevent = tree.uevent(f"{PARENT}/{name}", self._uevent)
+        super().__init__(tree, name, "", {"uevent": uevent, "subsystem": Symlink(f"../../..{BUS}")})
 
     def _uevent(self) -> str:
-        device = self.tree.source.device(self.name)
+        device = self.tree.source.device(self.device)
         if device is None:
             raise error(errno.ENODEV)
         driver = f"DRIVER={device['driver']}\n" if device["driver"] is not None else ""
         return f"{driver}MODALIAS={device['attributes']['modalias']}"
 
-    def names(self) -> list[str]:
-        device = self.tree.describe(self.name)
-        found = dict.fromkeys(path.partition("/")[0] for path in device["attributes"])
-        return [*found, "driver"] if device["driver"] is not None else [*found]
-
-    def entry(self, name: str) -> Node | None:
-        device = self.tree.describe(self.name)
-        if name == "driver":
-            return self.tree.link(f"../../..{BUS}/drivers/{device['driver']}") if device["driver"] is not None else None
-        return _below(self.tree, self.name, name, device)
+    def below(self, device: dict[str, Any], name: str) -> Node | None:
+        """Give an attribute, channels/, or the link to the driver."""
+        if name != "driver":
+            return super().below(device, name)
+        return self.tree.link(f"../../..{BUS}/drivers/{device['driver']}") if device["driver"] is not None else None
 
 
-class _AttributesDirectory(_Made):
-    """A directory of attributes of a device: channels/, or channels/RELID/."""
-
-    def __init__(self, tree: Tree, device: str, path: str) -> None:
-        self.device, self.path = device, path
-        super().__init__(tree, {})
-
-    def names(self) -> list[str]:
-        paths = self.tree.describe(self.device)["attributes"]
-        head = self.path + "/"
-        return list(dict.fromkeys(path.removeprefix(head).partition("/")[0] for path in paths if path.startswith(head)))
-
-    def entry(self, name: str) -> Node | None:
-        return _below(self.tree, self.device, f"{self.path}/{name}", self.tree.describe(self.device))
-
-
-def _below(tree: Tree, device: str, path: str, described: dict[str, Any]) -> Node | None:
-    """Give the file or directory of a device's attributes at a path."""
-    if path in described["attributes"]:
-        return tree.node(_attribute, device, path)
-    if any(known.startswith(path + "/") for known in described["attributes"]):
-        return tree.node(_AttributesDirectory, device, path)
-    return None
+def _attributes(tree: Tree, device: str, path: str) -> _Attributes:
+    return _Attributes(tree, device, path + "/", {})
 
 
 def _attribute(tree: Tree, device: str, path: str) -> Text:
