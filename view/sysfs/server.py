@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves what `place` has mounted, from one connection to a machine, and sends its uevents. A process of its own runs it.
+"""Serves trees that are mounted, from one connection to a machine, and sends its uevents. A process of its own runs it.
 
 One loop for all trees. What may wait, a bind for example, is done by a thread and answered by the loop.
 """
@@ -17,7 +17,7 @@ from pvbus.actors.workqueue.sysfs import synthetic
 from pvbus.view.fuse.node import Directory, Node, Symlink, Text
 from pvbus.view.fuse.session import Session
 from pvbus.view.sysfs.late import LateText
-from pvbus.view.sysfs.place import BUS, MISC, MISC_MAJOR, PARENT
+from pvbus.view.sysfs.points import BUS, MISC, MISC_MAJOR, PARENT
 from pvbus.view.sysfs.source import BusSource
 from pvbus.view.sysfs.tree import Tree
 
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pvbus.actors.client import Machine
-    from pvbus.view.sysfs.place import Placed
     from pvbus.view.sysfs.uevents import UeventSender
 
 WAITING_WRITES_MAX = 16     # further ones wait for these
 
 
 class SysfsServer:
-    """The trees of one domain, where `place` has put them; `sender` was made in the network namespace of the programs."""
+    """The trees of one domain, by where they stand; `sender` was made in the network namespace of the programs.
 
-    def __init__(self, machine: Machine, domain: int, placed: Placed, sender: UeventSender) -> None:
+    `fds` are those of FUSE mounts: BUS and PARENT, MISC, or all three. `minor` is the event-channel device's number.
+    """
+
+    def __init__(self, machine: Machine, domain: int, fds: Mapping[str, int], sender: UeventSender, minor: int) -> None:
         self._selector = selectors.DefaultSelector()
         self._threads = ThreadPoolExecutor(WAITING_WRITES_MAX, thread_name_prefix="pvbus-write")
         self._answers: deque[tuple[Callable[[int], None], int]] = deque()
@@ -42,13 +44,13 @@ class SysfsServer:
         self._selector.register(self._doorbell, selectors.EVENT_READ, self._answer)
         self.sessions: list[Session] = []
         roots: dict[str, Node] = {}
-        self._source = BusSource(machine, domain, sender.send) if BUS in placed.fds else None
+        self._source = BusSource(machine, domain, sender.send) if BUS in fds else None
         if self._source is not None:
             tree = Tree(self._source, self.later)
             roots |= {BUS: tree.bus, PARENT: tree.parent}
-        if MISC in placed.fds:
-            roots[MISC] = misc_device(placed.minor, sender.send, self.later)
-        for point, fd in placed.fds.items():
+        if MISC in fds:
+            roots[MISC] = misc_device(minor, sender.send, self.later)
+        for point, fd in fds.items():
             session = Session(fd, roots[point])
             self.sessions.append(session)
             self._selector.register(session, selectors.EVENT_READ, session.serve)
