@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import stat
+import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
@@ -89,6 +90,7 @@ class Session:
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
         self._next_handle = 1
+        self._born_s = int(time.time())
         self._waiting: dict[int, Request] = {}
         self._operations: dict[int, Callable[[Request, memoryview], None]] = {
             abi.LOOKUP: self._lookup, abi.FORGET: self._forget, abi.BATCH_FORGET: self._batch_forget,
@@ -211,7 +213,7 @@ class Session:
         nodeid = self._id_of(node)
         self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
         head = abi.ENTRY_OUT_HEAD.pack(nodeid, 0, 0, 0, 0, 0)  # nothing is cached: what it is may change
-        request.reply(head + node.attributes().pack(node.inode or nodeid))
+        request.reply(head + self._packed(node, nodeid))
 
     def _forget(self, request: Request, body: memoryview) -> None:
         self._forget_one(request.nodeid, abi.FORGET_IN.unpack_from(body)[0])
@@ -233,7 +235,14 @@ class Session:
 
     def _attributes(self, request: Request) -> bytes:
         node = self._node(request.nodeid)
-        return abi.ATTR_OUT_HEAD.pack(0, 0, 0) + node.attributes().pack(node.inode or request.nodeid)
+        return abi.ATTR_OUT_HEAD.pack(0, 0, 0) + self._packed(node, request.nodeid)
+
+    def _packed(self, node: Node, nodeid: int) -> bytes:
+        """Give what stat shows; what has no time of its own is as old as we are."""
+        attributes = node.attributes()
+        if not attributes.time_s:
+            attributes = attributes._replace(time_s=self._born_s)
+        return attributes.pack(node.inode or nodeid)
 
     def _getattr(self, request: Request, _body: memoryview) -> None:
         request.reply(self._attributes(request))

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that know nothing of us, in `pvbus run`: they find the devices, hear of them, and read what is so.
 
-Each needs its Debian package, and says so in the summary's warnings where it is missing: hwdata of systemd and udevadm: `udev`;
-lsvmbus: `linux-source-6.1`; pyudev: `python3-pyudev`; `waagent`; DPDK: `librte-bus-vmbus23` and `librte-net-netvsc23`; `driverctl`.
+Each needs its Debian package, and says so in the warnings where that is missing. udevadm, systemd-hwdb, systemd-udevd:
+`udev`; lsvmbus: `linux-source-6.1`; pyudev: `python3-pyudev`; `waagent`; DPDK: `librte-bus-vmbus23` and, for a closer look,
+`librte-net-netvsc23`; `driverctl`.
 """
 
+import os
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES, modalias
 from pvbus.tests.machine.vmbus_support import Recorder, echo
 from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
-from pvbus.tests.view.sysfs.rooms import Listener, Room, lsvmbus, until
+from pvbus.tests.view.sysfs.rooms import BOUND_S, Listener, Room, lsvmbus, until
 
 CONFIG = """\
 [[domain]]
@@ -105,8 +108,10 @@ def test_lsvmbus_lists_the_devices_as_in_a_guest(room: Room, machine: Any) -> No
 
     plain, once, twice = (room.must(f"{python} {tool} {flag}") for flag in ("", "-v", "-vv"))
 
-    assert plain.splitlines()[:3] == ["VMBUS ID  1: [Heartbeat]", "VMBUS ID  2: [Operating system shutdown]", "VMBUS ID  3: Unknown"]
-    assert plain.splitlines()[3] == "VMBUS ID  4: Synthetic network adapter"
+    assert plain.splitlines() == [
+        "VMBUS ID  1: [Heartbeat]", "VMBUS ID  2: [Operating system shutdown]", "VMBUS ID  3: Unknown",
+        "VMBUS ID  4: Synthetic network adapter",
+    ]  # fmt: skip
     assert "VMBUS ID  1: Class_ID = {57164f39-9115-4e78-ab55-382f3bd5422d} - [Heartbeat]\n\tRel_ID=1, target_cpu=0\n" in once
     assert (
         "VMBUS ID  4: Class_ID = {f8615163-df3e-46c5-913f-f2d2f965ed0e} - Synthetic network adapter\n"
@@ -262,9 +267,10 @@ def test_an_attribute_changes_under_traffic_and_is_stable_at_rest(room: Room, ma
 
 def test_a_value_is_read_anew_from_the_start_of_an_open_file(room: Room, machine: Any) -> None:
     python = program("python3", "python3")
-    twice = f'import os; f = os.open("{BUS}/drivers_autoprobe", os.O_RDWR); print(os.read(f, 9), os.write(f, b"0"), os.pread(f, 9, 0))'
+    opened = f'import os; f = os.open("{BUS}/drivers_autoprobe", os.O_RDWR)'
+    twice = 'print(os.read(f, 9), os.write(f, b"0"), os.pread(f, 9, 0)); os.write(f, b"1")'
 
-    assert room.must(f"{python} -c '{twice}; os.write(f, b\"1\")'") == "b'1\\n' 1 b'0\\n'\n"
+    assert room.must(f"{python} -c '{opened}; {twice}'") == "b'1\\n' 1 b'0\\n'\n"
 
 
 # ---- who changes something
@@ -274,7 +280,7 @@ def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine
     machine.register_driver(Recorder("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
     driver = f"{BUS}/drivers/heart"
 
-    assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == f"../../../bus/vmbus/drivers/heart\n"
+    assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == "../../../bus/vmbus/drivers/heart\n"
     assert room.do(f"echo vmbus_0_1 > {driver}/unbind") == (0, "")
     assert room.do(f"ls -d {driver}/vmbus_0_1 {BUS}/devices/vmbus_0_1/driver")[0] != 0
     assert "No such device" in room.do(f"echo vmbus_0_1 > {driver}/unbind")[1]
@@ -283,6 +289,28 @@ def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine
     assert "Device or resource busy" in room.do(f"echo vmbus_0_1 > {driver}/bind")[1]
     machine.unregister_driver("heart")
     assert room.do(f"ls -d {driver}")[0] != 0
+
+
+def test_a_bind_that_waits_for_its_probe_keeps_nobody_from_looking(room: Room, machine: Any, tmp_path: Path) -> None:
+    probing, may_end = threading.Event(), threading.Event()
+
+    class Slow(Recorder):
+        def probe(self, device: Any, matched_id: uuid.UUID) -> None:
+            probing.set()
+            assert may_end.wait(BOUND_S)
+
+    room.must(f"echo 0 > {BUS}/drivers_autoprobe")
+    machine.register_driver(Slow("slow", (DEVICE_CLASSES["heartbeat"],)))
+    room.must(f"{{ echo vmbus_0_1 > {BUS}/drivers/slow/bind; echo $? > {tmp_path}/bound; }} &")
+    assert probing.wait(BOUND_S)
+
+    assert room.must(f"cat {BUS}/devices/vmbus_0_1/id") == "1\n"
+    assert "vmbus_0_1" in room.must(f"ls -l {BUS}/drivers/slow {BUS}/devices/")
+    assert not (tmp_path / "bound").exists() or not (tmp_path / "bound").read_text()
+    may_end.set()
+    until("it is bound", lambda: (tmp_path / "bound").exists() and (tmp_path / "bound").read_text() == "0\n")
+    machine.unregister_driver("slow")
+    room.must(f"echo 1 > {BUS}/drivers_autoprobe")
 
 
 def test_driverctl_gives_a_device_to_another_driver(room: Room, machine: Any) -> None:
@@ -323,7 +351,8 @@ def test_the_event_channel_device_stands_among_the_misc_devices(room: Room, tmp_
 
     assert re.fullmatch(r"10:\d+", number)
     assert room.must(f"cat '{here}/uevent'") == f"MAJOR=10\nMINOR={number[3:]}\nDEVNAME=xen/evtchn\n"
-    assert room.must(f"readlink -f '{here}/subsystem' /sys/dev/char/{number}") == f"/sys/class/misc\n/sys/devices/virtual/misc/xen!evtchn\n"
+    links = room.must(f"readlink -f '{here}/subsystem' /sys/dev/char/{number}")
+    assert links == "/sys/class/misc\n/sys/devices/virtual/misc/xen!evtchn\n"
     listener.until("DEVPATH=/devices/virtual/misc/xen!evtchn\nSUBSYSTEM=misc\n")
     listener.stop()
 
@@ -334,3 +363,38 @@ def test_the_host_s_own_tree_is_left_alone(room: Room) -> None:
     outside = Path(BUS, "devices")
     assert not outside.exists() or "vmbus_0_1" not in {path.name for path in outside.iterdir()}
     assert room.must("ls /sys/class/net") == "lo\n"  # of the room's own network namespace
+
+
+def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: Path) -> None:
+    setpriv = program("setpriv", "util-linux")
+    if os.geteuid():
+        pytest.skip("every room of this run is one of an ordinary user")
+    own = Room(machine, setpriv, "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin")  # as good as an ordinary user's
+    try:
+        assert own.must("cat /proc/self/uid_map").split() != ["0", "0", "4294967295"]
+        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
+        assert own.must(f"cat {BUS}/devices/vmbus_0_2/id") == "2\n"
+        own.must(f"echo change > {BUS}/devices/vmbus_0_2/uevent")
+        listener.until("change   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        listener.stop()
+    finally:
+        own.close()
+
+
+def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(pvbus_boot: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    booted = pvbus_boot(CONFIG)
+    until("the bus is up", lambda: len(booted.machine.devices()) == 2)
+    own = Room(booted.machine)
+    try:
+        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
+        own.must(f"cat {BUS}/devices/vmbus_0_1/id")
+
+        booted.machine.shutdown()
+        booted.process.wait(BOUND_S)
+
+        listener.until("remove   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        assert own.do(f"cat {BUS}/devices/vmbus_0_1/id 2> /dev/null") == (1, "")
+        assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
+    finally:
+        own.close()
