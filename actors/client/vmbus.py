@@ -306,6 +306,22 @@ class Bus:
         self._link.ask(vm.UnregisterDriver(name=name))
         self._drivers.pop(name, None)
 
+    def device(self, name: str) -> dict[str, Any] | None:
+        """Describe one device, its attributes and its `number` among them; None: there is none of that name."""
+        reply, _ = self._connection.ask(vm.ListDevices(name=name))
+        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", []) if name else []
+        return found[0] if found else None
+
+    def drivers(self) -> list[str]:
+        """List the names of the drivers, whichever process they are in; sorted."""
+        found: list[str] = []
+        while True:
+            reply, _ = self._connection.ask(vm.ListDrivers(after=found[-1] if found else ""))
+            more: list[str] = getattr(reply, "data", {}).get("drivers", [])
+            found += more
+            if not more:
+                return found
+
     def devices(self) -> list[dict[str, Any]]:
         """List the devices with their attributes."""
         found: list[dict[str, Any]] = []
@@ -328,6 +344,26 @@ class Bus:
     def write_attribute(self, device: str, name: str, text: str) -> None:
         """Write an attribute. ENODEV, ENOENT, EACCES, EINVAL."""
         self._link.ask(vm.WriteAttribute(device=device, name=name, text=text))
+
+    def read_bus(self, name: str) -> str:
+        """Read a file of the bus: drivers_autoprobe. ENOENT."""
+        return getattr(self._connection.ask(vm.ReadBus(name=name))[0], "text", "")
+
+    def write_bus(self, name: str, text: str) -> None:
+        """Write drivers_autoprobe, or the name of a device to drivers_probe. ENOENT, ENODEV."""
+        self._connection.ask(vm.WriteBus(name=name, text=text))
+
+    def write_driver(self, driver: str, name: str, text: str) -> None:
+        """Write the name of a device to `bind` or `unbind` of a driver. ENOENT, ENODEV, EBUSY, what its probe says."""
+        self._connection.ask(vm.WriteDriver(driver=driver, name=name, text=text))
+
+    def write_uevent(self, devpath: str, text: str) -> None:
+        """Ask for a uevent about what stands at `devpath`, as a write to its file `uevent` does. ENODEV, EINVAL, ENOMEM."""
+        self._connection.ask(vm.WriteUevent(devpath=devpath, text=text))
+
+    def listen(self, on_uevent: Callable[[dict[str, str]], None]) -> None:
+        """Have uevents from now on: their variables, ACTION, DEVPATH and SUBSYSTEM first. Called in the reading thread."""
+        self._connection.on_uevent = on_uevent
 
     def _call(self, call: vm.CallDriver) -> None:
         driver = self._drivers.get(call.driver)

@@ -21,6 +21,7 @@ from pvbus.view.run import boot
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import EnvironmentLacksError, Room, sweep
+from pvbus.view.run.sysfs import Sysfs
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +34,7 @@ EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
 
 FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {"fuse": lambda: [XenDevices()]}
 """What is put in place for each --frontend."""
-FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = []
+FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [lambda _: Sysfs()]
 """What else there is: each gives a fitting, or None if the arguments do not ask for it."""
 
 PASSED_ON = (
