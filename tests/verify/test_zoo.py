@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every bug of the zoo is caught by the models that can show it, and by those only; the production code is clean, as far as one looks.
+"""Every bug of the zoo is caught by the models that can show it, and by those only; a bounded look at our own code is clean.
 
 That the production code passes each scenario exhaustively is what `pvbus explore --all` shows.
 """
