@@ -46,7 +46,7 @@ $(SETUP): pyproject.toml $(NATIVE)
 	@echo "building pvbus into $(VENV)"
 	@rm -f shm/_core*.so
 	@$(PIP) install --editable '.[explorer]'
-	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored'
+	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored, pvbus.shm._core_gated'
 	@touch $@
 
 $(VENV)/.extra-%-done: pyproject.toml $(SETUP)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pvbus.verify.explorer.search import STEPS_MAX, Explorer, ReplayError
 from pvbus.verify.explorer.trace import Row
@@ -41,6 +41,15 @@ def stop_there(choices: list[str], last: str) -> str | None:
     return None
 
 
+class Step(NamedTuple):
+    """An access or doorbell step as a real process would make it: the memory by its size (0 for a doorbell)."""
+
+    context: str
+    site: str
+    size: int
+    offset: int
+
+
 @dataclass
 class Walked:
     """What came of a walk. `kind` is None when nothing failed; `ended` says whether it came to its end at all."""
@@ -52,6 +61,7 @@ class Walked:
     ended: bool
     rows: list[Row] = field(default_factory=list)
     names: tuple[str, ...] = ()
+    steps: list[Step] = field(default_factory=list)  # of the contexts; the flushes are not theirs
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -88,6 +98,7 @@ class Walker:
         by_name = {context.name: context for context in contexts}
         done: list[str] = []
         rows: list[Row] = []
+        steps: list[Step] = []
         preemptions, last, ended = 0, "", False
         left = list(reversed(wanted))
         try:
@@ -111,6 +122,8 @@ class Walker:
                 if forbids is not None and FLUSH not in choice and forbids(context, choice):
                     raise ReplayError(f"{choice} may not go on: {model.describe(context)}")
                 preemptions += context_of(last) != context_of(choice) and FLUSH not in choice and context_of(last) in choices
+                if FLUSH not in choice and context.operation is not None:
+                    steps.append(self._step(context))
                 explorer._take(by_name, choice)
                 done.append(choice)
                 last = last if FLUSH in choice else choice
@@ -123,7 +136,16 @@ class Walker:
             for context in contexts:
                 context.abandon()
         kind, message = (end.kind, end.message) if end is not None else (None, "")
-        return Walked(kind, message, tuple(done), preemptions, ended, rows, tuple(by_name))
+        return Walked(kind, message, tuple(done), preemptions, ended, rows, tuple(by_name), steps)
+
+    def _step(self, context: Context) -> Step:
+        if context.operation is None:
+            raise RuntimeError(f"{context.name} is about to do nothing")
+        _kind, key, site = context.operation
+        if key < 0:
+            return Step(context.name, site, 0, 0)
+        memory = next(memory for memory, number in self.model._numbers.items() if number == key >> 40)
+        return Step(context.name, site, memory.size, key >> 4 & 0xFFFFFFFFF)
 
     def _unfit(self, by_name: dict[str, Context], choice: str) -> str:
         context = by_name.get(context_of(choice))
