@@ -51,11 +51,11 @@ def ours(trace: Walked, shared: tuple[int, ...]) -> Walked:
 
 
 @contextmanager
-def reader(machine: str) -> Iterator[subprocess.Popen[str]]:
+def reader(machine: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the reader's process; it has bound its ports."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pvbus.verify.bridge", str(EVENTS)], env=environment() | {"PVBUS_MACHINE": machine},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
     try:
         yield process
@@ -67,13 +67,13 @@ def reader(machine: str) -> Iterator[subprocess.Popen[str]]:
             stream.close()
 
 
-def said(process: subprocess.Popen[str], seconds: float) -> list[str]:
+def said(process: subprocess.Popen[bytes], seconds: float) -> list[str]:
     """Return the words of the next line, or none when there is none in time."""
     assert process.stdout is not None
-    return process.stdout.readline().split() if select.select([process.stdout], [], [], seconds)[0] else []
+    return process.stdout.readline().decode().split() if select.select([process.stdout], [], [], seconds)[0] else []
 
 
-def followed(machine: Any, gate: Gate, trace: Walked, process: subprocess.Popen[str]) -> list[int]:
+def followed(machine: Any, gate: Gate, trace: Walked, process: subprocess.Popen[bytes]) -> list[int]:
     """Raise both events behind the gate, and let everybody follow the trace to its end. Return the ports."""
     ports = [int(port) for port in said(process, RUN_S_MAX)[1:]]
     gate.write(trace.steps, PROCESSES)
@@ -81,7 +81,7 @@ def followed(machine: Any, gate: Gate, trace: Walked, process: subprocess.Popen[
     for number in range(EVENTS):
         machine.raise_virq(3 + number)
     assert process.stdin is not None
-    process.stdin.write("go\n")
+    process.stdin.write(b"go\n")
     gate.play()
     assert gate.await_end(END_S_MAX), f"stands at step {gate.turn} of {gate.steps}: {trace.steps[gate.turn]}"
     return ports
