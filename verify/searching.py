@@ -102,7 +102,7 @@ def search(job: Job, *, show: bool) -> Run:
 
 def recorded(job: Job, failure: Failure) -> Recording:
     """Shorten a failure, and make its recording."""
-    walker = Walker(job.make(), model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared)
+    walker = Walker(job.make(), model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, deaths=job.bounds.get("deaths", 0))
     short = shrink(walker, failure.choices, failure.kind)
     return Recording(
         scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=short.choices, shared=failure.shared,

@@ -8,6 +8,7 @@ cannot be walked any more, the barrier forbids it. What is tried first are the b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def _fails(walker: Walker, recording: Recording, forbids: Forbids | None = None)
 
 
 def _fails_without_variant(make: Callable[[], Scenario], recording: Recording) -> bool:
-    return _fails(Walker(make(), model=recording.model, drop=recording.drop, shared=recording.shared), recording)
+    return _fails(Walker.of(make(), dataclasses.replace(recording, variant=None)), recording)
 
 
 def _overtaking(walker: Walker, recording: Recording) -> dict[tuple[str, str], set[str]]:

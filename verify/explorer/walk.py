@@ -7,6 +7,7 @@ A search (search.py) decides by itself; a walk does what it is told, as far as t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -21,19 +22,28 @@ if TYPE_CHECKING:
 
 Chooser = Callable[[list[str], str], str | None]  # what can be chosen, what was chosen last; None ends the walk there
 Forbids = Callable[["Context", str], bool]  # whether a context may not take its next step now, in a stronger model
-FLUSH: Final = "~"
+FLUSH, DEATH = "~", "!"
+_NAME: Final = re.compile("[^~!=]*")
 
 
 def context_of(choice: str) -> str:
     """Give the name of the context that a choice moves."""
-    return choice.split(FLUSH, 1)[0].split("=", 1)[0]
+    found = _NAME.match(choice)
+    return found[0] if found else ""
+
+
+def is_step(choice: str) -> bool:
+    """Whether a choice lets its context go on: no flush, no death."""
+    return FLUSH not in choice and DEATH not in choice
 
 
 def keep_going(choices: list[str], last: str) -> str | None:
-    """Stay with the context that runs; flush only when nobody else can go on. The schedule with the fewest preemptions."""
-    runs = [choice for choice in choices if FLUSH not in choice]
+    """Stay with the context that runs; flush only when nobody else can go on, let nobody die. The fewest preemptions."""
+    runs = [choice for choice in choices if is_step(choice)]
     same = [choice for choice in runs if context_of(choice) == context_of(last)]
-    return (same or runs or choices)[0]
+    flushes = [choice for choice in choices if FLUSH in choice]
+    found = same or runs or flushes
+    return found[0] if found else None
 
 
 def stop_there(choices: list[str], last: str) -> str | None:
@@ -74,8 +84,9 @@ class Walker:
 
     def __init__(
         self, scenario: Scenario, *, model: str, variant: str | None = None, drop: Sequence[str] = (), shared: Sequence[int] = (),
+        deaths: int = 0,
     ) -> None:  # fmt: skip
-        self.explorer = Explorer(scenario, model, variant, drop)
+        self.explorer = Explorer(scenario, model, variant, drop, deaths)
         self.model = self.explorer.model
         self.model.footprint.shared.update(shared)
 
@@ -84,7 +95,7 @@ class Walker:
         """Make the walker of a recording; with another list of dropped sites, if wanted."""
         return cls(
             scenario, model=recording.model, variant=recording.variant, shared=recording.shared,
-            drop=recording.drop if drop is None else drop,
+            drop=recording.drop if drop is None else drop, deaths=recording.bounds.get("deaths", 0),
         )  # fmt: skip
 
     def along(
@@ -119,14 +130,15 @@ class Walker:
                             continue
                         raise ReplayError(self._unfit(by_name, choice))
                 context = by_name[context_of(choice)]
-                if forbids is not None and FLUSH not in choice and forbids(context, choice):
+                if forbids is not None and is_step(choice) and forbids(context, choice):
                     raise ReplayError(f"{choice} may not go on: {model.describe(context)}")
-                preemptions += context_of(last) != context_of(choice) and FLUSH not in choice and context_of(last) in choices
-                if FLUSH not in choice and context.operation is not None:
+                could = any(is_step(other) and context_of(other) == context_of(last) for other in choices)
+                preemptions += is_step(choice) and context_of(last) != context_of(choice) and could
+                if is_step(choice) and context.operation is not None:
                     steps.append(self._step(context))
                 explorer._take(by_name, choice)
                 done.append(choice)
-                last = last if FLUSH in choice else choice
+                last = choice if is_step(choice) else last
                 self._note(rows, contexts)
             end = explorer._end(contexts) if ended else None
             if traced:
