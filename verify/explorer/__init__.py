@@ -14,10 +14,11 @@ contexts and what must hold.
 """
 
 from pvbus.verify.explorer.model import MODELS, FilePort, Model
+from pvbus.verify.explorer.primitives import LockError, UseAfterFree
 from pvbus.verify.explorer.scenario import Scenario, Start
-from pvbus.verify.explorer.search import VARIANTS, Failure, ReplayError, Result, explore, replay
+from pvbus.verify.explorer.search import VARIANTS, Failure, ReplayError, Result, Run, explore, follow, replay
 
 __all__ = [
-    "MODELS", "VARIANTS", "Failure", "FilePort", "Model", "ReplayError", "Result",
-    "Scenario", "Start", "explore", "replay",
+    "MODELS", "VARIANTS", "Failure", "FilePort", "LockError", "Model", "ReplayError", "Result", "Run",
+    "Scenario", "Start", "UseAfterFree", "explore", "follow", "replay",
 ]

@@ -13,15 +13,19 @@ from typing import Any, Final
 
 import greenlet as _greenlet  # type: ignore[import-untyped,unused-ignore]
 
-LOAD, STORE, RMW, FENCE, SPIN, RING, TAKE, WAIT = range(8)
-KINDS: Final = ("load", "store", "rmw", "fence", "spin", "ring", "take", "wait")
+LOAD, STORE, RMW, FENCE, SPIN, RING, TAKE, WAIT, CHOOSE, LOCK, UNLOCK, FREE, BURY, RECEIVE = range(14)
+KINDS: Final = (
+    "load", "store", "rmw", "fence", "spin", "ring", "take", "wait", "choose", "lock", "unlock", "free", "await", "receive",
+)
+PLACELESS: Final = frozenset({FENCE, SPIN, CHOOSE, FREE, BURY})  # they name no location
 
 Operation = tuple[int, int, str]  # kind, location, site
 
 
 class ContextDied(BaseException):
-    """Thrown into a context whose execution is over: its C call returns at once. Pages are judged before and
-    reset after, so nothing that it still does counts. Not yet the death of a process, which is a choice.
+    """Thrown into a context that is dead or whose execution is over: its C call returns at once, and so does every later
+    access. A dead context does not unwind while the others go on: it only never runs again, as after kill -9; that
+    its stack is cleared away happens when the execution has been judged, behind a closed gate.
     """
 
 
@@ -29,8 +33,8 @@ class Context:
     """One thread of control. A `server` may sit in its wait when all is over."""
 
     __slots__ = (
-        "bit", "buffer", "error", "finished", "greenlet", "mark",
-        "name", "number", "operation", "seen", "server",
+        "bit", "buffer", "dead", "error", "finished", "greenlet", "mark",
+        "name", "number", "operation", "seen", "server", "ways",
     )
 
     def __init__(self, number: int, name: str, run: Callable[[], object], *, server: bool) -> None:
@@ -39,7 +43,9 @@ class Context:
         self.bit = 1 << number
         self.server = server
         self.operation: Operation | None = None  # what it is about to do
+        self.ways = 1  # in how many ways it can do that
         self.finished = False
+        self.dead = False  # it holds what it held, its buffered stores still become visible, and it never runs again
         self.error: BaseException | None = None
         self.buffer: list[tuple[int, int, str]] = []  # TSO: location, value, site; oldest first
         self.seen = number  # identity of the list of values it has observed

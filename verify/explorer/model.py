@@ -18,9 +18,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.verify.explorer.contexts import (
+    BURY,
     FENCE,
     KINDS,
     LOAD,
+    LOCK,
+    PLACELESS,
+    RECEIVE,
     RING,
     RMW,
     SPIN,
@@ -30,6 +34,7 @@ from pvbus.verify.explorer.contexts import (
     Context,
     ContextDied,
 )
+from pvbus.verify.explorer.primitives import Primitives, UseAfterFree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,6 +63,7 @@ class Footprint:
         self.written: set[int] = set()
         self.widths: dict[int, int] = {}
         self.shared: set[int] = set()
+        self.shadowed: set[int] = set()  # memories that are allocated and freed: each access is a scheduling point
         self.grown = False  # a location became shared during this execution: its result does not count
 
     def note(self, key: int, bit: int, *, writes: bool) -> None:
@@ -69,12 +75,13 @@ class Footprint:
         mask = self.touched[key] = self.touched.get(key, 0) | bit
         if writes:
             self.written.add(key)
-        if mask & (mask - 1) and key in self.written and key not in self.shared:
+        quarrel = (mask & (mask - 1) and key in self.written) or key >> 40 in self.shadowed
+        if quarrel and key not in self.shared:
             self.shared.add(key)
             self.grown = True
 
 
-class Model:
+class Model(Primitives):
     """Answers every access of the explored core. Without a running context (preparation, checks) it
     executes at once.
     """
@@ -86,6 +93,8 @@ class Model:
         self.dropped = frozenset(dropped)
         self.footprint = Footprint()
         self.running: Context | None = None
+        self.contexts: list[Context] = []
+        self.way = 0  # which of the ways of its step the running context was told to take
         self.local: dict[int, int] = {}  # locations that nobody quarrels about
         self.cells: dict[int, int] = {}  # shared locations and doorbells, in a fixed order
         self.version = 0  # grows with each change of a cell
@@ -98,6 +107,9 @@ class Model:
         self._bells: list[str] = []
         self._initial: dict[int, int] | None = None
         self._tree: dict[tuple[int, int], int] = {}
+        self._heap: dict[int, bool] = {}  # memories of the shadow heap as preparation left them
+        self._live: dict[int, bool] = {}
+        super().__init__()
 
     # ---- preparation
 
@@ -122,7 +134,10 @@ class Model:
         self.local = dict(self._initial)
         self.cells = {key: self._initial.get(key, 0) for key in sorted(self.footprint.shared)}
         self.cells.update({_BELL - i: 0 for i in range(len(self._bells))})
-        self.version = 0
+        self.version = self.dead = self._now = self._ticked = 0
+        self._live = dict(self._heap)
+        for box in self._boxes.values():
+            box.clear()
         self.footprint.grown = False
 
     # ---- what the search asks
@@ -135,8 +150,12 @@ class Model:
         kind = operation[0]
         if kind in (RMW, FENCE):
             return not context.buffer
-        if kind == WAIT:
+        if kind in (WAIT, RECEIVE):
             return self.cells[operation[1]] > 0
+        if kind == LOCK:
+            return self.cells[operation[1]] == 0
+        if kind == BURY:
+            return bool(self.dead >> operation[1] & 1)
         return kind != SPIN or context.mark != self.version
 
     def state(self, contexts: list[Context]) -> tuple[Any, ...]:
@@ -148,6 +167,11 @@ class Model:
             *[context.seen for context in contexts],
             *([tuple(context.buffer) for context in contexts] if self.tso else ()),
             *[context.mark is not None and context.mark != self.version for context in contexts],
+            *self._live.values(),
+            *[identity for box in self._boxes.values() for identity, _ in box],
+            self.dead,
+            self._now,
+            self._ticked,
         )
 
     def flush(self, context: Context) -> None:
@@ -169,7 +193,7 @@ class Model:
         if context.operation is None:
             return "finished" if context.finished else "running"
         kind, key, site = context.operation
-        return f"{KINDS[kind]} {site}" + (f" ({self.where(key)})" if kind not in (FENCE, SPIN) else "")
+        return f"{KINDS[kind]} {site}" + (f" ({self.where(key)})" if kind not in PLACELESS else "")
 
     # ---- call-outs of the C core
 
@@ -182,6 +206,7 @@ class Model:
         if key not in self.cells:
             return self._local(context, key, writes=False)
         self._stop(context, LOAD, key, site)
+        self._check(context, key, site)
         value = self.cells[key]
         if context.buffer:
             for held, stored, _ in context.buffer:
@@ -205,9 +230,14 @@ class Model:
             return
         if self.tso:
             self._alive(context)
+            if key >> 40 in self.footprint.shadowed:
+                self._stop(context, STORE, key, site)
+                self._observe(context, _PASSED)
+            self._check(context, key, site)
             context.buffer.append((key, value, site))
         else:
             self._stop(context, STORE, key, site)
+            self._check(context, key, site)
             self._observe(context, _PASSED)
             self._set(key, value)
         if self.trace is not None:
@@ -300,8 +330,9 @@ class Model:
         if self.running is not context:
             raise ContextDied
 
-    def _stop(self, context: Context, kind: int, key: int, site: str) -> None:
+    def _stop(self, context: Context, kind: int, key: int, site: str, ways: int = 1) -> None:
         """A scheduling point: come back when the search has chosen this context."""
+        context.ways = ways
         context.pause((kind, key, site))
         if self.running is not context:
             raise ContextDied
@@ -313,6 +344,22 @@ class Model:
         if seen is None:
             seen = self._tree[step] = len(self._tree) + _ROOTS  # exact, so no two lists share an identity
         context.seen = seen
+
+    def _shadow(self, number: int) -> None:
+        """Begin to watch a memory: all of it is shared from now on."""
+        if number not in self.footprint.shadowed:
+            self.footprint.shadowed.add(number)
+            self.footprint.grown = True
+
+    def _set_heap(self, number: int, *, live: bool) -> bool:
+        was = self._live.get(number, False)
+        self._live[number] = live
+        self.version += 1
+        return was
+
+    def _check(self, context: Context, key: int, site: str) -> None:
+        if (number := key >> 40) in self.footprint.shadowed and not self._live.get(number, False):
+            raise UseAfterFree(f"{context.name} accesses {self.where(key)} ({site}), which is not allocated")
 
     def _local(self, context: Context, key: int, *, writes: bool) -> int:
         footprint = self.footprint
@@ -333,6 +380,7 @@ class Model:
             return self.cells[key] if key in self.cells else self.local.get(key, 0)
         if key in self.cells:
             self._stop(context, RMW, key, site)
+            self._check(context, key, site)
             value = self.cells[key]
             self._observe(context, value)
             return value

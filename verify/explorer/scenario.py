@@ -2,6 +2,21 @@
 """What a scenario is: pages prepared once, contexts started for each execution, and what must hold at the
 end.
 
+What a scenario finds in its model, beside the Memory objects that it makes over it (each a scheduling point):
+
+    in prepare()                                    in contexts
+    bell = model.bell("door")                       model.ring(bell, site), model.take(bell, site), model.wait(bell, site)
+    box = model.mailbox("host to guest")            model.post(box, message, site), model.receive(box, site)
+    lock = model.lock("file")                       model.acquire(lock, site), model.release(lock, site), model.inherit(lock, site)
+    model.ticks(5_000_000_000, at_most=1)           model.clock(site): stands still or moves on by a tick, a choice
+    model.allocate(memory)                          model.allocate(memory, site, may_fail=True), model.free(memory, site)
+    mortal = ("cpu0",)                              dies at any step, `explore(deaths=1)`; model.await_death("cpu0") begins its heir
+                                                    model.choose(n, site): a number from 0 to n - 1
+
+Every access to a Memory that has been freed is a failure; an object of Python logic that may be freed is represented by a
+Memory of 8 bytes, which who uses the object reads. A dead context holds its locks, and its buffered stores still become
+visible; it never runs again, and does not unwind.
+
 A scenario is written against room logic and the explored core only, never against a process. Its parameters
 are its constructor's arguments; it holds nothing that lives longer than one execution except its pages.
 """
@@ -22,6 +37,7 @@ class Scenario(ABC):
     """One situation to be searched."""
 
     name: str
+    mortal: tuple[str, ...] = ()  # the contexts that may die, when deaths are asked for; none named: all
 
     @abstractmethod
     def prepare(self, model: Model, variants: int) -> None:
