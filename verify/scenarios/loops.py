@@ -57,12 +57,11 @@ def hyperv_cpu(
     model: Model, path: EventPath, hv: Memory, vp: int, irq: int, *, exits: int, work: int | None = None,
     ring: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Run a virtual CPU's process on the Hyper-V platform: interrupts and tasklets until nothing is left, then sleep.
+    """Run a virtual CPU's process on the Hyper-V platform: interrupts and tasklets until nothing is left, then sleep; at birth, too.
 
     `irq` is its doorbell, `exits` the one that tells the host of EOMs, `work` the workqueue's; `ring` is called with each channel.
     """
     while True:
-        await_eventfd(model, hv, irq, "cpu")
         done = 1
         while done:
             done, channels, has_work, eom = path.hv_run(0, vp)
@@ -73,3 +72,4 @@ def hyperv_cpu(
                 ring_eventfd(model, hv, work, "work")
             if eom:
                 ring_eventfd(model, hv, exits, "EOM")
+        await_eventfd(model, hv, irq, "cpu")

@@ -83,7 +83,8 @@ class SynicMessages(Scenario):
     def _host(self, model: Model) -> Synic:
         def interrupt(vp: int, vector: int) -> None:
             request_interrupt(self.hv, vp, vector)
-            loops.ring_eventfd(model, self.hv, self.irqs[vp], "irq")
+            if model.running is not None:    # before anybody runs nobody has to be woken
+                loops.ring_eventfd(model, self.hv, self.irqs[vp], "irq")
 
         return self.synic_type(self.hv, self.cpus, interrupt, clock=lambda: 1)
 
