@@ -45,8 +45,8 @@ $(SETUP): pyproject.toml $(NATIVE)
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "building pvbus into $(VENV)"
 	@rm -f shm/_core*.so
-	@$(PIP) install --editable .
-	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored'
+	@$(PIP) install --editable '.[explorer]'
+	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored, pvbus.shm._core_gated'
 	@touch $@
 
 $(VENV)/.extra-%-done: pyproject.toml $(SETUP)

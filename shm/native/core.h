@@ -16,6 +16,7 @@ int pv_user_file_init(PyObject *module);
 PyObject *pv_hyperv_layout(void); /* hyperv_layout.c */
 int pv_vmbus_layout_init(PyObject *module);
 int pv_channel_ring_init(PyObject *module);
+int pv_gate_init(PyObject *module); /* adds nothing but in the debug module */
 
 /*
  * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its

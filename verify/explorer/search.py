@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pvbus.actors.runtime.config import VARIANTS  # bits of the machine header's variants word
 from pvbus.verify.explorer.contexts import WAIT, Context
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.primitives import UseAfterFree
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
 
-VARIANTS: Final = {"driver-wakeup-order": 1}  # bits of the machine header's variants word
 EXECUTIONS_MAX: Final = 1_000_000
 STEPS_MAX: Final = 1_000  # scheduling points of one execution; ours end after 30 to 200
 ALONE_STEPS_MIN: Final = 200  # as long as this with nobody else able to run is a livelock, not bad luck

@@ -58,3 +58,38 @@ def sleep(model: Model, domain: Memory, vcpu: int, doorbell: int) -> None:
     model.wait(doorbell, "cpu.wait")
     model.take(doorbell, "cpu.take")
     domain.store32(Domain.vcpu(vcpu, Vcpu.SLEEPING), 0, "cpu.awake")
+
+
+def ring_eventfd(model: Model, memory: Memory, bell: int, site: str) -> None:
+    """Write to an eventfd: whoever reads it sees what was stored before, because both take the kernel's lock on it."""
+    memory.smp_mb("eventfd.write")
+    model.ring(bell, site)
+
+
+def await_eventfd(model: Model, memory: Memory, bell: int, site: str) -> None:
+    """Sleep until an eventfd has been written to, and read it."""
+    model.wait(bell, f"{site}.wait")
+    model.take(bell, f"{site}.take")
+    memory.smp_mb("eventfd.read")
+
+
+def hyperv_cpu(
+    model: Model, path: EventPath, hv: Memory, vp: int, irq: int, *, exits: int, work: int | None = None,
+    ring: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Run a virtual CPU's process on the Hyper-V platform: interrupts and tasklets until nothing is left, then sleep; at birth, too.
+
+    `irq` is its doorbell, `exits` the one that tells the host of EOMs, `work` the workqueue's; `ring` is called with each channel.
+    """
+    while True:
+        done = 1
+        while done:
+            done, channels, has_work, eom = path.hv_run(0, vp)
+            for relid in channels:
+                if ring is not None:
+                    ring(relid)
+            if has_work and work is not None:
+                ring_eventfd(model, hv, work, "work")
+            if eom:
+                ring_eventfd(model, hv, exits, "EOM")
+        await_eventfd(model, hv, irq, "cpu")
