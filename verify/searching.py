@@ -129,8 +129,8 @@ def told(recording: Recording, make: Callable[[], Scenario], walked: Walked | No
 
 def drawn(walked: Walked) -> str:
     """Draw the steps of a walk, and what waits in store buffers behind each."""
-    beside = [
-        "; ".join(f"{name}: " + ", ".join(f"{store.where} := {store.value}" for store in stores) for name, stores in waiting.items())
-        for waiting in walked.pending()
-    ]
+    beside = []
+    for waiting in walked.pending():
+        said_of = [f"{name}: " + ", ".join(f"{s.where} := {s.value}" for s in stores) for name, stores in waiting.items()]
+        beside.append("; ".join(said_of))
     return table(walked.rows, walked.names, beside, "waits in store buffers")

@@ -29,7 +29,8 @@ def forbidden_by(make: Callable[[], Scenario], recording: Recording) -> list[str
         rest = tuple(other for other in recording.drop if other != site)
         if not fails(make, dataclasses.replace(recording, drop=rest)):
             label, _, context = site.partition("@")
-            found.append(f"SYNC({label}), which was left out{f' of {context}' if context else ''}: with it this trace is impossible")
+            of = f" of {context}" if context else ""
+            found.append(f"SYNC({label}), which was left out{of}: with it this trace is impossible")
     if recording.variant is not None and not fails(make, dataclasses.replace(recording, variant=None)):
         found.append(f"the order of our own code: without the variant {recording.variant} this trace is impossible")
     ahead = overtaking(Walker.of(make, recording).along(recording.choices))

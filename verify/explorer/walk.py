@@ -7,6 +7,7 @@ worked out from the trace itself: who stored and what has been flushed since.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Walked:
     def cost(self) -> tuple[int, int]:
         """What a shorter trace has less of: switches from one context to another, then choices."""
         runs = [context_of(choice) for choice in self.choices]
-        return sum(one != other for one, other in zip(runs, runs[1:], strict=False)), len(runs)
+        return sum(one != other for one, other in itertools.pairwise(runs)), len(runs)
 
     def pending(self) -> list[dict[str, list[Store]]]:
         """Give, for each row, the stores that wait behind it, by context."""
