@@ -241,6 +241,7 @@ int64_t pv_cpu_may_sleep(MemoryObject *domain, MemoryObject *hv, uint32_t vcpu)
         PV_TRY(idle, pv_hv_is_idle(hv, vcpu));
     if (!pending && idle)
         return idle;
+    /* SYNC(cpu_idle): awake before the exchange that takes the flag (full barrier); cpu_is_idle looks the other way round. */
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
     return 0;
 }

@@ -31,10 +31,10 @@ def test_the_production_code_shows_nothing_in_the_same_scenario(name: str, model
     assert result.failure is None, str(result.failure)
 
 
-def test_every_bug_has_a_name_and_a_number_of_its_own_and_tells_its_story() -> None:
+def test_every_bug_has_a_name_of_its_own_and_tells_its_story() -> None:
     bugs = zoo.bugs()
 
-    assert len({bug.name for bug in bugs}) == len({bug.number for bug in bugs}) == len(bugs)
+    assert len({bug.name for bug in bugs}) == len(bugs)
     for bug in bugs:
         assert bug.sentence
         assert len(bug.story) > len(bug.sentence)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from pvbus.actors.hypervisor.irqs import IrqLayer
-from pvbus.shm.layout import FilePage
+from pvbus.shm.layout import FilePage, Port
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Start
 from pvbus.verify.scenarios.xen import XenScenario
@@ -24,9 +24,10 @@ Step = tuple[str, int]
 
 
 class PortLife(XenScenario):
-    """`script`: the hypervisor's steps. `loses`: an event raised while the port is enabled must have come in the end."""
+    """`script`: the hypervisor's steps; every port begins on CPU 0."""
 
     name = "port-life"
+    port_state = Port.UNBOUND  # it can be moved
 
     def __init__(
         self, script: tuple[Step, ...] = (("raise", 1), ("await", 1), ("raise", 1), ("eoi", 1)), *, cpus: int = 1

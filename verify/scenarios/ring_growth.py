@@ -43,8 +43,6 @@ class RingGrowth(XenScenario):
         self.page.store64(FilePage.PROD, prod)
         self.machine.store64(Machine.file(0, File.PROD), prod)
         self.machine.store64(Machine.file(0, File.CONS_SEEN), self.at)
-        if self.unread:  # and the byte that says so lies in the doorbell
-            self.page.store32(FilePage.DOOR, 1)
         for port in self.ports:
             self.path.set_pending(0, port)
 

@@ -18,24 +18,31 @@ from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Start
 from pvbus.verify.scenarios.xen import XenScenario
 
-PORTS = (1, 2)
 MARK = 0xDEAD  # what the next owner of the page writes into it
 
 
 class Unbinding(XenScenario):
-    """`before` are the ports raised just before the call. With `release` the file is closed; otherwise port 1 is unbound."""
+    """`before` are the ports raised just before the call, `pending` those that wait for the CPU from the beginning.
+
+    With `release` the file is closed; otherwise port 1 is unbound.
+    """
 
     name = "unbinding"
 
-    def __init__(self, *, before: tuple[int, ...] = (1,), release: bool = False, cpus: int = 1) -> None:
-        self.before = tuple(before)
+    def __init__(
+        self, *, before: tuple[int, ...] = (1,), pending: tuple[int, ...] = (), ports: tuple[int, ...] = (1, 2),
+        release: bool = False, cpus: int = 1,
+    ) -> None:  # fmt: skip
+        self.before, self.pending, self.ports = tuple(before), tuple(pending), tuple(ports)
         self.release = release
         self.cpus = cpus
         self.delivered = 0
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the CPUs are awake."""
-        self.make(model, ports=PORTS, cpus=self.cpus, variants=variants)
+        self.make(model, ports=self.ports, cpus=self.cpus, variants=variants)
+        for port in self.pending:
+            self.path.set_pending(0, port)
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the hypervisor and the CPUs."""
@@ -51,7 +58,7 @@ class Unbinding(XenScenario):
                 model.ring(self.doorbells[vcpu], "cpu.kick")
         self.call(model, irqs)
         self.delivered = self.page.load64(FilePage.PROD, "freed.look")
-        for at in range(len(self.before)):  # the page is somebody else's
+        for at in range(len(self.before) + len(self.pending)):  # the page is somebody else's
             self.page.store32(FilePage.RING + 4 * at, MARK, "freed.use")
 
     def call(self, model: Model, irqs: IrqLayer) -> None:
@@ -65,13 +72,14 @@ class Unbinding(XenScenario):
         prod = self.page.load64(FilePage.PROD)
         if prod != self.delivered or any(entry != MARK for entry in self.came()):
             return "use after free: an event was put into the ring after the call had returned"
-        for port in PORTS if self.release else (1,):
+        for port in self.ports if self.release else (1,):
             if self.irq(port) & (Irq.SLOT | Irq.IN_SERVICE | Irq.ACTIVE):
                 return f"use after free: the irq word of port {port} is {self.irq(port):#x} after the call had returned"
             if self.domain.load64(Domain.table(Domain.PORT_WORDS, port)) & 7 != Port.FREE:
                 return f"port {port} is still open"
             if self.is_pending(port):
                 return f"port {port} is pending, and free: who gets it next has an event that was not raised for it"
-        if not self.release and prod != len(self.before):
-            return f"{len(self.before)} events were raised before the call, {prod} came"
+        raised = len({*self.before, *self.pending})
+        if not self.release and prod != raised:
+            return f"{raised} events were raised before the call, {prod} came"
         return None

@@ -14,6 +14,7 @@ from pvbus.actors.hypervisor import calls
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.hypervisor.ports import DomainState, EventChannels
 from pvbus.shm._core_explored import Context, EventPath, Memory, UserFile
+from pvbus.shm.channel import cpu_is_idle
 from pvbus.shm.layout import (
     PORTS_2L,
     Domain,
@@ -35,7 +36,9 @@ VALID: Final = 64  # ports that the domain has ever handed out
 
 
 class XenScenario(Scenario):
-    """One domain, one open file in slot 0, its ports of state IPI, so that a notify raises the port itself."""
+    """One domain, one open file in slot 0. Its ports are IPIs unless said otherwise: a notify raises the port itself."""
+
+    port_state = Port.IPI
 
     def make(
         self, model: Model, *, ports: Sequence[int], cpus: int = 1, entries: int = 64, users: int = 1, variants: int = 0
@@ -69,7 +72,7 @@ class XenScenario(Scenario):
 
     def bind(self, port: int, vcpu: int = 0) -> None:
         """Give the file a port, enabled and unmasked."""
-        self.domain.store64(Domain.table(Domain.PORT_WORDS, port), Port.pack(Port.UNBOUND, vcpu=vcpu))
+        self.domain.store64(Domain.table(Domain.PORT_WORDS, port), Port.pack(self.port_state, vcpu=vcpu))
         self.domain.store64(Domain.table(Domain.IRQ_WORDS, port), 1 | Irq.ENABLED)
         self.domain.fetch_or64(Domain.vcpu(vcpu, Vcpu.EVTCHN_MASK) + port // 64 * 8, 1 << port % 64)
         self.page.fetch_or64(FilePage.BITMAP + port // 64 * 8, 1 << port % 64)
@@ -107,9 +110,8 @@ class XenScenario(Scenario):
                 model.spin("again")
 
     def is_idle(self, vcpu: int) -> bool:
-        """Mirror Cpus.is_idle: the CPU sleeps, and no upcall is pending."""
-        sleeping = self.domain.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING), "idle.sleeping")
-        return sleeping == 1 and not self.domain.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING), "idle.flag")
+        """Tell whether the hypervisor takes a CPU for idle."""
+        return cpu_is_idle(self.domain, vcpu)
 
     # ---- what can be seen at the end
 

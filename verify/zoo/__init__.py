@@ -35,7 +35,8 @@ CLEAN: Final = "clean"
 class Bug:
     """One bug: where it shows, how it is put back, what each model must say of it, and where it comes from.
 
-    `number` is its place in the catalogue: 1–30 are the ranked ones, from 31 on those of the shorter list, in its order.
+    `number` is its place in the catalogue: 1–30 are the ranked ones, from 31 on those of the shorter list, in its order;
+    from 47 on bugs of our own. A row of several bugs has several files.
     `scenario(**parameters)` is the production code. What is wrong is one of: `variant` (a defect that can be switched on
     in the machine), `drop` (barriers left out), or `handler(**parameters)`, the scenario with a handler of ours that
     makes the mistake. `search` holds further arguments of explore(), for both, such as a bound on deaths.

@@ -24,7 +24,7 @@ BUG = Bug(
     sentence="a port is unbound while its handler runs: the handler writes into what has been freed",
     scenario=Unbinding,
     handler=Impatient,
-    parameters={"release": True},
+    parameters={"release": True, "ports": (1,), "pending": (1,), "before": ()},
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
         "The upcall loop has found a port and is about to handle it; on another CPU the port's channel is closed and what "

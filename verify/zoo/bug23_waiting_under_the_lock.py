@@ -26,7 +26,7 @@ BUG = Bug(
     sentence="release waits for a handler while it holds the lock that the handler waits for: a deadlock",
     scenario=Unbinding,
     handler=UnderTheLock,
-    parameters={"release": True},
+    parameters={"release": True, "ports": (1,), "pending": (1,), "before": ()},
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
         "Releasing a file needs its ring to be quiet, so it is natural to take the ring's lock first. But unbinding waits "

@@ -22,7 +22,7 @@ class WrongWayRound(Unbinding):
 BUG = Bug(
     number=35,
     name="unbind-before-disable",
-    sentence="the channel is closed before its interrupt is disabled: its last event is lost, or comes to the number's next owner",
+    sentence="the channel is closed before its interrupt is disabled: its last event is lost, or somebody else's",
     scenario=Unbinding,
     handler=WrongWayRound,
     parameters={"release": False, "before": (1,)},
