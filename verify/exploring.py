@@ -17,7 +17,7 @@ from typing import Any, Final
 from pvbus.verify import scenarios, zoo
 from pvbus.verify.explorer import MODELS, VARIANTS
 from pvbus.verify.explorer.scenario import Scenario
-from pvbus.verify.explorer.sites import SITES, check
+from pvbus.verify.explorer.sites import ORDERED, SITES, check
 from pvbus.verify.searching import Job, Run, recorded, search, told, written
 
 SCHEMA: Final = 1
@@ -197,7 +197,7 @@ def listed() -> dict[str, list[dict[str, Any]]]:
         ],
         "variants": variants(),
         "models": [{"name": name, "sentence": MODEL_SENTENCES.get(name, name)} for name in MODELS],
-        "sites": [{"name": name, "sentence": sentence} for name, sentence in SITES.items()],
+        "sites": [{"name": name, "sentence": sentence} for name, sentence in {**SITES, **ORDERED}.items()],
     }  # fmt: skip
 
 

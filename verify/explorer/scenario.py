@@ -45,6 +45,11 @@ class Claim:
     bounds: Mapping[str, Any] = field(default_factory=dict)
 
 
+def claimed(models: str, *parameters: Mapping[str, Any], **bounds: Any) -> tuple[Claim, ...]:
+    """Make claims: each of the parameters under each of the models, which are words."""
+    return tuple(Claim(model, each, bounds) for each in parameters for model in models.split())
+
+
 class Scenario(ABC):
     """One situation to be searched."""
 
