@@ -80,6 +80,27 @@ int64_t pv_clear_pending(MemoryObject *domain, uint32_t port)
     return 0;
 }
 
+/* Is an event pending, or noted for the time when the event array has a word for it?  Acquire: what is read behind it is not older. */
+int64_t pv_is_pending(MemoryObject *domain, uint32_t port)
+{
+    int64_t fifo, at;
+    uint64_t pending = 0;
+    PV_TRY(fifo, pv_is_fifo(domain));
+    if (fifo) {
+        PV_TRY(at, pv_fifo_word_at(domain, port));
+        if (at != 0) {
+            uint32_t word;
+            PV_LOAD32(word, domain, at, PV_ACQUIRE, "fifo.word");
+            return (word & PV_FIFO_PENDING) != 0;
+        }
+        PV_LOAD64(pending, domain, PV_QUEUE_WORD(port), PV_ACQUIRE, "fifo.queue");
+        return (pending & PV_QUEUE_PENDING) != 0;
+    }
+    if (port < PV_PORTS_2L)
+        PV_LOAD64(pending, domain, PV_SHARED(evtchn_pending) + 8u * (port / 64), PV_ACQUIRE, "2l.is_pending");
+    return (int64_t)(pending >> (port % 64) & 1);
+}
+
 int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port)
 {
     int64_t fifo, at, r;

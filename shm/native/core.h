@@ -26,6 +26,7 @@ int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi);
 int64_t pv_mask(MemoryObject *domain, uint32_t port);
 int64_t pv_clear_pending(MemoryObject *domain, uint32_t port);
+int64_t pv_is_pending(MemoryObject *domain, uint32_t port);
 int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port); /* both, pending not before the mask */
 /* Set the upcall flag: 1 + vCPU if it was clear. */
 int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu);
