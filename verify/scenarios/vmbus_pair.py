@@ -74,28 +74,40 @@ class Ring:
 
 
 class HostDevice:
-    """A device of the host: it writes into the rings when it is opened, and at every tick while it is open."""
+    """A device of the host: it writes into the rings when it is opened, and at every tick while it is open.
 
-    def __init__(self) -> None:
+    It takes its time to open: `later` is told, and has to call `opened`.
+    """
+
+    def __init__(self, later: Callable[[HostDevice], None]) -> None:
+        self._later = later
         self.rings: Any = None
         self.handle: Handle | None = None
+        self.pages: RingPages | None = None
         self.opens = 0
 
     def on_open(self, handle: Handle, pages: RingPages) -> int | None:
-        """Map the rings."""
-        self.handle, self.rings = handle, pages.memory
-        self.opens += 1
-        return STATUS_SUCCESS
+        """Begin to map the rings."""
+        self.handle, self.pages = handle, pages
+        self._later(self)
+        return None
+
+    def opened(self) -> None:
+        """Have mapped them."""
+        if self.handle is not None and self.pages is not None:
+            self.rings = self.pages.memory
+            self.handle.opened(STATUS_SUCCESS)
 
     def on_opened(self) -> None:
         """Send something."""
+        self.opens += 1
         self.write()
         if self.handle is not None:
             self.handle.signal()
 
     def on_close(self) -> bool:
         """Let the rings go."""
-        self.rings = None
+        self.rings = self.pages = None
         return True
 
     def on_signal(self) -> None:
@@ -307,11 +319,14 @@ class HostSide:
 
     def offer(self, letter: str) -> None:
         """Offer an instance, and remember under which name it can be withdrawn."""
-        device = self.devices[letter] = HostDevice()
+        device = self.devices[letter] = HostDevice(self._opens_later)
         relid = self.server.offer(ECHO, INSTANCES[letter], device)
         channel = self.server.offers.get(relid)
         assert channel is not None
         self.generations[letter] = relid, channel.generation
+
+    def _opens_later(self, device: HostDevice) -> None:
+        self._model.post(self._pair.to_host, ("opened", device), "device.open")
 
     def run(self) -> None:
         """Take what comes, one after the other."""
@@ -322,6 +337,8 @@ class HostSide:
                     self.offer(letter)
                 case ("rescind", letter):
                     self.server.rescind(*self.generations[letter])
+                case ("opened", device):
+                    device.opened()
                 case ("again",):
                     self._post(self.last)   # the heir of a host that died with its last word unrecorded says it again
                 case ("tick",):
