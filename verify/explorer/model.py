@@ -349,6 +349,7 @@ class Model(Primitives):
         """Begin to watch a memory: all of it is shared from now on."""
         if number not in self.footprint.shadowed:
             self.footprint.shadowed.add(number)
+            self.footprint.shared.update(key for key in self.footprint.touched if key >> 40 == number)
             self.footprint.grown = True
 
     def _set_heap(self, number: int, *, live: bool) -> bool:

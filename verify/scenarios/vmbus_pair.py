@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
 
 ECHO: Final = DEVICE_CLASSES["echo"]
+OTHER: Final = DEVICE_CLASSES["kvp"]
 INSTANCES: Final = {letter: uuid.UUID(int=number) for number, letter in enumerate("abc", 1)}
 RING_PAGES: Final = 4  # two rings of a control page and one of data
 INSUFFICIENT_BUFFERS: Final = 19
@@ -73,28 +74,40 @@ class Ring:
 
 
 class HostDevice:
-    """A device of the host: it writes into the rings when it is opened, and at every tick while it is open."""
+    """A device of the host: it writes into the rings when it is opened, and at every tick while it is open.
 
-    def __init__(self) -> None:
+    It takes its time to open: `later` is told, and has to call `opened`.
+    """
+
+    def __init__(self, later: Callable[[HostDevice], None]) -> None:
+        self._later = later
         self.rings: Any = None
         self.handle: Handle | None = None
+        self.pages: RingPages | None = None
         self.opens = 0
 
     def on_open(self, handle: Handle, pages: RingPages) -> int | None:
-        """Map the rings."""
-        self.handle, self.rings = handle, pages.memory
-        self.opens += 1
-        return STATUS_SUCCESS
+        """Begin to map the rings."""
+        self.handle, self.pages = handle, pages
+        self._later(self)
+        return None
+
+    def opened(self) -> None:
+        """Have mapped them."""
+        if self.handle is not None and self.pages is not None:
+            self.rings = self.pages.memory
+            self.handle.opened(STATUS_SUCCESS)
 
     def on_opened(self) -> None:
         """Send something."""
+        self.opens += 1
         self.write()
         if self.handle is not None:
             self.handle.signal()
 
     def on_close(self) -> bool:
         """Let the rings go."""
-        self.rings = None
+        self.rings = self.pages = None
         return True
 
     def on_signal(self) -> None:
@@ -125,20 +138,20 @@ class HostDevice:
 class VmbusPair(Scenario):
     """`toolstack`, `user` and `seconds` say what is asked of the two, each in its order, at any moment.
 
-    toolstack: `offer a`, `rescind a`, `tick` (every device writes); what the host is told while it runs.
-    user: `open`, `close`, `read` (attributes), `exit` (of the driver's module); each call begins when the one before has ended.
-    seconds: the guest's clock moves on, once each. `opens`: the driver opens its channel when it is probed.
-    `offered`: instances that are there from the beginning.
+    toolstack: `offer a`, `rescind a`, `tick` (every device writes), `again` (an heir of the host repeats its last message).
+    users: of each, `open`, `close`, `read` (attributes), `register` (a driver of something else), `exit` (of the driver's module);
+    a call begins when the one before has ended. seconds: the guest's clock moves on, once each.
+    `opens`: the driver opens its channel when it is probed. `offered`: instances that are there from the beginning.
     """
 
     name = "vmbus-pair"
     rings_max = 3
 
     def __init__(
-        self, *, toolstack: tuple[str, ...] = (), user: tuple[str, ...] = (), seconds: tuple[float, ...] = (),
+        self, *, toolstack: tuple[str, ...] = (), users: tuple[tuple[str, ...], ...] = (), seconds: tuple[float, ...] = (),
         opens: bool = False, offered: str = "",
     ) -> None:  # fmt: skip
-        self.toolstack, self.user, self.seconds, self.opens, self.offered = toolstack, user, seconds, opens, offered
+        self.toolstack, self.users, self.seconds, self.opens, self.offered = toolstack, users, seconds, opens, offered
         self.guest: GuestSide | None = None
 
     # ---- pages and contexts
@@ -153,16 +166,15 @@ class VmbusPair(Scenario):
             self.memories.append(Memory(model, RING_PAGES * PAGE))
             model.name(self.memories[number], f"ring{number}")
             model.allocate(self.memories[number])
-        self.to_host, self.to_cpu, self.to_guest, self.to_user = (
-            model.mailbox(f"to {name}") for name in ("host", "cpu", "guest", "user")
-        )
+        self.to_host, self.to_cpu, self.to_guest = (model.mailbox(f"to {name}") for name in ("host", "cpu", "guest"))
+        self.to_users = [model.mailbox(f"to user{number}") for number in range(len(self.users))]
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give all contexts; host and guest are connected, and the first offers have been made."""
         if self.guest is not None:
             self.guest.segment.is_over = True
         self.host = HostSide(self, model)
-        self.guest = GuestSide(self, model)
+        self.guest = self.make_guest(model)
         for letter in self.offered:
             self.host.offer(letter)
         self.events: list[int] = []
@@ -171,8 +183,8 @@ class VmbusPair(Scenario):
         yield "guest", partial(self.guest.run, self.host.early), True
         if self.toolstack:
             yield "toolstack", partial(self._ask_host, model), False
-        if self.user:
-            yield "user", partial(self._ask_guest, model), False
+        for number in range(len(self.users)):
+            yield f"user{number}", partial(self._ask_guest, model, number), False
         if self.seconds:
             yield "timer", partial(self._pass_time, model), False
 
@@ -194,16 +206,20 @@ class VmbusPair(Scenario):
         for command in self.toolstack:
             model.post(self.to_host, (command.split()[0], *command.split()[1:]), "toolstack")
 
-    def _ask_guest(self, model: Model) -> None:
-        for command in self.user:
-            model.post(self.to_guest, ("call", command), "user")
-            model.receive(self.to_user, "user.answer")
+    def _ask_guest(self, model: Model, number: int) -> None:
+        for command in self.users[number]:
+            model.post(self.to_guest, ("call", number, command), "call")
+            model.receive(self.to_users[number], "call.answer")
 
     def _pass_time(self, model: Model) -> None:
         for seconds in self.seconds:
             model.post(self.to_guest, ("time", seconds), "timer")
 
     # ---- what a bug may change
+
+    def make_guest(self, model: Model) -> GuestSide:
+        """Make the guest."""
+        return GuestSide(self, model)
 
     def make_server(self, *arguments: Any) -> Server:
         """Make the host's protocol."""
@@ -228,10 +244,11 @@ class VmbusPair(Scenario):
         """The guest has what the host offers; nobody waits; no ring is lost, or freed and lent; the host has seen no offence."""
         host, guest = self.host, self.guest
         assert guest is not None
-        offered = {
-            channel.relid: channel.instance_id for channel in host.server.offers
-            if channel.state not in GONE_FOR_GUEST and guest.vmbus.running
-        }
+        offered = {c.relid: c.instance_id for c in host.server.offers if c.state not in GONE_FOR_GUEST}
+        if wrong := self._last_words(offered):
+            return wrong
+        if not guest.vmbus.running:
+            offered = {}
         listed = {channel.relid: channel.offer.instance_id for channel in guest.channels}
         if listed != offered:
             return f"the host offers {_letters(offered)}, the guest has {_letters(listed)}"
@@ -247,6 +264,14 @@ class VmbusPair(Scenario):
         if host.server.last_violation:
             return f"the host has seen an offence: {host.server.last_violation}"
         return self.wrong(model)
+
+    def _last_words(self, offered: dict[int, uuid.UUID]) -> str | None:
+        wanted = set(self.offered)
+        for what, *letter in (command.split() for command in self.toolstack):
+            wanted = wanted | set(letter) if what == "offer" else wanted - set(letter)
+        if {INSTANCES[letter] for letter in wanted} == set(offered.values()):
+            return None
+        return f"the toolstack has left {sorted(wanted)} offered, the host has {_letters(offered)}"
 
     def wrong(self, model: Model) -> str | None:
         """Say what else does not hold."""
@@ -294,11 +319,14 @@ class HostSide:
 
     def offer(self, letter: str) -> None:
         """Offer an instance, and remember under which name it can be withdrawn."""
-        device = self.devices[letter] = HostDevice()
+        device = self.devices[letter] = HostDevice(self._opens_later)
         relid = self.server.offer(ECHO, INSTANCES[letter], device)
         channel = self.server.offers.get(relid)
         assert channel is not None
         self.generations[letter] = relid, channel.generation
+
+    def _opens_later(self, device: HostDevice) -> None:
+        self._model.post(self._pair.to_host, ("opened", device), "device.open")
 
     def run(self) -> None:
         """Take what comes, one after the other."""
@@ -309,6 +337,8 @@ class HostSide:
                     self.offer(letter)
                 case ("rescind", letter):
                     self.server.rescind(*self.generations[letter])
+                case ("opened", device):
+                    device.opened()
                 case ("again",):
                     self._post(self.last)   # the heir of a host that died with its last word unrecorded says it again
                 case ("tick",):
@@ -400,27 +430,25 @@ class GuestSide:
                 self.clock.advance(seconds)
                 while (callback := self.timers.pop_due(self.clock.now_ns())) is not None:
                     callback()
-            case ("call", command):
-                self._call(command)
+            case ("call", user, command):
+                self._call(command, lambda _outcome: self._model.post(self._pair.to_users[user], "done", "call.done"))
             case other:
                 raise AssertionError(other)
         self.tasks.pump()
 
-    def _call(self, command: str) -> None:
+    def _call(self, command: str, called: Callable[[Any], None]) -> None:
         device = next(iter(self.bus.devices.values()), None)
         if command == "exit":
-            self.tasks.start(self.vmbus.exit(), self._called)
+            self.tasks.start(self.vmbus.exit(), called)
+        elif command == "register":
+            self.tasks.start(self.bus.register(Driver("other", [OTHER.bytes_le, NULL_GUID])), called)
         elif device is None:
-            self._called(None)
+            called(None)
         elif command == "read":
             self._pair.read(self, device)
-            self._called(None)
+            called(None)
         else:
-            steps = self.open(device.channel) if command == "open" else self.channels.close(device.channel)
-            self.tasks.start(steps, self._called)
-
-    def _called(self, _outcome: Any) -> None:
-        self._model.post(self._pair.to_user, "done", "user.done")
+            self.tasks.start(self.open(device.channel) if command == "open" else self.channels.close(device.channel), called)
 
 
 def _ignore(*_: object) -> None:
