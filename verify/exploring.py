@@ -22,6 +22,7 @@ from pvbus.verify.searching import Job, Run, recorded, search, told, written
 
 SCHEMA: Final = 1
 HELD, BROKEN = 0, 1
+SEARCHES: Final = ("dfs", "dpor", "pct", "random")
 MODEL_SENTENCES: Final = {
     "sc": "sequential consistency: one access after the other",
     "tso": "x86: stores wait in a first-in-first-out buffer, and loads overtake them",
@@ -168,6 +169,8 @@ def _scenario_of(bug: zoo.Bug) -> str:
 
 def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = {name: getattr(arguments, name) for name in ("executions", "seconds", "search", "seed")}
+    if wanted["search"] not in (None, *SEARCHES):
+        raise ValueError(f"--search {wanted['search']!r}: {', '.join(SEARCHES)}")
     for name in ("executions", "seconds"):
         if wanted[name] is not None and wanted[name] <= 0:
             raise ValueError(f"--{name} {wanted[name]}: it has to be more than nothing")

@@ -17,6 +17,7 @@ SITES: Final = {
     "fifo_ready": "without it the CPU starts at an old head and leaves a whole queue unread",
     "fifo_link": "without it a sender links behind a word that has just left its queue: what follows is lost",
     "cpu_sleep": "without it a CPU sleeps with an upcall pending, and nobody rings",
+    "cpu_idle": "without it a CPU that has just taken an upcall looks idle, and a port is closed before its last event",
     "evr_lock": "without it two producers write one slot of an event ring, or use its size from before a growth",
     "evr_publish": "without it a reader gets a port number from an earlier round of the ring",
     "evr_room": "without it a producer overwrites an entry that a reader is still copying",
