@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from pvbus.verify.explorer.search import ReplayError
+from pvbus.verify.explorer import ReplayError
 from pvbus.verify.explorer.walk import DEATH, FLUSH, Walked, Walker, context_of
 
 ATTEMPTS_MAX: Final = 2_000

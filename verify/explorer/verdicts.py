@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pvbus.verify.explorer.search import ReplayError
+from pvbus.verify.explorer import ReplayError
 from pvbus.verify.explorer.walk import LOADED, Walked, Walker
 
 if TYPE_CHECKING:

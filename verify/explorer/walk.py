@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pvbus.verify.explorer.search import ReplayError, follow
+from pvbus.verify.explorer import ReplayError, follow
 from pvbus.verify.explorer.trace import Row, rows_of
 
 if TYPE_CHECKING:
