@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pvbus.verify import scenarios, zoo
-from pvbus.verify.explorer import MODELS, VARIANTS
+from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ORDERED, SITES, check
 from pvbus.verify.searching import Job, Run, recorded, search, told, written
 
 SCHEMA: Final = 1
 HELD, BROKEN = 0, 1
-SEARCHES: Final = ("dfs", "dpor", "pct", "random")
 MODEL_SENTENCES: Final = {
     "sc": "sequential consistency: one access after the other",
     "tso": "x86: stores wait in a first-in-first-out buffer, and loads overtake them",
@@ -200,6 +199,7 @@ def listed() -> dict[str, list[dict[str, Any]]]:
         ],
         "variants": variants(),
         "models": [{"name": name, "sentence": MODEL_SENTENCES.get(name, name)} for name in MODELS],
+        "searches": [{"name": name, "sentence": sentence} for name, sentence in SEARCHES.items()],
         "sites": [{"name": name, "sentence": sentence} for name, sentence in {**SITES, **ORDERED}.items()],
     }  # fmt: skip
 

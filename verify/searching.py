@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -88,7 +87,7 @@ def search(job: Job, *, show: bool) -> Run:
     """Search; `show` how it gets on."""
     arguments: dict[str, Any] = {**job.arguments, **job.bounds}
     progress = None
-    if show and "progress" in inspect.signature(explore).parameters:
+    if show:
         progress = Progress(job.label, executions_max=arguments.get("executions"), seconds=arguments.get("seconds"))
         arguments["progress"] = progress
     began_s = time.monotonic()

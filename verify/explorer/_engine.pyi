@@ -12,6 +12,7 @@ class Engine:
     steps: int
     states: int
     depth: int
+    waiting: int
     alone: int
     grown: bool
     cut: bool
