@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -129,10 +130,8 @@ def _stress(arguments: argparse.Namespace) -> int:
 
 
 def _explorer(arguments: argparse.Namespace) -> int:
-    try:
-        import greenlet  # noqa: F401
-    except ImportError:
-        raise OSError("the explorer needs greenlet, which is not installed here: pip install greenlet") from None
+    if importlib.util.find_spec("greenlet") is None:
+        raise OSError("the explorer needs greenlet, which is not installed here: pip install 'pvbus[explorer]'")
     from pvbus.verify import exploring, replaying, zooing
 
     commands = {"explore": exploring.command, "zoo": zooing.command, "replay": replaying.command}

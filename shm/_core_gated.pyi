@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine's core with the baton gate (shm/native/gate.h); otherwise as _core."""
+# The machine's core with the baton gate (shm/native/gate.h); otherwise as _core.
 
 from pvbus.shm._core import *  # noqa: F403
 

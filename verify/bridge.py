@@ -9,7 +9,7 @@ step of the trace (a location that only one process touches) is not held up at a
 Only a trace under `sc` can be followed: real processes cannot be told what their store buffers do.
 
     gate = Gate.make(path)
-    gate.write(steps, {"cpu0": "cpu/0.0"})
+    gate.write(steps_of(walked), {"cpu0": "cpu/0.0"})
     gate.hold()     # raise what the scenario has pending at the start
     gate.play()
     gate.await_end(seconds)
@@ -20,16 +20,18 @@ Only a trace under `sc` can be followed: real processes cannot be told what thei
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pvbus.shm.layout import Domain, FilePage, Machine, PublicPage, SubmissionRing
 from pvbus.shm.memory import Memory, enter_gate
 
 if TYPE_CHECKING:
-    from pvbus.verify.explorer.walk import Step
+    from pvbus.verify.explorer.walk import Walked
 
 STEPS_MAX: Final = 1_000
 CONTEXTS_MAX: Final = 8
@@ -44,8 +46,43 @@ LOOK_S: Final = 0.002
 VIRQ_FIRST: Final = 3  # global ones that no kernel holds here
 
 
+# How the scenarios of an open file call what a process knows by its size, and the doorbells by what is done to them.
+_SIZES: Final = {
+    "machine": Machine.BYTES, "domain": Domain.BYTES, "page": FilePage.BYTES, "public": PublicPage.BYTES,
+    "ring0": SubmissionRing.BYTES,
+}  # fmt: skip
+_BELLS: Final = {"ring door": "door.send", "take door": "door.take", "woken by door": "door.wait", "ring kick": "kick"}
+_ACCESS: Final = re.compile(r"(\S+) (\w+)\+(0x[0-9a-f]+) ")
+_BELL: Final = re.compile(r"\* (\w+(?: by)? \w+)")
+_NO_STEP: Final = ("--", "[")
+
+
+class Step(NamedTuple):
+    """An access, or something done to a doorbell, as a real process makes it: the memory by its size, 0 for a doorbell."""
+
+    context: str
+    site: str
+    size: int
+    offset: int
+
+
 class BridgeError(ValueError):
     """A trace that real processes cannot follow; the text says why."""
+
+
+def steps_of(walked: Walked) -> list[Step]:
+    """Give the steps of a trace under `sc`. BridgeError for one that no process can follow."""
+    found = []
+    for row in walked.rows:
+        if row.text.startswith(_NO_STEP):
+            continue
+        if (bell := _BELL.match(row.text)) is not None and bell[1] in _BELLS:
+            found.append(Step(row.context, _BELLS[bell[1]], 0, 0))
+        elif (access := _ACCESS.match(row.text)) is not None and access[2] in _SIZES and " <- " not in row.text:
+            found.append(Step(row.context, access[1], _SIZES[access[2]], int(access[3], 16)))
+        else:
+            raise BridgeError(f"{row.context}: {row.text!r} is nothing that a process of a machine can be held up at")
+    return found
 
 
 class Gate:

@@ -7,7 +7,7 @@ Exit codes as those of every verb: 0 all held, 1 something failed, 2 usage.
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pvbus.verify import scenarios, zoo
-from pvbus.verify.explorer import MODELS, VARIANTS
+from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
 from pvbus.verify.explorer.scenario import Scenario
-from pvbus.verify.explorer.sites import SITES, check
+from pvbus.verify.explorer.sites import ORDERED, SITES, check
 from pvbus.verify.searching import Job, Run, recorded, search, told, written
 
 SCHEMA: Final = 1
@@ -88,7 +88,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     """Give the searches that a command line asks for. ValueError names what makes no sense."""
     settings = dict(_setting(text) for text in arguments.set)
     models = _models(arguments.model)
-    bug = _bug(arguments.variant) if arguments.variant else None
+    bug = _bug(arguments.variant, arguments.scenario) if arguments.variant else None
     drop = tuple(check(site) for site in arguments.drop)
     bounds = _bounds(arguments)
     if arguments.all and (settings or arguments.variant or drop):
@@ -109,7 +109,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             continue
         given = scenarios.read_parameters(kind, settings)
         for model in models or ("sc",):
-            yield _job(kind, given, model, bug, drop, bounds)
+            job = _job(kind, given, model, bug, drop, bounds)
+            yield job if bug is not None or not arguments.variant else dataclasses.replace(job, variant=arguments.variant)
 
 
 def _job(
@@ -151,10 +152,13 @@ def _models(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _bug(name: str) -> zoo.Bug:
+def _bug(name: str, wanted: list[str]) -> zoo.Bug | None:
+    """Find the bug that a variant is; None for a variant of the machine that no bug of the zoo shows, if scenarios are named."""
     for bug in zoo.bugs():
         if name in (bug.variant, bug.name):
             return bug
+    if name in VARIANTS and wanted:
+        return None
     raise ValueError(f"no variant {name!r}: {', '.join(item['name'] for item in variants())}")
 
 
@@ -164,6 +168,8 @@ def _scenario_of(bug: zoo.Bug) -> str:
 
 def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = {name: getattr(arguments, name) for name in ("executions", "seconds", "search", "seed")}
+    if wanted["search"] not in (None, *SEARCHES):
+        raise ValueError(f"--search {wanted['search']!r}: {', '.join(SEARCHES)}")
     for name in ("executions", "seconds"):
         if wanted[name] is not None and wanted[name] <= 0:
             raise ValueError(f"--{name} {wanted[name]}: it has to be more than nothing")
@@ -174,13 +180,11 @@ def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def variants() -> list[dict[str, str]]:
-    """Give each variant of a handler: a defect of the machine that can be switched on, or a bug of the zoo."""
-    found = [
-        {"name": bug.variant or bug.name, "sentence": bug.sentence, "scenario": _scenario_of(bug)} for bug in zoo.bugs()
-    ]
-    named = {item["name"] for item in found}
-    found += [{"name": name, "sentence": "a variant of the machine", "scenario": ""} for name in VARIANTS if name not in named]
-    return [next(group) for _, group in itertools.groupby(sorted(found, key=lambda item: item["name"]), key=lambda item: item["name"])]
+    """Give each variant of a handler, and the scenario that shows it: the bugs of the zoo, by the name of the machine's variant
+    where it has one.
+    """
+    found = [{"name": bug.variant or bug.name, "sentence": bug.sentence, "scenario": _scenario_of(bug)} for bug in zoo.bugs()]
+    return sorted({item["name"]: item for item in reversed(found)}.values(), key=lambda item: item["name"])
 
 
 def listed() -> dict[str, list[dict[str, Any]]]:
@@ -195,7 +199,8 @@ def listed() -> dict[str, list[dict[str, Any]]]:
         ],
         "variants": variants(),
         "models": [{"name": name, "sentence": MODEL_SENTENCES.get(name, name)} for name in MODELS],
-        "sites": [{"name": name, "sentence": sentence} for name, sentence in SITES.items()],
+        "searches": [{"name": name, "sentence": sentence} for name, sentence in SEARCHES.items()],
+        "sites": [{"name": name, "sentence": sentence} for name, sentence in {**SITES, **ORDERED}.items()],
     }  # fmt: skip
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from pvbus.verify import scenarios, zoo
 from pvbus.verify.explorer import ReplayError
 from pvbus.verify.explorer.recording import Recording, RecordingError, read
-from pvbus.verify.explorer.trace import table
-from pvbus.verify.explorer.verdicts import forbidden_by
-from pvbus.verify.explorer.walk import Chooser, Walked, Walker, stop_there
+from pvbus.verify.explorer.walk import Walked, Walker
+from pvbus.verify.searching import drawn, told
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.scenario import Scenario
@@ -35,10 +33,8 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--then {arguments.then} needs --until N: from where on")
     if (differs := recording.differs()) is not None:
         print(f"pvbus replay: {differs}", file=sys.stderr)
-    choices = recording.choices if arguments.until is None else recording.choices[: arguments.until]
-    then = _chooser(arguments.then, arguments.seed, sys.stderr if arguments.json else sys.stdout)
     try:
-        walked = Walker.of(make(), recording).along(choices, then=then, traced=True)
+        walked = _walk(Walker.of(make, recording), recording, arguments)
     except ReplayError as error:
         raise ValueError(f"{arguments.file} does not fit here: {error}") from None
     if arguments.json:
@@ -46,6 +42,18 @@ def command(arguments: argparse.Namespace) -> int:
     else:
         _tell(recording, make, walked, whole=arguments.until is None)
     return HELD if walked.kind is None else BROKEN
+
+
+def _walk(walker: Walker, recording: Recording, arguments: argparse.Namespace) -> Walked:
+    choices = recording.choices if arguments.until is None else recording.choices[: arguments.until]
+    if arguments.then == "random":
+        return walker.along(choices, then="random", seed=arguments.seed)
+    walked = walker.along(choices)
+    if arguments.then == "step":
+        asked = _Steps(sys.stderr if arguments.json else sys.stdout)
+        while walked.open and (choice := asked.choose(walked)) is not None:
+            walked = walker.along([*walked.choices, choice])
+    return walked
 
 
 def load(path: Path) -> Recording:
@@ -71,44 +79,40 @@ def maker(recording: Recording) -> Callable[[], Scenario]:
 def _as_dict(recording: Recording, walked: Walked, differs: str | None) -> dict[str, Any]:
     return {
         "scenario": recording.scenario, "model": recording.model, "verdict": "failed" if walked.kind else "held",
-        "kind": walked.kind, "message": walked.message, "choices": list(walked.choices), "ended": walked.ended,
+        "kind": walked.kind, "message": walked.message, "choices": list(walked.choices), "open": list(walked.open),
         "same_code": differs is None, "trace": [row._asdict() for row in walked.rows],
     }  # fmt: skip
 
 
 def _tell(recording: Recording, make: Callable[[], Scenario], walked: Walked, *, whole: bool) -> None:
-    print(table(walked.rows, walked.names))
+    if whole and walked.kind is not None:
+        print(told(recording, make, walked))
+        return
+    print(drawn(walked))
     print()
     if walked.kind is not None:
         print(f"{walked.kind}: {walked.message}")
-        if whole:
-            for sentence in forbidden_by(make, recording):
-                print(f"forbidden by {sentence}")
-    elif walked.ended:
-        print("nothing fails: everyone has come to an end or sleeps, as it should be")
-    else:
+    elif walked.open:
         print(f"after {len(walked.choices)} of {len(recording.choices)} choices; go on with --then random or --then step")
-
-
-# ---- who goes on
-
-
-def _chooser(then: str | None, seed: int, out: Any) -> Chooser:
-    if then == "random":
-        chance = random.Random(seed)
-        return lambda choices, _last: chance.choice(choices)
-    return _Steps(out) if then == "step" else stop_there
+    else:
+        print("nothing fails: everyone has come to an end or sleeps, as it should be")
 
 
 class _Steps:
     """Ask, before each step, who goes on: a number, or nothing for the first; the end of the input ends the walk."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: TextIO) -> None:
         self.out = out
+        self.shown = 0
 
-    def __call__(self, choices: list[str], _last: str) -> str | None:
+    def choose(self, walked: Walked) -> str | None:
+        """Show what has happened since the last question, and ask."""
+        for row in walked.rows[self.shown :]:
+            if not row.text.startswith("["):
+                print(f"  {row.context}: {row.text}", file=self.out)
+                self.shown += 1
+        offered = "  ".join(f"{number} {choice}" for number, choice in enumerate(walked.open, 1))
         while True:
-            offered = "  ".join(f"{number} {choice}" for number, choice in enumerate(choices, 1))
             print(f"who goes on?  {offered}  (a number, q ends) ", end="", file=self.out, flush=True)
             line = sys.stdin.readline()
             answer = line.strip()
@@ -116,7 +120,7 @@ class _Steps:
                 print(file=self.out)
                 return None
             if not answer:
-                return choices[0]
-            if answer.isascii() and answer.isdecimal() and 1 <= int(answer) <= len(choices):
-                return choices[int(answer) - 1]
-            print(f"{answer!r} is none of 1 to {len(choices)}", file=self.out)
+                return walked.open[0]
+            if answer.isascii() and answer.isdecimal() and 1 <= int(answer) <= len(walked.open):
+                return walked.open[int(answer) - 1]
+            print(f"{answer!r} is none of 1 to {len(walked.open)}", file=self.out)

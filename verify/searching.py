@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pvbus.verify.explorer.recording import Recording, fingerprint
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
-from pvbus.verify.explorer.walk import Walker
+from pvbus.verify.explorer.walk import Walked, Walker
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.scenario import Scenario
@@ -88,7 +87,7 @@ def search(job: Job, *, show: bool) -> Run:
     """Search; `show` how it gets on."""
     arguments: dict[str, Any] = {**job.arguments, **job.bounds}
     progress = None
-    if show and "progress" in inspect.signature(explore).parameters:
+    if show:
         progress = Progress(job.label, executions_max=arguments.get("executions"), seconds=arguments.get("seconds"))
         arguments["progress"] = progress
     began_s = time.monotonic()
@@ -102,7 +101,9 @@ def search(job: Job, *, show: bool) -> Run:
 
 def recorded(job: Job, failure: Failure) -> Recording:
     """Shorten a failure, and make its recording."""
-    walker = Walker(job.make(), model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, deaths=job.bounds.get("deaths", 0))
+    walker = Walker(
+        job.make, model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, bounds=job.bounds,
+    )  # fmt: skip
     short = shrink(walker, failure.choices, failure.kind)
     return Recording(
         scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=short.choices, shared=failure.shared,
@@ -118,9 +119,17 @@ def written(recording: Recording, directory: Path) -> Path:
     return path
 
 
-def told(recording: Recording, make: Callable[[], Scenario]) -> str:
+def told(recording: Recording, make: Callable[[], Scenario], walked: Walked | None = None) -> str:
     """Say what failed: the trace with a column a context, and what would forbid it."""
-    walked = Walker.of(make(), recording).along(recording.choices, traced=True)
-    forbidding = forbidden_by(make, recording) or ["nothing that was tried"]
-    lines = [f"{recording.kind}: {recording.message}", "", table(walked.rows, walked.names), ""]
-    return "\n".join([*lines, *(f"forbidden by {sentence}" for sentence in forbidding)])
+    walked = walked or Walker.of(make, recording).along(recording.choices)
+    lines = [f"{recording.kind}: {recording.message}", "", drawn(walked), "", "this trace is forbidden by"]
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in forbidden_by(make, recording) or ["nothing that was tried"])])
+
+
+def drawn(walked: Walked) -> str:
+    """Draw the steps of a walk, and what waits in store buffers behind each."""
+    beside = []
+    for waiting in walked.pending():
+        said_of = [f"{name}: " + ", ".join(f"{s.where} := {s.value}" for s in stores) for name, stores in waiting.items()]
+        beside.append("; ".join(said_of))
+    return table(walked.rows, walked.names, beside, "waits in store buffers")

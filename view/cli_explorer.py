@@ -21,7 +21,7 @@ class MakeVerb(Protocol):
 
 def add_verbs(verb: MakeVerb) -> None:
     """Add the parsers."""
-    explore = verb("explore", "search the interleavings of scenarios over the production code", of_machine=False)
+    explore = verb("explore", "search every interleaving of the production code", of_machine=False)
     explore.add_argument("scenario", nargs="*", metavar="SCENARIO", help="which (default: every one, or that of --variant)")
     explore.add_argument("--model", metavar="M", help="sc, tso or arm, several with commas, or all (default: sc)")
     explore.add_argument("--search", metavar="S", help="how: dfs, dpor, pct or random (default: the explorer's)")

@@ -13,10 +13,10 @@ import pytest
 
 from pvbus.shm.memory import GATE
 from pvbus.tests.view.support import RUN_S_MAX
-from pvbus.verify.bridge import BridgeError, Gate
+from pvbus.verify.bridge import BridgeError, Gate, steps_of
 from pvbus.verify.explorer import explore
 from pvbus.verify.explorer.shrink import shrink
-from pvbus.verify.explorer.walk import Walked, Walker, keep_going
+from pvbus.verify.explorer.walk import Walked, Walker
 from pvbus.verify.scenarios.event_ring import EventRing
 from pvbus.view.explain import explain
 from pvbus.view.pytest_plugin import environment
@@ -36,18 +36,18 @@ END_S_MAX = 10.0
 HUNG_S = 0.3  # a reader that is told reads within a millisecond
 
 
-def lost_wake_up() -> tuple[Walker, Walked]:
-    """Give the walker and the trace of zoo 1: no hint but the variant."""
+def lost_wake_up() -> tuple[Walked, tuple[int, ...]]:
+    """Give the trace of zoo 1, and the locations that it needs: no hint but the variant."""
     failure = explore(EventRing(events=EVENTS), variant=DRIVER).failure
     assert failure is not None
-    walker = Walker(EventRing(events=EVENTS), model="sc", variant=DRIVER, shared=failure.shared)
-    return walker, shrink(walker, failure.choices, failure.kind)
+    walker = Walker(lambda: EventRing(events=EVENTS), model="sc", variant=DRIVER, shared=failure.shared)
+    return shrink(walker, failure.choices, failure.kind), failure.shared
 
 
-def ours(trace: Walked, shared: tuple[int, ...]) -> Walked:
+def ours(choices: tuple[str, ...], shared: tuple[int, ...]) -> Walked:
     """Give the same schedule over our own order: as far as it fits, then to the end."""
-    walker = Walker(EventRing(events=EVENTS), model="sc", shared=shared)
-    return walker.along(trace.choices, lenient=True, then=keep_going)
+    walker = Walker(lambda: EventRing(events=EVENTS), model="sc", shared=shared)
+    return walker.along(walker.fitted(choices), then="first")
 
 
 @contextmanager
@@ -76,14 +76,15 @@ def said(process: subprocess.Popen[bytes], seconds: float) -> list[str]:
 def followed(machine: Any, gate: Gate, trace: Walked, process: subprocess.Popen[bytes]) -> list[int]:
     """Raise both events behind the gate, and let everybody follow the trace to its end. Return the ports."""
     ports = [int(port) for port in said(process, RUN_S_MAX)[1:]]
-    gate.write(trace.steps, PROCESSES)
+    steps = steps_of(trace)
+    gate.write(steps, PROCESSES)
     gate.hold()
     for number in range(EVENTS):
         machine.raise_virq(3 + number)
     assert process.stdin is not None
     process.stdin.write(b"go\n")
     gate.play()
-    assert gate.await_end(END_S_MAX), f"stands at step {gate.turn} of {gate.steps}: {trace.steps[gate.turn]}"
+    assert gate.await_end(END_S_MAX), f"stands at step {gate.turn} of {gate.steps}: {steps[gate.turn]}"
     return ports
 
 
@@ -95,7 +96,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 def test_in_the_driver_s_order_the_reader_of_a_real_machine_sleeps_for_ever(gate: Gate, pvbus_boot: Any) -> None:
-    _, trace = lost_wake_up()
+    trace, _ = lost_wake_up()
     booted = pvbus_boot(CONFIG.format(variants=f'variants = ["{DRIVER}"]'))
 
     with reader(booted.name) as process:
@@ -110,9 +111,9 @@ def test_in_the_driver_s_order_the_reader_of_a_real_machine_sleeps_for_ever(gate
 
 
 def test_on_the_same_schedule_our_reader_gets_both_events(gate: Gate, pvbus_boot: Any) -> None:
-    walker, trace = lost_wake_up()
-    schedule = ours(trace, tuple(walker.model.footprint.shared))
-    assert (schedule.ended, schedule.kind) == (True, None)
+    trace, shared = lost_wake_up()
+    schedule = ours(trace.choices, shared)
+    assert (schedule.kind, schedule.open) == (None, ())
     booted = pvbus_boot(CONFIG.format(variants=""))
 
     with reader(booted.name) as process:
@@ -123,7 +124,7 @@ def test_on_the_same_schedule_our_reader_gets_both_events(gate: Gate, pvbus_boot
 
 
 def test_a_step_of_a_context_that_no_process_stands_for_is_refused(tmp_path: Path) -> None:
-    _, trace = lost_wake_up()
+    trace, _ = lost_wake_up()
 
     with pytest.raises(BridgeError, match="one of reader, which no process"):
-        Gate.make(tmp_path / "gate").write(trace.steps, {"cpu0": "cpu/0.0"})
+        Gate.make(tmp_path / "gate").write(steps_of(trace), {"cpu0": "cpu/0.0"})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a failing execution shorter: fewer preemptions first, then fewer choices.
+"""Make a failing execution shorter: fewer switches from one context to another first, then fewer choices.
 
 Each attempt is an execution of the production code (walk.py): a list of choices with some left out, or with a context's
-turns moved together, is walked as far as it fits and then finished without preemptions. It counts if the same kind of
-failure comes of it. Attempts are bounded, so the result is short, not shortest.
+turns moved together, is walked as far as it fits and then finished. It counts if the same kind of failure comes of it.
+Attempts are bounded, so the result is short, not shortest.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from pvbus.verify.explorer.walk import FLUSH, Walked, Walker, context_of, keep_going
+from pvbus.verify.explorer import ReplayError
+from pvbus.verify.explorer.walk import DEATH, FLUSH, Walked, Walker, context_of
 
 ATTEMPTS_MAX: Final = 2_000
 SECONDS_MAX: Final = 10.0
+BEGINNINGS_MAX: Final = 64
 
 
-def shrink(walker: Walker, choices: Sequence[str], kind: str) -> Walked:
+def shrink(walker: Walker, choices: Sequence[str], kind: str, *, attempts_max: int = ATTEMPTS_MAX) -> Walked:
     """Give the shortest walk found that fails in the same way; at worst that of `choices` itself."""
-    best = walker.along(choices, lenient=True, then=keep_going)
-    if best.kind != kind:  # finishing it changed it: it is what it is
-        return walker.along(choices, lenient=True)
-    attempts, until = 0, time.monotonic() + SECONDS_MAX
+    best = walker.along(choices)
+    until_s = time.monotonic() + SECONDS_MAX
     tried: set[tuple[str, ...]] = set()
     better = True
     while better:
@@ -32,33 +32,36 @@ def shrink(walker: Walker, choices: Sequence[str], kind: str) -> Walked:
             if candidate in tried:
                 continue
             tried.add(candidate)
-            attempts += 1
-            if attempts > ATTEMPTS_MAX or time.monotonic() > until:
+            if len(tried) > attempts_max or time.monotonic() > until_s:
                 return best
-            walked = walker.along(candidate, lenient=True, then=keep_going)
-            if walked.kind == kind and walked.cost < best.cost:
+            walked = _finished(walker, candidate)
+            if walked is not None and walked.kind == kind and walked.cost < best.cost:
                 best, better = walked, True
                 break
     return best
 
 
+def _finished(walker: Walker, candidate: tuple[str, ...]) -> Walked | None:
+    try:
+        return walker.along(walker.fitted(candidate), then="first")
+    except ReplayError:  # it had come to its end before
+        return None
+
+
 def _shorter(choices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Give candidates: beginnings, then with a run of one context left out or moved, then with one choice left out."""
-    step = max(1, len(choices) // 64)
-    for length in range(0, len(choices), step):
+    for length in range(0, len(choices), max(1, len(choices) // BEGINNINGS_MAX)):
         yield choices[:length]
     runs = _runs(choices)
     for i in range(len(runs)):
         yield _joined(runs[:i] + runs[i + 1 :])
-    for i in range(1, len(runs) - 1):  # B A B: A before or behind both
+    for i in range(1, len(runs) - 1):  # A B A: B before or behind both
         if context_of(runs[i - 1][0]) == context_of(runs[i + 1][0]):
             yield _joined([*runs[: i - 1], runs[i], runs[i - 1], *runs[i + 1 :]])
             yield _joined([*runs[:i], runs[i + 1], runs[i], *runs[i + 2 :]])
     for i, choice in enumerate(choices):
-        if FLUSH in choice:  # a store that reaches memory later
+        if FLUSH in choice or DEATH in choice:  # a store that reaches memory later, a death that is not needed
             yield (*choices[:i], *choices[i + 1 :])
-    for i in range(len(choices)):
-        yield (*choices[:i], *choices[i + 1 :])
 
 
 def _runs(choices: Sequence[str]) -> list[tuple[str, ...]]:

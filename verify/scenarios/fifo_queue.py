@@ -15,7 +15,7 @@ from typing import Final
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.layout import ABI_FIFO, PORTS_FIFO, Domain, Fifo, File, FilePage, Irq, Machine, Port, Vcpu
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 
 RING_ENTRIES: Final = 64
 CONTROL: Final = Domain.guest_page(0)
@@ -36,6 +36,11 @@ class FifoQueue(Scenario):
     """
 
     name = "fifo-queue"
+    claims = claimed(
+        "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
+        {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},
+        {"script": (("eoi", 1), ("raise", 1)), "before": (1,)},
+    )  # fmt: skip
 
     def __init__(
         self, script: tuple[tuple[str, int], ...] = (("raise", 1), ("raise", 2)), *, before: tuple[int, ...] = (),

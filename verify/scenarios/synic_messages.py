@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
 
 VECTOR: Final = 0x37
-_SLOT: Final = Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, 0)
+SLOT: Final = Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, 0)
 
 
 class SynicMessages(Scenario):
@@ -71,11 +71,11 @@ class SynicMessages(Scenario):
         self.polled: list[int] = []
         host = self._host(model)
         self._make_ports(host)
+        if self.poller:
+            yield "poller", partial(self.poll, model), False
         yield "host", partial(self._serve, model, host), True
         for vp in range(self.cpus):
             yield f"cpu{vp}", partial(self._cpu, model, vp), True
-        if self.poller:
-            yield "poller", partial(self.poll, model), False
 
     def _cpu(self, model: Model, vp: int) -> None:
         loops.hyperv_cpu(model, self.path, self.hv, vp, self.irqs[vp], exits=self.exits)
@@ -113,20 +113,20 @@ class SynicMessages(Scenario):
     def poll(self, model: Model) -> None:
         """Look at the slot of CPU 0 as the crash path does: copy, free, pay the EOM that is owed. The tasklet does it in C."""
         memory: Any = self.hv
-        kind = memory.load32_acquire(_SLOT + Slot.TYPE, "syn_publish")
+        kind = memory.load32_acquire(SLOT + Slot.TYPE, "syn_publish")
         if not kind:
             return
-        number = memory.load64(_SLOT + Slot.PAYLOAD, "poll.copy")
+        number = memory.load64(SLOT + Slot.PAYLOAD, "poll.copy")
         if self.frees(memory, kind):
             self.polled.append(number)
         memory.smp_mb("syn_slot")
-        if memory.load32(_SLOT + Slot.META, "poll.pending") & Slot.META_PENDING:
+        if memory.load32(SLOT + Slot.META, "poll.pending") & Slot.META_PENDING:
             model.ring(self.wrmsr, "WRMSR")
             loops.ring_eventfd(model, memory, self.exits, "EOM")
 
     def frees(self, memory: Any, kind: int) -> bool:
         """Free the slot; give whether it was this message's still."""
-        return bool(memory.compare_exchange32(_SLOT + Slot.TYPE, kind, 0, "poll.free") == kind)
+        return bool(memory.compare_exchange32(SLOT + Slot.TYPE, kind, 0, "poll.free") == kind)
 
     def taken(self) -> list[list[int]]:
         """Give what lies in the work ring, by CPU, in order."""
