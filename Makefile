@@ -14,7 +14,7 @@ endif
 
 VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check --no-input
-NATIVE  := $(wildcard shm/native/*.c shm/native/*.h)
+NATIVE  := $(wildcard shm/native/*.c shm/native/*.h verify/explorer/native/*.c verify/explorer/native/*.h)
 SETUP   := $(VENV)/.setup-done
 # The requirements of one extra of pyproject.toml, a line each, without building the project a second time.
 EXTRA    = $(VENV)/bin/python -c 'import sys, tomllib; \
@@ -44,7 +44,7 @@ $(SETUP): pyproject.toml $(NATIVE)
 	$(CHECKS)
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "building pvbus into $(VENV)"
-	@rm -f shm/_core*.so
+	@rm -f shm/_core*.so verify/explorer/_engine*.so
 	@$(PIP) install --editable .
 	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored'
 	@touch $@
@@ -76,5 +76,5 @@ bench: $(SETUP) $(VENV)/.extra-bench-done
 
 clean:
 	rm -rf $(VENV) build dist pvbus.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache artifacts
-	rm -f shm/_core*.so
+	rm -f shm/_core*.so verify/explorer/_engine*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@
 #include <stdint.h>
 #include <stddef.h>
 
+#include "model_api.h"
+
 #define PV_DEAD INT64_MIN
 
 typedef struct {
@@ -26,6 +28,8 @@ typedef struct {
     size_t size;
     int writable;
     PyObject *model;    /* explorer only: who answers the call-outs */
+    const struct pv_model_api *api; /* explorer only: the same in C, or NULL */
+    uint32_t number;    /* of this memory in that model */
 } MemoryObject;
 
 enum pv_op { PV_OR, PV_AND, PV_XCHG, PV_ADD };

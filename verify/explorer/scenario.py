@@ -7,10 +7,10 @@ What a scenario finds in its model, beside the Memory objects that it makes over
     in prepare()                                    in contexts
     bell = model.bell("door")                       model.ring(bell, site), model.take(bell, site), model.wait(bell, site)
     box = model.mailbox("host to guest")            model.post(box, message, site), model.receive(box, site)
-    lock = model.lock("file")                       model.acquire(lock, site), model.release(lock, site), model.inherit(lock, site)
+    lock = model.lock("file")                       model.acquire(lock, site), model.release(lock, site), model.inherit(lock)
     model.ticks(5_000_000_000, at_most=1)           model.clock(site): stands still or moves on by a tick, a choice
     model.allocate(memory)                          model.allocate(memory, site, may_fail=True), model.free(memory, site)
-    mortal = ("cpu0",)                              dies at any step, `explore(deaths=1)`; model.await_death("cpu0") begins its heir
+    mortal = ("cpu0",)                              model.await_death("cpu0"), how its heir begins; explore(deaths=1)
                                                     model.choose(n, site): a number from 0 to n - 1
 
 Every access to a Memory that has been freed is a failure; an object of Python logic that may be freed is represented by a
