@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from pvbus.actors.runtime.config import VARIANTS  # bits of the machine header's variants word
 from pvbus.verify.explorer.execution import (
     DEPTH_FIRST,
     FAILED,
@@ -34,7 +35,7 @@ from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
 
-VARIANTS: Final = {"driver-wakeup-order": 1}  # bits of the machine header's variants word
+
 SEARCHES: Final = {
     "dfs": "every execution, by states and partial order reduction",
     "dpor": "every execution, by partial order reduction and sleep sets",

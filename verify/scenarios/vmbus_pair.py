@@ -302,7 +302,7 @@ class HostSide:
     """Server in its context, fed by the toolstack and by hypercalls."""
 
     def __init__(self, pair: VmbusPair, model: Model) -> None:
-        self._pair, self._model = pair, model
+        self._pair, self._model, self._runs = pair, model, False
         self.early: list[bytes] = []    # before anybody runs
         self.last = b""
         self.devices: dict[str, HostDevice] = {}
@@ -313,7 +313,7 @@ class HostSide:
 
     def _post(self, payload: bytes) -> int:
         self.last = payload
-        if self._model.running is None:
+        if not self._runs:
             self.early.append(payload)
         else:
             self._model.post(self._pair.to_cpu, ("message", Said(payload)), "SynIC")
@@ -341,6 +341,7 @@ class HostSide:
     def run(self) -> None:
         """Take what comes, one after the other."""
         pair, model = self._pair, self._model
+        self._runs = True
         while True:
             match model.receive(pair.to_host, "host.take"):
                 case ("offer", letter):

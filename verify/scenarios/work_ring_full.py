@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A message comes while the work ring is full, on a machine with one processor: does the tasklet give way to who makes room?
 
-Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps, as its process does with a message that waits)
+Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps for a millisecond, as its process does with a message that waits)
 and the workqueue, which shares the processor: it runs when the CPU has left its tasklet, and handles one item.
 """
 
@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from pvbus.shm.hyperv import MESSAGE_VMBUS, Header, Slot, Vp, Work
+from pvbus.verify.scenarios import loops
 from pvbus.verify.scenarios.work_ring import NUMBER_FIRST, WorkRings
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class WorkRingFull(WorkRings):
     def prepare(self, model: Model, variants: int) -> None:
         """Fill slot and ring."""
         super().prepare(model, variants)
+        self.nap = model.bell("nap")
         self.hv.store32(Work.at(0, Work.STATE), Work.FILLED)
         self.hv.store32(Work.at(0, Work.MESSAGE + Slot.TYPE), MESSAGE_VMBUS)
         self.hv.store32(Work.at(0, Work.NUMBER), NUMBER_FIRST - 1)
@@ -44,7 +46,8 @@ class WorkRingFull(WorkRings):
         self.path.hv_run(0, 0)
         model.ring(self.bell, "cpu.idle")
         while self.hv.load32(Vp.at(0, Vp.TASKLETS), "hv.tasklets"):
-            model.spin("cpu.nap")
+            model.wait(self.nap, "cpu.nap")
+            model.take(self.nap, "cpu.nap.over")
             self.path.hv_run(0, 0)
 
     def _takes_one(self, model: Model) -> None:
@@ -53,6 +56,7 @@ class WorkRingFull(WorkRings):
         if ring.take() is None:
             raise AssertionError("the ring is full")
         ring.done()
+        loops.ring_eventfd(model, self.hv, self.nap, "time passes")
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The message lies in the entry that has come free."""

@@ -24,7 +24,7 @@ class Registers(VmbusPair):
     """Two devices of one class are offered while a driver registers."""
 
     def __init__(self) -> None:
-        super().__init__(toolstack=("offer a", "offer b", "rescind a"), users=(("register",),))
+        super().__init__(toolstack=("offer a", "offer b"), users=(("register",),))
 
 
 class Inexact(Registers):
