@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of the barriers: each labelled barrier and each ordered access is left out, and a scenario fails, or none does.
+
+`make barriers` writes docs/barriers.md from it. For every site, and for each context that comes by it, every configuration
+that is claimed to be complete is searched without it, under the models that have barriers. What fails shows that the site is
+needed. Where all of them end and nothing fails, the site is redundant as far as these configurations and this model go; why it
+stays all the same is said in STAYS. A search that did not end proves nothing, and is called open.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pvbus.verify import scenarios
+from pvbus.verify.explorer import MODELS, explore
+from pvbus.verify.explorer.scenario import Scenario
+from pvbus.verify.explorer.sites import ORDERED, SITES, STAYS
+from pvbus.verify.searching import said
+
+WEAK_MODELS: Final = tuple(model for model in ("tso", "arm") if model in MODELS)
+LOOK_EXECUTIONS_MAX: Final = 60  # enough for every context to come by every site that it comes by at all
+EXECUTIONS_MAX: Final = 20_000
+SECONDS_MAX: Final = 8.0
+NEEDED, REDUNDANT, OPEN, UNSEEN = "needed", "redundant", "open", "not reached"
+DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "barriers.md"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A scenario with parameters and bounds."""
+
+    kind: type[Scenario]
+    parameters: tuple[tuple[str, Any], ...]
+    bounds: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name it."""
+        return " ".join([self.kind.name, *(f"{name}={said(value)}" for name, value in (*self.parameters, *self.bounds))])
+
+    def make(self) -> Scenario:
+        """Make the scenario."""
+        return self.kind(**dict(self.parameters))
+
+
+@dataclass
+class Finding:
+    """What leaving out one site in one place has shown under one model."""
+
+    verdict: str
+    evidence: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Say it in a cell of a table."""
+        return f"{self.verdict}: {'; '.join(self.evidence)}" if self.evidence else self.verdict
+
+
+Matrix = dict[str, dict[str, dict[str, Finding]]]  # site, place ("" = everywhere), model
+
+
+def configurations() -> Iterator[Configuration]:
+    """Give every configuration that is claimed to be complete, each once."""
+    seen = set()
+    for kind in scenarios.scenarios().values():
+        for claim in scenarios.claims(kind):
+            one = Configuration(kind, tuple(claim.parameters.items()), tuple(claim.bounds.items()))
+            if one.label not in seen:
+                seen.add(one.label)
+                yield one
+
+
+def passed(configuration: Configuration, sites: Sequence[str]) -> set[str]:
+    """Give the sites that the contexts of a configuration come by, as SITE and as SITE@CONTEXT."""
+    names = {name for name, _, _ in _contexts(configuration)}
+    wanted = [*sites, *(f"{site}@{name}" for site in sites for name in names)]
+    bounds = dict(configuration.bounds)
+    result = explore(configuration.make(), drop=wanted, executions=LOOK_EXECUTIONS_MAX, **bounds)
+    return set(result.sites_dropped)
+
+
+def _contexts(configuration: Configuration) -> list[Any]:
+    """Give the contexts' names: from a scenario that has been prepared, by a search of one execution."""
+    scenario = configuration.make()
+    names: list[Any] = []
+    start = scenario.start
+
+    def spied(model: Any) -> list[Any]:
+        found = list(start(model))
+        names[:] = found
+        return found
+
+    scenario.start = spied  # type: ignore[method-assign]
+    explore(scenario, executions=1, **dict(configuration.bounds))
+    return names
+
+
+def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
+    """Search every configuration without the site, until one fails."""
+    ended, unfinished = [], []
+    for configuration in where:
+        result = explore(
+            configuration.make(), model=model, drop=[site], executions=EXECUTIONS_MAX, seconds=SECONDS_MAX,
+            **dict(configuration.bounds),
+        )  # fmt: skip
+        if result.failure is not None:
+            return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,})"])
+        (ended if result.verdict == "complete" else unfinished).append(configuration.label)
+    if unfinished:
+        return Finding(OPEN, [f"no failure, and no end, in {', '.join(unfinished)}"])
+    return Finding(REDUNDANT, [f"complete in {', '.join(ended)}"]) if ended else Finding(UNSEEN)
+
+
+def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
+    """Examine sites, everywhere and in each context."""
+    by_place: Mapping[str, list[Configuration]] = defaultdict(list)
+    for configuration in configurations():
+        for place in passed(configuration, sites):
+            by_place[place].append(configuration)
+    found: Matrix = {}
+    for site in sites:
+        places = [site, *sorted(place for place in by_place if place.startswith(f"{site}@"))]
+        for place in places:
+            for model in WEAK_MODELS:
+                finding = examined(place, model, by_place.get(place, []))
+                found.setdefault(site, {}).setdefault(place.partition("@")[2], {})[model] = finding
+                if say is not None:
+                    print(f"{place} under {model}: {finding}", file=say, flush=True)
+    return found
+
+
+# ---- the document
+
+
+def document(found: Matrix) -> str:
+    """Write the matrix as docs/barriers.md has it."""
+    lines = [HEAD.format(models=" and ".join(f"`{model}`" for model in WEAK_MODELS))]
+    for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
+        lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |", "|---|---|" + "---|" * len(WEAK_MODELS)]
+        for site in sites:
+            for place, by_model in found.get(site, {"": {}}).items():
+                cells = [str(by_model.get(model, Finding(UNSEEN))) for model in WEAK_MODELS]
+                lines.append(f"| {f'`{site}`' if not place else ''} | {place or 'everywhere'} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["## Why the redundant ones stay\n"]
+    lines += [f"* `{site}`: {why}" for site, why in STAYS.items()]
+    return "\n".join(lines) + "\n"
+
+
+HEAD: Final = """\
+<!-- SPDX-License-Identifier: Apache-2.0 -->
+<!-- Written by `make barriers` (verify/barriers.py): do not edit. -->
+# The proof of the barriers
+
+Each labelled barrier and each ordered access of [memory-model.md](memory-model.md) is left out of the production code, and
+every configuration that is claimed to be complete (`pvbus explore --list`, `--all`) and comes by it is searched under {models}:
+
+* **needed**: a scenario fails without it; the number of executions until then stands behind the kind of failure. See it with
+  `pvbus explore SCENARIO --model M --drop SITE`.
+* **redundant**: every one of these searches ends, and nothing fails. That is a statement about these configurations and this
+  model. On x86 most orders come for free, so redundant under `tso` and needed under `arm` is the usual case.
+* **open**: nothing fails, but a search did not end within its bound: shown by nobody, neither way.
+* **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
+
+"Everywhere" leaves a site out on both sides, a context's name only there.
+"""
+
+
+def main() -> None:
+    """Write docs/barriers.md."""
+    found = matrix([*SITES, *ORDERED], say=sys.stderr)
+    DOCUMENT.write_text(document(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
