@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pvbus.verify.explorer.recording import Recording
     from pvbus.verify.explorer.scenario import Scenario
 
+_WRITTEN = re.compile(r"(?:~ )?\S+ (\S+) := (\S+)$")
 _EXCHANGED = re.compile(r"\S+ (\S+) \S+ => (\S+)")
 SENTENCES_MAX = 6  # more than a reader takes in
 
@@ -87,8 +88,8 @@ def stale(walked: Walked) -> list[tuple[str, str]]:
     memory: dict[str, str] = {}
     found: dict[tuple[str, str], None] = {}
     for row, pending in zip(walked.rows, walked.pending(), strict=True):
-        if (written := FLUSHED.match(row.text)) is not None:
-            memory[written[2]] = written[3]
+        if (written := _WRITTEN.match(row.text)) is not None:
+            memory[written[1]] = written[2]
         elif (exchanged := _EXCHANGED.match(row.text)) is not None:
             memory[exchanged[1]] = exchanged[2]
         elif (loaded := LOADED.match(row.text)) is not None:
