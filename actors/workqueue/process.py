@@ -7,6 +7,7 @@ removed and its channels closed. What waits runs in `Tasks`; nothing here blocks
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
+CALLS_A_USER_MAX = 256  # of one process that wait at a time: each of its threads makes one
+DRIVERS_A_USER_MAX = 256
 DEVICES_A_FRAME = 6  # with attributes of less than two KiB, an override and a driver's name of four each; a frame has 64
 DRIVERS_A_FRAME = 12  # a name has less than four KiB
 GIVEN_ANYWAY = (vm.GuestMemory, vm.DropMemory, vm.MemoryKnown)  # an heir is given the memory that there is when it comes
@@ -81,9 +84,11 @@ class WorkqueueProcess(ProcessActor):
         self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
         self.memories = RingMemories(self._memory_gone)
         self.users: set[Peer] = set()
+        self.calls: collections.Counter[Peer] = collections.Counter()  # of users, that wait
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
         self.items = 0  # of the work ring
+        self.posts = 0  # messages posted: the serial of the last
         self.fresh = True  # until a hypervisor has heard that it need not look for a forerunner's memory
         self.started = self.leaving = False
         self.start_error: OSError | None = None
@@ -128,15 +133,17 @@ class WorkqueueProcess(ProcessActor):
         """Have a wait answered by the hypervisor, or by a driver."""
         match wait:
             case waits.Post(connection=connection, payload=payload):
-                self._hypercall(vm.PostMessage(connection=connection, type=MESSAGE_TYPE, payload=payload), answer)
+                self.posts = self.posts % (hyperv.Buffer.SERIALS - 1) + 1
+                message = vm.PostMessage(connection=connection, type=MESSAGE_TYPE, payload=payload, serial=self.posts)
+                self._hypercall(message, answer)
             case waits.ReadMsr(vp=vp, number=number):
                 self._hypercall(vm.ReadMsr(vp=vp, msr=number), answer)
             case waits.WriteMsr(vp=vp, number=number, value=value):
                 self._hypercall(vm.WriteMsr(vp=vp, msr=number, value=value), answer)
             case waits.Listen(relid=relid):
                 memory = self.opening[relid]
-                message = vm.AttachChannel(relid=relid, monitor_frame=memory.monitor_frame)
-                self._hypercall(message, answer, memory.doors)
+                attach = vm.AttachChannel(relid=relid, monitor_frame=memory.monitor_frame)
+                self._hypercall(attach, answer, memory.doors)
             case waits.Quiesce(relid=relid):
                 self._hypercall(vm.DetachChannel(relid=relid), answer)
             case waits.Synchronize():
@@ -222,8 +229,12 @@ class WorkqueueProcess(ProcessActor):
 
     def _from_user(self, received: Received) -> Message | None:
         message = received.message
+        if self.calls[received.peer] >= CALLS_A_USER_MAX:
+            raise OSError(errno.EAGAIN, f"{CALLS_A_USER_MAX} calls of this process wait")
         match message:
             case vm.RegisterDriver():
+                if sum(driver.owner is received.peer for driver in self.bus.drivers.values()) >= DRIVERS_A_USER_MAX:
+                    raise OSError(errno.ENOSPC, f"{DRIVERS_A_USER_MAX} drivers of this process are registered")
                 driver = Driver(
                     message.name, [*message.id_table, NULL_GUID], received.peer, True, message.has_remove, message.has_shutdown
                 )
@@ -283,7 +294,11 @@ class WorkqueueProcess(ProcessActor):
         yield from self.bus.register(driver)
 
     def _run(self, received: Received, steps: waits.Steps[Any], then: Callable[[], None] | None = None) -> None:
+        self.calls[received.peer] += 1
+
         def ended(outcome: Any) -> None:
+            self.calls[received.peer] -= 1
+            self.calls += collections.Counter()  # those that have none are forgotten
             if isinstance(outcome, OSError):
                 _answer(received, Failure(errno=outcome.errno or errno.EIO, text=outcome.strerror or ""))
             elif then is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The work ring as the driver of 2012 empties its workqueue (X19a): first in, first out for each CPU, and between CPUs no order.
 
-A variant (`work-per-cpu`), and the ground of zoo 10: what the host says through two CPUs may be heard in another order than it was
-said. There a worker of each CPU decides the order by who runs first; here the CPUs take turns, so that it can be repeated.
+A variant (`work-per-cpu`), and the ground of zoo 10: what the host says through two CPUs may be heard in another order than it
+was said. There a worker of each CPU decides the order by who runs first; here the CPUs take turns, so that it can be repeated.
 """
 
 from __future__ import annotations
