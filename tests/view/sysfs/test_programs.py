@@ -191,6 +191,21 @@ def test_the_database_of_systemd_knows_our_classes_by_the_modalias_that_we_give(
     assert "Heartbeat" in room.must(f"systemd-hwdb query $(cat {BUS}/devices/vmbus_0_1/modalias)")
 
 
+def test_libudev_takes_the_tree_because_it_is_told_to(room: Room) -> None:
+    program("udevadm", "udev")
+    asked = f"udevadm info {BUS}/devices/vmbus_0_1"
+
+    assert room.do(asked)[0] == 0
+    assert room.do(f"env -u SYSTEMD_DEVICE_VERIFY_SYSFS {asked} 2> /dev/null")[0] != 0
+
+
+def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None:
+    assert room.must("cat /sys/class/net/lo/ifindex") == "1\n"
+    assert "Read-only file system" in room.do("echo 1400 > /sys/class/net/lo/mtu")[1]
+    below = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith("/sys/")]
+    assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
+
+
 # ---- who listens
 
 
