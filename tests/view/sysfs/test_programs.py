@@ -351,6 +351,8 @@ def test_what_sysfs_refuses_is_refused_as_there(room: Room) -> None:
         (f"rm {BUS}/uevent", "Operation not permitted"), (f"ln -s x {BUS}/new", "Operation not permitted"),
         (f"echo frob > {device}/uevent", "Invalid argument"), (f"echo vmbus_0_9 > {BUS}/drivers_probe", "No such device"),
         (f"ls {BUS}/devices/vmbus_0_9", "No such file or directory"),
+        (f"ls {BUS}/devices/$'\\xff\\n'", "No such file or directory"),
+        (f"echo $'\\xff' > {BUS}/drivers_probe", "Invalid argument"),
     ):  # fmt: skip
         code, said = room.do(f"({command}) 2>&1")
         assert (code != 0, why in said) == (True, True), (command, code, said)

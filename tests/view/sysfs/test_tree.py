@@ -267,6 +267,15 @@ def test_what_has_gone_is_not_found_and_its_open_files_say_enodev(tree: Tree, so
         assert gone.value.errno == errno.ENODEV
 
 
+@pytest.mark.parametrize("name", ["nix", "é", os.fsdecode(b"\xff"), "x" * 255])
+@pytest.mark.parametrize("place", [
+    PARENT, DEVICE, f"{DEVICE}/channels", f"{BUS}/devices", f"{BUS}/drivers", f"{BUS}/drivers/idle",
+])  # fmt: skip
+def test_a_name_that_nothing_has_is_not_found(tree: Tree, place: str, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        find(tree, place).lookup(name)
+
+
 def test_a_thing_has_one_node_while_somebody_holds_it_and_another_bus_has_others(tree: Tree, source: Source) -> None:
     device, attribute, driver = find(tree, DEVICE), find(tree, f"{DEVICE}/id"), find(tree, f"{BUS}/drivers/idle")
 
