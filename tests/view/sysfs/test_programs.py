@@ -8,6 +8,7 @@ Each needs its Debian package, and says so in the warnings where that is missing
 
 import os
 import re
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -291,9 +292,11 @@ def test_a_value_is_read_anew_from_the_start_of_an_open_file(room: Room, machine
 # ---- who changes something
 
 
-def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine: Any) -> None:
+def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
     machine.register_driver(Recorder("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
     driver = f"{BUS}/drivers/heart"
+    listener = Listener(room, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
 
     assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == "../../../bus/vmbus/drivers/heart\n"
     assert room.do(f"echo vmbus_0_1 > {driver}/unbind") == (0, "")
@@ -304,6 +307,9 @@ def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine
     assert "Device or resource busy" in room.do(f"echo vmbus_0_1 > {driver}/bind")[1]
     machine.unregister_driver("heart")
     assert room.do(f"ls -d {driver}")[0] != 0
+    heard = listener.until("remove   /bus/vmbus/drivers/heart (drivers)")
+    listener.stop()
+    assert re.findall(r"\] (\w+) .*vmbus_0_1 ", heard) == ["unbind", "bind", "unbind"]
 
 
 def test_a_bind_that_waits_for_its_probe_keeps_nobody_from_looking(room: Room, machine: Any, tmp_path: Path) -> None:
@@ -393,6 +399,8 @@ def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: 
         assert own.must(f"cat {BUS}/devices/vmbus_0_2/id") == "2\n"
         own.must(f"echo change > {BUS}/devices/vmbus_0_2/uevent")
         listener.until("change   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        assert own.must(f"{sys.executable} -m pvbus.supervisor offer echo") == "3\n"  # $PVBUS_MACHINE leads to the machine
+        listener.until("add      /devices/VMBUS:00/vmbus_0_")
         listener.stop()
     finally:
         own.close()
