@@ -203,6 +203,7 @@ def test_libudev_takes_the_tree_because_it_is_told_to(room: Room) -> None:
 def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None:
     assert room.must("cat /sys/class/net/lo/ifindex") == "1\n"
     assert "Read-only file system" in room.do("echo 1400 > /sys/class/net/lo/mtu")[1]
+    assert "Read-only file system" in room.do(f"{program('udevadm', 'udev')} trigger")[1]
     below = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith("/sys/")]
     assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
 
