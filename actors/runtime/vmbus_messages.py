@@ -66,10 +66,14 @@ class DropMemory(Message, frozen=True, kw_only=True):
 
 
 class AttachChannel(Message, frozen=True, kw_only=True):
-    """Wire a channel's doorbells. fds: the driver's (rung by event tasklets), the host's (rung by the driver)."""
+    """Wire a channel's doorbells. fds: the driver's (rung by event tasklets), the host's (rung by the driver).
+
+    `monitor_frame`: where the driver's page of triggers lies in the guest's memory; 0, it has none.
+    """
 
     fds_max: ClassVar[int | None] = 2
     relid: int
+    monitor_frame: int = 0
 
 
 class DetachChannel(Message, frozen=True, kw_only=True):
@@ -132,6 +136,7 @@ class Offer(Message, frozen=True, kw_only=True):
     domain: int
     class_id: str
     instance_id: str
+    latency_100ns: int = 0  # of its monitor; 0: it has none
 
 
 class RescindOffer(Message, frozen=True, kw_only=True):
@@ -168,9 +173,10 @@ class ConnectBus(Message, frozen=True, kw_only=True):
 
 
 class BusConnection(Message, frozen=True, kw_only=True):
-    """Answer ConnectBus. fds: the connection."""
+    """Answer ConnectBus. fds: the connection; to which birth of the workqueue it leads."""
 
     fds_max: ClassVar[int | None] = 1
+    generation: int = 0
 
 
 class BusUser(Message, frozen=True, kw_only=True):
@@ -223,6 +229,7 @@ class RingOpened(Message, frozen=True, kw_only=True):
     relid: int
     ring_bytes: int  # of each
     signal_always: bool = False  # protocol 0.13
+    monitor_id: int = -1  # its trigger, in the page behind both rings; -1: it has none
 
 
 class CloseRing(Message, frozen=True, kw_only=True):

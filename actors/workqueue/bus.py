@@ -150,6 +150,18 @@ class Bus:
                 device.removed = True
                 self._queue(device, self._delete(device))
 
+    def after(self, channel: Channel, call: Callable[[], None]) -> None:
+        """Call when the device of a channel has done all that is queued with it; at once without a device."""
+        def steps() -> Steps[None]:
+            call()
+            yield Until(lambda: True)
+
+        device = next((one for one in self.devices.values() if one.channel is channel and not one.removed), None)
+        if device is None:
+            call()
+        else:
+            self._queue(device, steps())
+
     def _delete(self, device: Device) -> Steps[None]:
         yield from self._unbind(device)
         del self.devices[device.name]

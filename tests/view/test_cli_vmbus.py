@@ -121,7 +121,7 @@ def test_devices_and_channels_for_people_are_tables(name: str, machine: Any) -> 
 
     assert devices[0].split() == ["DEVICE", "RELID", "CLASS", "DEVICE", "ID", "DRIVER", "OPENED"]
     assert devices[1].split() == ["vmbus_0_1", "1", "heartbeat", str(HOST_DEVICES["heartbeat"]), "-", "no"]
-    assert channels[0].split() == ["RELID", "CLASS", "INSTANCE", "ID", "STATE", "TARGET", "VP", "GENERATION"]
+    assert channels[0].split() == ["RELID", "CLASS", "INSTANCE", "ID", "STATE", "TARGET", "VP", "MONITOR", "ID", "GENERATION"]
     assert channels[2].split()[:2] == [str(relid), "echo"]
     assert pvbus("devices", "--domain", "2", machine=name).stdout == "no device is on the bus\n"
     assert pvbus("channels", "--domain", "2", machine=name).stdout == "the host offers no channel\n"
