@@ -134,7 +134,7 @@ def read(tree: Tree, path: str) -> str:
     handle = find(tree, path).open(Caller(), os.O_RDONLY)  # type: ignore[arg-type]
     assert handle is not None
     data = handle.read(Caller(), 0, 4096, 0)  # type: ignore[arg-type]
-    assert data is not None
+    assert isinstance(data, bytes)
     return data.decode()
 
 
