@@ -5,7 +5,7 @@ The user reads ports from its end and writes ports into it without us; we carry 
 socket is filled when it is empty, with everything that has come by then: so it becomes readable as often as the device's ring
 does, which is what SIGIO and edge-triggered epoll see. A batch is at most what one read of the device gives.
 
-Everything here is called by the front end's loop only, but for `call`, which may be called by a thread of its own.
+Everything here is called by the front end's loop, and nothing waits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Generator
 
-from pvbus.actors.client import EvtchnFile
+from pvbus.actors.client.frontend import FrontendFile
 from pvbus.view.seccomp import abi, bpf
 
 _SIOCOUTQ = 0x5411
@@ -44,13 +44,13 @@ def whole(count: int) -> int:
 class SocketFile:
     """The machine's file, our end of the socket pair, and what has been read from the one and not yet put into the other."""
 
-    def __init__(self, file: EvtchnFile, mode: int, *, nonblock: bool) -> None:
+    def __init__(self, file: FrontendFile, mode: int, *, nonblock: bool) -> None:
         self.file = file
         self.readable = mode in (os.O_RDONLY, os.O_RDWR)
         self.writable = mode in (os.O_WRONLY, os.O_RDWR)
         self.backlog = bytearray()
         self.paused = False  # while a RESET is under way
-        self.dead = False  # the machine's file has gone; the user's end lives on
+        self.hung_up = False  # the machine's file has gone; the user's end lives on
         self.one_by_one = False
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.ours.setblocking(False)
@@ -92,22 +92,20 @@ class SocketFile:
 
     def pump(self) -> None:
         """Take from the machine's ring what lies there, and fill the user's socket if it is empty."""
-        while not self.paused and not self.dead:
+        while not self.paused and not self.hung_up and self.file.ready():
             try:
-                data = self.file.read(_BATCH_BYTES_MAX)
+                self.backlog += self.file.read(_BATCH_BYTES_MAX)
             except BlockingIOError:
-                break
+                continue
             except OSError:  # EIO, it has died; EFBIG, a ring that we did not empty in time
                 self.hang_up()
-                break
-            self.backlog += data
             if len(self.backlog) > BACKLOG_BYTES_MAX:
                 self.hang_up()
         self.fill()
 
     def fill(self) -> None:
         """Put the next batch into the user's socket, once it has taken the last one."""
-        if not self.backlog or self.paused or self.dead or self.unread():
+        if not self.backlog or self.paused or self.hung_up or self.unread():
             return
         size = bpf.PORT_BYTES if self.one_by_one else _BATCH_BYTES_MAX
         with contextlib.suppress(BlockingIOError, BrokenPipeError):  # an empty socket has room; a closed one wants nothing
@@ -119,17 +117,11 @@ class SocketFile:
 
     def hang_up(self) -> None:
         """Show the user the end: reads give what lies there and then nothing, ioctls EIO. Its writes go nowhere."""
-        self.dead = True
+        self.hung_up = True
         with contextlib.suppress(OSError):
             self.ours.shutdown(socket.SHUT_WR)
 
     # ---- the calls that are handed to us
-
-    def call(self, request: int, argument: bytes | None) -> int:
-        """Make an ioctl. OSError with the driver's errno, EIO for a file that has died."""
-        if self.dead:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return self.file.ioctl(request, argument)
 
     def was_reset(self, tid: int, fd: int) -> None:
         """After a RESET: nothing that was unread is left, here or in the user's socket."""
@@ -166,7 +158,7 @@ class SocketFile:
 
     def _wait(self, theirs: socket.socket) -> Result:
         """Nothing there: EAGAIN, or the kernel waits on the socket. From now on a batch is one port, so none is cut in two."""
-        if self.dead:
+        if self.hung_up:
             return 0
         if not theirs.getblocking():
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -196,7 +188,7 @@ class SocketFile:
         return done
 
     @contextlib.contextmanager
-    def _user_end(self, tid: int, fd: int) -> contextlib.Generator[socket.socket, None, None]:
+    def _user_end(self, tid: int, fd: int) -> Generator[socket.socket, None, None]:
         """The user's own end, for as long as a call of its thread keeps it open anyway."""
         with socket.socket(fileno=abi.descriptor_of(tid, fd)) as theirs:
             yield theirs
@@ -209,17 +201,13 @@ class SocketFile:
         except BlockingIOError:
             return None
 
-    def close(self) -> None:
-        """Release: the ports are free when this returns."""
-        self.ours.close()
-        self.file.close()
 
 
-def segments_of(tid: int, address: int, count: int, read: Callable[[int, int, int], bytes | None]) -> list[tuple[int, int]]:
+def segments_of(tid: int, address: int, count: int) -> list[tuple[int, int]]:
     """Copy the vector of a readv or writev. OSError EINVAL, EFAULT."""
     if count > _SEGMENTS_MAX:
         raise OSError(errno.EINVAL, f"{count} segments")
-    raw = read(tid, address, 16 * count) if count else b""
+    raw = abi.read_memory(tid, address, 16 * count) if count else b""
     if raw is None:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
     return [(int(at), int(size)) for at, size in struct.iter_unpack("=QQ", raw)]
