@@ -64,16 +64,35 @@ def install() -> int:
     on the listener. OSError where the kernel has no user notification, or another listener is in place already (EBUSY).
     """
     machine = bpf.here()
-    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # without CAP_SYS_ADMIN it must be set, and with it, it is no harm
     code = bpf.program(machine)
     steps = _Program(len(code) // 8, code)
     # Killable: once the front end has taken a call up, only death ends it. A bind would otherwise be made twice when a
     # signal comes in the middle. On the device those calls cannot be interrupted either.
     flags = _NEW_LISTENER | _WAIT_KILLABLE
     listener = int(_libc.syscall(machine.seccomp, _SET_MODE_FILTER, flags, ctypes.byref(steps)))
+    if listener < 0 and ctypes.get_errno() == errno.EACCES:  # who may not filter setuid programs promises to run none
+        _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        listener = int(_libc.syscall(machine.seccomp, _SET_MODE_FILTER, flags, ctypes.byref(steps)))
     if listener < 0:
-        raise _failed("seccomp user notification (Linux 5.19)")
+        raise _failed("user notification (Linux 5.19)")
     return listener
+
+
+def probe() -> None:
+    """Try in a child whether a filter can be installed here. OSError says what stands against it."""
+    pid = os.fork()
+    if pid == 0:
+        number = errno.EIO
+        try:
+            os.close(install())
+            number = 0
+        except OSError as error:
+            number = error.errno or errno.EIO
+        finally:
+            os._exit(number)
+    number = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if number:
+        raise OSError(number, os.strerror(number))
 
 
 def tune(listener: int) -> None:
