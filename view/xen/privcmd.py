@@ -48,7 +48,7 @@ def machine_op(machine: Peer, domain: int) -> EventChannelOp:
     return ask
 
 
-class Device(Node):
+class Mute(Node):
     """A device that can be opened and has no ioctl of its own."""
 
     def attributes(self) -> Attributes:
@@ -62,7 +62,7 @@ class Device(Node):
         return handle
 
 
-class Privcmd(Device):
+class Privcmd(Mute):
     """Answers hypercalls of a domain's tools."""
 
     def __init__(self, event_channel_op: EventChannelOp) -> None:
