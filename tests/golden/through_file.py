@@ -9,6 +9,7 @@ What a front end may answer otherwise stands in DEVIATIONS, and is counted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -134,16 +135,22 @@ class DeviceMachine:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._opened: list[int] = []
 
     def open_evtchn(self, domain: int, *, nonblock: bool, flags: int) -> DeviceFile:
         """Open the device file."""
         assert domain == 0
         flags |= os.O_NONBLOCK if nonblock else 0
-        return DeviceFile(DeviceFile.driver.call("open", DEVICE.encode(), flags))
+        self._opened.append(DeviceFile.driver.call("open", DEVICE.encode(), flags))
+        return DeviceFile(self._opened[-1])
 
     def settle(self) -> None:
-        """Wait until nothing is under way."""
-        self._machine.settle()
+        """Wait until nothing is under way, in the front end neither: an ioctl of a file finds what was before it done."""
+        for _ in range(2):  # what was written reaches the machine; what comes of that reaches the file
+            self._machine.settle()
+            for fd in self._opened:
+                with contextlib.suppress(OSError):
+                    DeviceFile.driver.call("ioctl", fd, ctypes.c_ulong(0), None)
 
 
 # ---- bad pointers, which a Python client does not have

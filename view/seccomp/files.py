@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An open event-channel file whose user holds an injected socket.
 
-The user reads ports from its end and writes ports into it without us; we carry both to and from the machine's file. The
-socket is filled when it is empty, with everything that has come by then: so it becomes readable as often as the device's ring
-does, which is what SIGIO and edge-triggered epoll see. A batch is at most what one read of the device gives.
+The user reads ports from its end and writes ports into it without us; we carry both to and from the machine's file. What has
+come is put into the socket at once, at most what one read of the device gives, until that is read. Where somebody listens for
+edges (SIGIO, edge-triggered epoll), the socket is filled only when it is empty: it becomes readable as often as the device's
+ring does.
 
 Everything here is called by the front end's loop, and nothing waits.
 """
@@ -51,7 +52,9 @@ class SocketFile:
         self.backlog = bytearray()
         self.paused = False  # while a RESET is under way
         self.hung_up = False  # the machine's file has gone; the user's end lives on
-        self.one_by_one = False
+        self.one_by_one = False  # somebody waits for a length that is no whole number of ports
+        self.edges = False  # somebody listens for edges
+        self._filled = 0  # bytes put into the socket since it was empty
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.ours.setblocking(False)
         self.theirs.setblocking(not nonblock)
@@ -104,12 +107,20 @@ class SocketFile:
         self.fill()
 
     def fill(self) -> None:
-        """Put the next batch into the user's socket, once it has taken the last one."""
-        if not self.backlog or self.paused or self.hung_up or self.unread():
+        """Put what has come into the user's socket, as far as one read of the device would give it."""
+        if not self.backlog or self.paused or self.hung_up:
             return
-        size = bpf.PORT_BYTES if self.one_by_one else _BATCH_BYTES_MAX
+        if not self.unread():
+            self._filled = 0
+        elif self.edges or self.one_by_one:
+            return
+        size = bpf.PORT_BYTES if self.one_by_one else _BATCH_BYTES_MAX - self._filled
+        if size <= 0:
+            return
         with contextlib.suppress(BlockingIOError, BrokenPipeError):  # an empty socket has room; a closed one wants nothing
-            del self.backlog[: self.ours.send(self.backlog[:size])]
+            sent = self.ours.send(self.backlog[:size])
+            del self.backlog[:sent]
+            self._filled += sent
 
     def unread(self) -> bool:
         """Whether something lies in the user's socket."""

@@ -80,6 +80,8 @@ class Frontend:
             known.readv: self._transfer,
             known.write: self._transfer,
             known.writev: self._transfer,
+            known.fcntl: self._edges_wanted,
+            known.epoll_ctl: self._edges_wanted,
         }
         self._known = known
 
@@ -113,10 +115,10 @@ class Frontend:
             waiting.refuse(errno.EIO)
             raise
 
-    def _file_of(self, waiting: Waiting) -> SocketFile | None:
+    def _file_of(self, waiting: Waiting, fd: int = -1) -> SocketFile | None:
         """Which of our files the call is about; None for anything else."""
         try:
-            target = os.readlink(f"/proc/{waiting.call.tid}/fd/{waiting.fd}")
+            target = os.readlink(f"/proc/{waiting.call.tid}/fd/{waiting.fd if fd < 0 else fd}")
         except OSError:
             return None
         kind, _, inode = target.partition("[")
@@ -174,6 +176,15 @@ class Frontend:
         finally:  # where the caller has gone, or has no room: nobody holds the other end, and that is a hang-up
             made.handed_over()
 
+    def _edges_wanted(self, waiting: Waiting) -> None:
+        """fcntl with O_ASYNC, FIOASYNC, epoll_ctl: the kernel carries them out; from now on edges are those of the device."""
+        is_epoll = waiting.call.number == self._known.epoll_ctl
+        file = self._file_of(waiting, waiting.call.arguments[2] & 0xFFFFFFFF) if is_epoll else self._file_of(waiting)
+        if file is not None:
+            event = abi.read_memory(waiting.call.tid, waiting.call.arguments[3], 4) if is_epoll else None
+            file.edges |= not is_epoll or (event is not None and bool(int.from_bytes(event, "little") & select.EPOLLET))
+        waiting.let_through()
+
     # ---- release
 
     def _changed(self, file: SocketFile) -> None:
@@ -228,11 +239,15 @@ class Frontend:
             return
         call = waiting.call
         request = call.arguments[1] & 0xFFFFFFFF
+        if request == bpf.FIOASYNC:
+            self._edges_wanted(waiting)
+            return
+        file.take_writes()  # what was written before takes effect before, and what has come before can be read after
+        file.pump()
         size = ARGUMENT_BYTES.get(request)
         if size is None:
             waiting.refuse(errno.ENOSYS)
             return
-        file.take_writes()  # what was written before takes effect before
         argument = abi.read_memory(call.tid, call.arguments[2], size) if size else b""
         if file.hung_up:
             waiting.refuse(errno.EIO)
