@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+from pathlib import Path
 
 from pvbus.view.run.fitting import Fitting, connect, new_inbox
 from pvbus.view.run.room import EnvironmentLacksError, Room
@@ -69,5 +70,5 @@ class SeccompFrontend(Fitting):
 def is_device(path: str) -> bool:
     """Whether a path leads to the device of the tree."""
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(path), os.stat(DEVICE))
+        return Path(path).samefile(DEVICE)
     return False

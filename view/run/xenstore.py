@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import subprocess
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,7 @@ _PORT = struct.Struct("=i")
 
 def find_xenstored() -> str:
     """Give the path of the newest xenstored. EnvironmentLacksError names the packages."""
-    found = sorted(glob("/usr/lib/xen-*/bin/xenstored")) or [path for path in [shutil.which("xenstored")] if path]
+    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored"))) or [path for path in [shutil.which("xenstored")] if path]
     if not found:
         raise EnvironmentLacksError(f"there is no xenstored ({PACKAGES})")
     return found[-1]

@@ -171,7 +171,7 @@ class SocketFile:
         """Nothing there: EAGAIN, or the kernel waits on the socket. From now on a batch is one port, so none is cut in two."""
         if self.hung_up:
             return 0
-        if not theirs.getblocking():
+        if not os.get_blocking(theirs.fileno()):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self.one_by_one = True
         return None

@@ -118,7 +118,7 @@ class Frontend:
     def _file_of(self, waiting: Waiting, fd: int = -1) -> SocketFile | None:
         """Which of our files the call is about; None for anything else."""
         try:
-            target = os.readlink(f"/proc/{waiting.call.tid}/fd/{waiting.fd if fd < 0 else fd}")
+            target = os.readlink(f"/proc/{waiting.call.tid}/fd/{waiting.fd if fd < 0 else fd}")  # noqa: PTH115 - on the path of a notify
         except OSError:
             return None
         kind, _, inode = target.partition("[")
@@ -177,7 +177,7 @@ class Frontend:
             made.handed_over()
 
     def _edges_wanted(self, waiting: Waiting) -> None:
-        """fcntl with O_ASYNC, FIOASYNC, epoll_ctl: the kernel carries them out; from now on edges are those of the device."""
+        """O_ASYNC by fcntl, FIOASYNC, epoll_ctl: the kernel carries them out; from now on edges are those of the device."""
         is_epoll = waiting.call.number == self._known.epoll_ctl
         file = self._file_of(waiting, waiting.call.arguments[2] & 0xFFFFFFFF) if is_epoll else self._file_of(waiting)
         if file is not None:

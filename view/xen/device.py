@@ -65,7 +65,7 @@ class XenbusDevice(Node):
         return handle
 
     def _notified(self) -> None:
-        """xenstored has written, or has made room; or the machine has gone."""
+        """The other side has written, or has made room; or the machine has gone."""
         file = self.file
         if file is None or file.dead:
             self.fail("the machine has gone")
