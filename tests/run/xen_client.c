@@ -74,8 +74,6 @@ static void tour(void)
     CHECK(read(fa, buffer, 3) == 0 && write(fa, buffer, 3) == 0);
     CHECK(write(fb, buffer, 4097) == 4096 && write(fb, (char *)&pb, 4) == 4);
     CHECK(xenevtchn_notify(a, pa) == 0 && readable(fb, 5000));
-    struct iovec two[2] = {{buffer, 2}, {buffer, 4}};
-    CHECK(readv(fb, two, 2) == 0);
     CHECK(read(fb, buffer, 7) == 4 && write(fb, buffer, 7) == 4);
     CHECK(fcntl(fb, F_SETFL, O_NONBLOCK) == 0 && fails_with(read(fb, buffer, 7), EAGAIN) && fails_with(read(fb, buffer, 8), EAGAIN));
     CHECK(fcntl(fb, F_SETFL, 0) == 0 && fails_with(lseek(fb, 0, SEEK_CUR), ESPIPE));
@@ -138,7 +136,7 @@ static void await_signals(int wanted)
     CHECK(caught == wanted);
 }
 
-/* ENOSYS, SA_RESTART, SIGIO: what a front end may not be able to give. */
+/* ENOSYS, readv, SA_RESTART, SIGIO: what a front end may not be able to give. */
 static void signals(void)
 {
     xenevtchn_handle *a = opened(), *b = opened();
@@ -146,6 +144,9 @@ static void signals(void)
     evtchn_port_t pa, pb, port;
     connected(a, b, &pa, &pb);
     CHECK(fails_with(ioctl(fb, 0x1234, 0), ENOSYS) && !isatty(fb) && errno == ENOSYS);
+    char four[4];
+    struct iovec two[2] = {{four, 2}, {four, 4}};
+    CHECK(readv(fb, two, 2) == 0); /* one call a segment, and the first is short */
 
     handle(SIGALRM, 0);
     alarm_in(50000);
@@ -241,7 +242,10 @@ static void readers(void)
         CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* Hold a port until killed, or until its front end dies: "error", never a hang. */
+/*
+ * Hold a port until killed, or until its front end dies: an error, never a hang.  What is printed then has a length of whole
+ * ports: other writes are handed over to a front end that is not there any more.
+ */
 static void hold(void)
 {
     xenevtchn_handle *a = opened();
@@ -250,7 +254,7 @@ static void hold(void)
     printf("%d\n", port);
     fflush(stdout);
     int got = xenevtchn_pending(a);
-    printf("%s\n", got < 0 && xenevtchn_bind_unbound_port(a, 0) < 0 ? "error" : "no error");
+    printf("%s\n", got < 0 && xenevtchn_bind_unbound_port(a, 0) < 0 ? "error!!" : "no error!!!");
     fflush(stdout);
 }
 

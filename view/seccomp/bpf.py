@@ -73,7 +73,9 @@ def program(machine: Architecture) -> bytes:
     notify, allow = _instruction(_RETURN, NOTIFY), _instruction(_RETURN, ALLOW)
     length = _instruction(_LOAD, _AT_ARGUMENTS + 2 * 8)
     broken = PORT_BYTES - 1  # the bits of a length that is no whole number of ports
-    unusual = [length, _instruction(_JUMP_BITS, broken, 1, 0), _instruction(_JUMP_ABOVE, TRANSFER_BYTES_MAX, 0, 1), notify, allow]
+    # A longer read than a page is whole as well: no more than a page lies in the socket.
+    read = [length, _instruction(_JUMP_BITS, broken, 0, 1), notify, allow]
+    write = [length, _instruction(_JUMP_BITS, broken, 1, 0), _instruction(_JUMP_ABOVE, TRANSFER_BYTES_MAX, 0, 1), notify, allow]
     request = [_instruction(_LOAD, _AT_ARGUMENTS + 8)]
     for index, known in enumerate(_ANSWERED_BY_THE_VFS):
         request.append(_instruction(_JUMP_EQUAL, known, len(_ANSWERED_BY_THE_VFS) - index))
@@ -87,8 +89,8 @@ def program(machine: Architecture) -> bytes:
         _instruction(_JUMP_EQUAL, machine.audit, 1, 0),
         allow,
         _instruction(_LOAD, _AT_NUMBER),
-        *_for_call(machine.read, unusual),  # the commonest first
-        *_for_call(machine.write, unusual),
+        *_for_call(machine.read, read),  # the commonest first
+        *_for_call(machine.write, write),
         *_for_call(machine.ioctl, ioctl),
         *_for_call(machine.fcntl, fcntl),
     ]
