@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from pvbus.view.fuse import mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from pvbus.view.run.evtchn import XenDevices
 
 STAGE = "/dev/.pvbus"
 """Where /sys is put together; it is gone before the command starts."""
@@ -38,6 +40,12 @@ class Room:
         self.domain = domain
         self.environment: dict[str, str] = {}
         """Variables of the command, and of what fittings start."""
+        self.in_child: list[Callable[[], None]] = []
+        """Called in the command's process, and in those of daemons, between fork and exec."""
+        self.devices: XenDevices | None = None
+        """What serves /dev/xen; fittings add their nodes to it when they prepare."""
+        self.daemons: dict[int, str] = {}
+        """What fittings have started, by its process: whose end is worth a line."""
 
     def enter(self) -> None:
         """Leave the host's namespaces for good, and make our own /dev and the stage."""
