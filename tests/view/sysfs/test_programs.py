@@ -8,6 +8,7 @@ Each needs its Debian package, and says so in the warnings where that is missing
 
 import os
 import re
+import subprocess
 import sys
 import threading
 import uuid
@@ -20,7 +21,8 @@ import pytest
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES, modalias
 from pvbus.tests.machine.vmbus_support import Recorder, echo
 from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
-from pvbus.tests.view.sysfs.rooms import BOUND_S, Listener, Room, lsvmbus, until
+from pvbus.tests.view.sysfs.rooms import BOUND_S, EXIT_ENVIRONMENT, Listener, Room, lsvmbus, until
+from pvbus.view.pytest_plugin import environment
 
 CONFIG = """\
 [[domain]]
@@ -30,6 +32,7 @@ platforms = ["xen", "hyperv"]
 devices = ["heartbeat", "shutdown"]
 """
 BUS = "/sys/bus/vmbus"
+README = Path(__file__).resolve().parents[3] / "README.md"
 HWDB = Path("/usr/lib/udev/hwdb.d/20-vmbus-class.hwdb")
 ECHO_MODALIAS = modalias(DEVICE_CLASSES["echo"])
 PYUDEV_LISTS = """
@@ -424,3 +427,26 @@ def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(
         assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
     finally:
         own.close()
+
+
+def test_the_commands_of_the_readme_work_as_a_newcomer_types_them() -> None:
+    program("udevadm", "udev")
+    typed = re.findall(r"^\.venv/bin/pvbus run -- (lsvmbus .*|udevadm info .*)$", README.read_text(), re.MULTILINE)
+    places = [str(Path(lsvmbus()).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environ = environment() | {"PATH": os.pathsep.join(places)}
+
+    said = [
+        subprocess.run(
+            [sys.executable, "-m", "pvbus.supervisor", "run", "--", *command.split()],
+            check=False, capture_output=True, text=True, env=environ, timeout=BOUND_S,
+        )
+        for command in typed
+    ]  # fmt: skip
+
+    if said[0].returncode == EXIT_ENVIRONMENT:
+        not_tested(said[0].stderr)
+    assert [done.returncode for done in said] == [0, 0], said
+    assert re.findall(r"^VMBUS ID  \d: Class_ID = .* - (.*)$", said[0].stdout, re.MULTILINE) == [
+        "[Heartbeat]", "[Operating system shutdown]", "Unknown",
+    ]  # fmt: skip
+    assert "looking at device '/devices/VMBUS:00/vmbus_0_1'" in said[1].stdout
