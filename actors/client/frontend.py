@@ -163,8 +163,8 @@ class FrontendFile:
             then()
 
         self.closed = True
+        self.on_ready = _nothing  # the mappings go with the last reference to this
         self._inbox.remove_fd(self.door)
         os.close(self.door)
-        os.close(self.kick)
-        self.on_ready = _nothing  # the mappings go with the last reference to this
         self._peer.ask(m.Detach(), detached, CALL_TIMEOUT_S)
+        os.close(self.kick)
