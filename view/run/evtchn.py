@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory /dev/xen of a run, and what /sys has of its devices.
+"""The directory /dev/xen of a run.
 
 `XenDevices` serves the directory; another fitting that has a node for it (privcmd, gntdev) puts it into `nodes`.
 """
@@ -12,6 +12,7 @@ from pvbus.view.fuse.evtchn import Device
 from pvbus.view.fuse.node import Directory
 from pvbus.view.fuse.session import Session
 from pvbus.view.run.fitting import Fitting, connect, new_inbox, serve_session
+from pvbus.view.xen.privcmd import Mute, Privcmd, machine_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from pvbus.actors.runtime.peer import Peer
     from pvbus.view.fuse.node import Node
     from pvbus.view.run.room import Room
-
-MISC_MAJOR = 10
-MINOR = 125  # what a misc device gets that asks for any: the kernel counts down from 127
-NAME = "xen!evtchn"  # a slash is a ! in /sys
 
 
 class XenDevices(Fitting):
@@ -34,14 +31,16 @@ class XenDevices(Fitting):
     def __init__(self) -> None:
         super().__init__()
         self.nodes: dict[str, Callable[[Inbox, Peer, Room], Node]] = {
-            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain)
+            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain),
+            "privcmd": lambda _, machine, room: Privcmd(machine_op(machine, room.domain)),
+            "gntdev": lambda _inbox, _machine, _room: Mute(),
         }
         """What makes the nodes of /dev/xen, by their names; called in the server's process."""
 
     def prepare(self, room: Room) -> None:
-        """Mount /dev/xen; make the device's directory in /sys."""
+        """Mount /dev/xen."""
         self.mount_fuse("/dev/xen")
-        add_to_sys(room)
+        room.devices = self
 
     def serve(self, room: Room) -> None:
         """Answer for every open file."""
@@ -49,12 +48,3 @@ class XenDevices(Fitting):
         machine = connect(inbox, room.machine)
         tree = Directory({name: make(inbox, machine, room) for name, make in self.nodes.items()})
         serve_session(inbox, Session(self.fds[0], tree))
-
-
-def add_to_sys(room: Room) -> None:
-    """Make /sys/class/misc/xen!evtchn and the device that it points to."""
-    device = room.sys_entry(f"devices/virtual/misc/{NAME}/uevent").parent
-    (device / "uevent").write_text(f"MAJOR={MISC_MAJOR}\nMINOR={MINOR}\nDEVNAME=xen/evtchn\n", encoding="ascii")
-    (device / "dev").write_text(f"{MISC_MAJOR}:{MINOR}\n", encoding="ascii")
-    (device / "subsystem").symlink_to("../../../../class/misc")
-    room.sys_entry(f"class/misc/{NAME}").symlink_to(f"../../devices/virtual/misc/{NAME}")

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from pvbus.view.fuse import mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from pvbus.view.run.evtchn import XenDevices
 
 STAGE = "/dev/.pvbus"
 """Where /sys is put together; it is gone before the command starts."""
@@ -38,6 +40,12 @@ class Room:
         self.domain = domain
         self.environment: dict[str, str] = {}
         """Variables of the command, and of what fittings start."""
+        self.in_child: list[Callable[[], None]] = []
+        """Called in the command's process, and in those of daemons, between fork and exec."""
+        self.devices: XenDevices | None = None
+        """What serves /dev/xen; fittings add their nodes to it when they prepare."""
+        self.daemons: dict[int, str] = {}
+        """What fittings have started, by its process: whose end is worth a line."""
 
     def enter(self) -> None:
         """Leave the host's namespaces for good, and make our own /dev and the stage."""
@@ -66,9 +74,11 @@ class Room:
                 below = list(_mounted_below("/sys"))
                 old = os.open("/sys", os.O_PATH | os.O_DIRECTORY)
                 try:
-                    mount.mount("overlay", "/sys", "overlay", 0, f"lowerdir={staged}:/sys")
+                    mount.mount("overlay", "/sys", "overlay", 0, f"lowerdir={staged}:{_kernels_sys()}")
                     for path in below:
                         mount.bind(f"/proc/self/fd/{old}/{path}", f"/sys/{path}")
+                    for path in list(_mounted_below(str(staged))):
+                        mount.bind(str(staged / path), f"/sys/{path}")
                 finally:
                     os.close(old)
         mount.unmount(STAGE)
@@ -81,6 +91,17 @@ def _lacking(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentLacksError(f"the kernel does not give it {what}: {error.strerror}") from error
+
+
+def _kernels_sys() -> str:
+    """Give the kernel's own /sys: as our network namespace has it, or, where a container refuses that, as it was."""
+    own = Path(STAGE, "kernel")
+    own.mkdir()
+    try:
+        mount.mount("sysfs", str(own), "sysfs")
+    except PermissionError:
+        return "/sys"
+    return str(own)
 
 
 def _own_dev() -> None:
