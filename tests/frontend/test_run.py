@@ -16,7 +16,7 @@ import pytest
 
 from pvbus.actors.runtime import rundir
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
 from pvbus.view.pytest_plugin import BootedMachine
 
 PVBUS = f"{sys.executable} -P -m pvbus.supervisor"
@@ -57,7 +57,8 @@ def test_the_device_has_its_place_in_sys_and_the_rest_is_the_hosts(pvbus_shared_
 
 def test_the_host_sees_nothing_of_it(pvbus_shared_machine: BootedMachine) -> None:
     def seen() -> tuple[str, list[str], bool]:
-        return Path("/proc/self/mountinfo").read_text(), sorted(os.listdir("/dev")), Path("/sys/class/misc/xen!evtchn").exists()
+        devices = sorted(map(str, Path("/dev").iterdir()))
+        return Path("/proc/self/mountinfo").read_text(), devices, Path("/sys/class/misc/xen!evtchn").exists()
 
     before = seen()
     with started("sh", "-c", "test -e /dev/xen/evtchn && echo there; read line", name=pvbus_shared_machine.name) as process:
@@ -71,7 +72,9 @@ def test_the_host_sees_nothing_of_it(pvbus_shared_machine: BootedMachine) -> Non
 
 
 def test_a_machine_that_runs_is_used_and_reached_from_inside(pvbus_shared_machine: BootedMachine) -> None:
-    done = run("sh", "-c", f"echo $PVBUS_MACHINE; {PVBUS} ports --domain 1 --json", name=pvbus_shared_machine.name, options=["--domain", "1"])
+    words = f"echo $PVBUS_MACHINE; {PVBUS} ports --domain 1 --json"
+
+    done = run("sh", "-c", words, name=pvbus_shared_machine.name, options=["--domain", "1"])
 
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == pvbus_shared_machine.name
@@ -197,11 +200,11 @@ def users_python() -> str:
     """Give a Python that an ordinary user can execute: ours may lie in root's home."""
     if shutil.which("setpriv") is None:
         not_shown("an ordinary user", "install util-linux")
+    looks = ("-c", "import pvbus.shm._core, msgspec, psutil")
     for python in (sys.executable, "/usr/bin/python3"):
-        looks = [*AS_USER, python, "-c", "import pvbus.shm._core, msgspec, psutil"]
-        if subprocess.run(looks, env=with_packages(), capture_output=True, check=False).returncode == 0:
+        if subprocess.run([*AS_USER, python, *looks], env=with_packages(), capture_output=True, check=False).returncode == 0:
             return python
-    not_shown("an ordinary user", "no Python that such a one can execute has what pvbus needs")
+    return not_shown("an ordinary user", "no Python that such a one can execute has what pvbus needs")
 
 
 def with_packages() -> dict[str, str]:
