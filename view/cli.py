@@ -61,7 +61,7 @@ FILE_COLUMNS = (
 )
 DOMAIN_COLUMNS = ("domain", "platforms", "abi", "cpus", "affinity")
 VCPU_COLUMNS = ("cpu", "upcalls", "events", "unhandled", "sleeping", "generation")
-FRONTENDS = ("fuse",)  # of view/run/command.py, which is not loaded for every verb
+FRONTENDS = ("fuse", "seccomp")  # of view/run/command.py, which is not loaded for every verb
 EPILOG = """\
 exit codes: 0 held, 1 a property broken, 2 usage, 3 the environment lacks something,
             4 time-out, 130 interrupted.       $PVBUS_MACHINE is the default of --name.
@@ -149,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     run_ = verb("run", "run a command with the devices of a machine in place", which="one that runs, else one of its own")
     run_.add_argument("--domain", type=int, default=0, metavar="D", help="whose devices")
     run_.add_argument("--frontend", choices=sorted(FRONTENDS), default="fuse", help="how /dev/xen/evtchn is presented")
+    run_.add_argument("--xenstore", action="store_true", help="with a xenstored, and /dev/xen/xenbus to it")
     run_.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
     verb("conformance", "show which test shows which row of the contract", of_machine=False)
     return top

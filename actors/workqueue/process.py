@@ -258,13 +258,8 @@ class WorkqueueProcess(ProcessActor):
                 return m.Report(data={"drivers": names[:DRIVERS_A_FRAME]})
             case vm.ReadBus():
                 return vm.AttributeText(text=self.sysfs.read_bus(message.name))
-            case vm.WriteBus():
-                self._run(received, self.sysfs.write_bus(message.name, message.text))
-            case vm.WriteDriver():
-                self._run(received, self.sysfs.write_driver(message.driver, message.name, message.text))
-            case vm.WriteUevent():
-                self.sysfs.write_uevent(message.devpath, message.text)
-                return Done()
+            case vm.WriteBus() | vm.WriteDriver() | vm.WriteUevent():
+                self._run(received, self.sysfs.write(message))
             case vm.ReadAttribute():
                 return vm.AttributeText(text=self._attribute(message.device, message.name))
             case vm.WriteAttribute():

@@ -11,6 +11,7 @@ import errno
 import re
 from typing import TYPE_CHECKING
 
+from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.workqueue.bus import BUS, PARENT, checked, uevent
 from pvbus.actors.workqueue.connection import failed
 
@@ -54,6 +55,16 @@ class Sysfs:
         if name != "drivers_autoprobe":
             raise failed(errno.ENOENT, f"the bus has no file {name} to read")
         return f"{self._bus.autoprobe:d}\n"
+
+    def write(self, message: vm.WriteBus | vm.WriteDriver | vm.WriteUevent) -> Steps[None]:
+        """Write what a program has written."""
+        match message:
+            case vm.WriteBus():
+                yield from self.write_bus(message.name, message.text)
+            case vm.WriteDriver():
+                yield from self.write_driver(message.driver, message.name, message.text)
+            case vm.WriteUevent():
+                self.write_uevent(message.devpath, message.text)
 
     def write_bus(self, name: str, text: str) -> Steps[None]:
         """Write a file of /sys/bus/vmbus. ENOENT, ENODEV."""

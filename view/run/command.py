@@ -21,7 +21,9 @@ from pvbus.view.run import boot
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import EnvironmentLacksError, Room, sweep
+from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
+from pvbus.view.run.xenstore import Xenstore
 
 if TYPE_CHECKING:
     import argparse
@@ -32,9 +34,15 @@ EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
 
-FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {"fuse": lambda: [XenDevices()]}
+FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
+    "fuse": lambda: [XenDevices()],
+    "seccomp": lambda: [XenDevices(), SeccompFrontend()],
+}
 """What is put in place for each --frontend."""
-FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [lambda _: Sysfs()]
+FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
+    lambda _: Sysfs(),
+    lambda arguments: Xenstore() if arguments.xenstore else None,
+]
 """What else there is: each gives a fitting, or None if the arguments do not ask for it."""
 
 PASSED_ON = (
@@ -101,12 +109,17 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         room.place_sys()
         for fitting in fittings:
             fitting.start(room)
+        servers |= room.daemons
         started = _start(command, room)
         return started if isinstance(started, int) else _wait(Running(started, servers))
     finally:
+        for pid in room.daemons:  # they may have a mount namespace of their own, where the guard does not look
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
-        for pid in (guard, *servers):
-            os.waitpid(pid, 0)
+        for pid in {guard, *servers, *room.daemons}:
+            with contextlib.suppress(ChildProcessError):  # its end has been heard of already
+                os.waitpid(pid, 0)
 
 
 def _guard(room: Room) -> tuple[int, int]:
@@ -133,6 +146,8 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
     def in_child() -> None:
         mount.die_with_parent(signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for hook in room.in_child:
+            hook()
 
     try:
         return subprocess.Popen(

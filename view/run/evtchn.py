@@ -12,6 +12,7 @@ from pvbus.view.fuse.evtchn import Device
 from pvbus.view.fuse.node import Directory
 from pvbus.view.fuse.session import Session
 from pvbus.view.run.fitting import Fitting, connect, new_inbox, serve_session
+from pvbus.view.xen.privcmd import Mute, Privcmd, machine_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +31,16 @@ class XenDevices(Fitting):
     def __init__(self) -> None:
         super().__init__()
         self.nodes: dict[str, Callable[[Inbox, Peer, Room], Node]] = {
-            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain)
+            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain),
+            "privcmd": lambda _, machine, room: Privcmd(machine_op(machine, room.domain)),
+            "gntdev": lambda _inbox, _machine, _room: Mute(),
         }
         """What makes the nodes of /dev/xen, by their names; called in the server's process."""
 
     def prepare(self, room: Room) -> None:
         """Mount /dev/xen."""
         self.mount_fuse("/dev/xen")
+        room.devices = self
 
     def serve(self, room: Room) -> None:
         """Answer for every open file."""

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from pvbus.view.fuse import mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from pvbus.view.run.evtchn import XenDevices
 
 STAGE = "/dev/.pvbus"
 """Where /sys is put together; it is gone before the command starts."""
@@ -38,6 +40,12 @@ class Room:
         self.domain = domain
         self.environment: dict[str, str] = {}
         """Variables of the command, and of what fittings start."""
+        self.in_child: list[Callable[[], None]] = []
+        """Called in the command's process, and in those of daemons, between fork and exec."""
+        self.devices: XenDevices | None = None
+        """What serves /dev/xen; fittings add their nodes to it when they prepare."""
+        self.daemons: dict[int, str] = {}
+        """What fittings have started, by its process: whose end is worth a line."""
 
     def enter(self) -> None:
         """Leave the host's namespaces for good, and make our own /dev and the stage."""
@@ -138,7 +146,7 @@ def _mounted_below(directory: str) -> Iterator[str]:
 
 def sweep(spared: frozenset[int] = frozenset()) -> None:
     """Kill every process of this mount namespace but ourselves and those spared, and wait until they are gone."""
-    ours = os.stat("/proc/self/ns/mnt").st_ino
+    ours = Path("/proc/self/ns/mnt").stat().st_ino
     deadline_s = time.monotonic() + SWEEP_S_MAX
     while left := [pid for pid in _pids_in(ours) if pid != os.getpid() and pid not in spared]:
         if time.monotonic() > deadline_s:
@@ -156,6 +164,6 @@ def _pids_in(namespace: int) -> list[int]:
     found = []
     for entry in os.scandir("/proc"):
         with contextlib.suppress(OSError):  # not ours to look at, or gone; a zombie has no namespaces any more
-            if entry.name.isdecimal() and os.stat(f"/proc/{entry.name}/ns/mnt").st_ino == namespace:
+            if entry.name.isdecimal() and Path(entry.path, "ns/mnt").stat().st_ino == namespace:
                 found.append(int(entry.name))
     return found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from pvbus.actors.client import attach
@@ -33,6 +34,9 @@ class Sysfs(Fitting):
         """Mount a tree for each thing that the domain's platforms have."""
         with attach(room.machine) as machine:
             platforms = next(spec["platforms"] for spec in machine.status()["domains"] if spec["id"] == room.domain)
+            if "hyperv" in platforms:
+                with contextlib.suppress(TimeoutError):  # a driver's call takes its time: that is not the bus's coming up
+                    machine.settle()  # in a guest the bus is up before there are programs
         self._points = [*((BUS, PARENT) if "hyperv" in platforms else ()), *((MISC,) if "xen" in platforms else ())]
         self._minor = free_minor()
         for point in self._points:

@@ -37,7 +37,7 @@ class _LateHandle(Handle):
     def __init__(self, text: LateText, reading: Handle) -> None:
         self._text, self._reading = text, reading
 
-    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | None:
+    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | int | None:
         return self._reading.read(request, offset, size, flags)
 
     def truncate(self, request: Request, size: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import selectors
+import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -65,6 +66,8 @@ class SysfsServer:
                 number = 0
             except OSError as failed:
                 number = failed.errno or errno.EIO
+            except Exception:  # ours: its caller gets EIO, and we go on
+                traceback.print_exc()
             finally:
                 self._answers.append((answer, number))
                 os.eventfd_write(self._doorbell, 1)

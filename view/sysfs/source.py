@@ -11,69 +11,51 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from pvbus.actors.client import MachineNotFoundError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pvbus.actors.client import Machine
-    from pvbus.actors.client.vmbus import Bus
-
-HEIR_LOOK_S = 0.1   # how often a bus that has gone is asked for: an heir takes some tenths of a second
 
 
 class BusSource:
-    """A domain's bus, for a `Tree`; `send` gets each uevent, in order, in one thread at a time."""
+    """A domain's bus, for a `Tree`; `send` gets each uevent, in order, one at a time."""
 
     def __init__(self, machine: Machine, domain: int, send: Callable[[Mapping[str, str]], None]) -> None:
-        self._machine, self._domain, self._send = machine, domain, send
+        self._send = send
         self._lock = threading.Lock()   # over what has been told
         self._told: dict[str, dict[str, str]] = {}  # by devpath: the variables of its last uevent
         self._gone: set[str] = set()    # who was removed while the bus was being listed
-        self._generation = 0
-        self._ended = threading.Event()
-        self._bus = self._connect(silently=True)
-        self._watcher = threading.Thread(target=self._watch, name="pvbus-uevents", daemon=True)
-        self._watcher.start()
+        self._closed = False
+        self._bus = machine.bus(domain)
+        self._bus.listen(self._heard, self._died, self._come_back)
+        self._look(silently=True)   # who starts now looks for himself
 
     # ---- the connection
 
-    def _connect(self, *, silently: bool) -> Bus:
-        """Find the bus. What is on it is told, unless everybody must find out for himself, as at the start."""
-        bus = self._machine.bus(self._domain)
+    def _look(self, *, silently: bool) -> None:
+        """Tell of what is on the bus and has not been told of."""
         with self._lock:
-            self._generation += 1
-            self._bus = bus
             self._gone.clear()
-            bus.listen(lambda variables: self._heard(bus, variables))
-        for device in bus.devices():
+        for device in self._bus.devices():
             variables = _variables(device)
             with self._lock:
                 if variables["DEVPATH"] not in {*self._told, *self._gone}:     # a uevent was faster than the list
                     self._tell(variables, silently=silently)
-        return bus
 
-    def _watch(self) -> None:
-        """Follow the bus from heir to heir."""
-        while not self._ended.is_set():
-            if not self._bus.wait_gone(None) or self._ended.is_set():
-                return
-            with self._lock:
-                for variables in list(self._told.values()):
-                    self._tell({**variables, "ACTION": "remove"})
-            while not self._ended.wait(HEIR_LOOK_S):
-                try:
-                    self._connect(silently=False)
-                except MachineNotFoundError:
-                    return
-                except OSError:     # it is not there yet, or not any more: both end
-                    continue
-                break
-
-    def _heard(self, bus: Bus, variables: dict[str, str]) -> None:
+    def _heard(self, variables: dict[str, str]) -> None:
         with self._lock:
-            if bus is self._bus:
-                self._tell(variables)
+            self._tell(variables)
+
+    def _died(self) -> None:
+        with self._lock:
+            for variables in list(self._told.values()) if not self._closed else ():
+                self._tell({**variables, "ACTION": "remove"})
+
+    def _come_back(self) -> None:
+        try:
+            self._look(silently=False)
+        except OSError as error:    # it has died again, and its heir comes; or it has no heir, and everybody reads EIO
+            print(f"pvbus: the bus's heir cannot be looked at: {error}", file=sys.stderr)
 
     def _tell(self, variables: dict[str, str], *, silently: bool = False) -> None:
         """Send a uevent, and remember whom it was about. The caller holds the lock."""
@@ -91,14 +73,14 @@ class BusSource:
             print(f"pvbus: uevent {variables['ACTION']}@{variables['DEVPATH']} is lost: {error.strerror}", file=sys.stderr)
 
     def close(self) -> None:
-        """Follow no further. The machine is the caller's to close."""
-        self._ended.set()
+        """Tell nobody any more. The machine is the caller's to close."""
+        self._closed = True
 
     # ---- Source
 
     def generation(self) -> int:
         """Number the bus."""
-        return self._generation
+        return self._bus.generation
 
     def device_names(self) -> list[str]:
         """Give the names of all devices."""

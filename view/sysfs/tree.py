@@ -129,6 +129,10 @@ class _Made(Directory):
 
     def lookup(self, name: str) -> Node:
         """Give an entry; ENOENT."""
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # bytes that are no text: nothing of ours is called so, and no message could ask for it
+            raise error(errno.ENOENT) from None
         found = self.children.get(name) or self.entry(name)
         if found is None:
             raise error(errno.ENOENT)

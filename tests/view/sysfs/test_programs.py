@@ -8,6 +8,9 @@ Each needs its Debian package, and says so in the warnings where that is missing
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ import pytest
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES, modalias
 from pvbus.tests.machine.vmbus_support import Recorder, echo
 from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
-from pvbus.tests.view.sysfs.rooms import BOUND_S, Listener, Room, lsvmbus, until
+from pvbus.tests.view.sysfs.rooms import BOUND_S, EXIT_ENVIRONMENT, Listener, Room, lsvmbus, until
+from pvbus.view.pytest_plugin import environment
 
 CONFIG = """\
 [[domain]]
@@ -29,6 +33,7 @@ platforms = ["xen", "hyperv"]
 devices = ["heartbeat", "shutdown"]
 """
 BUS = "/sys/bus/vmbus"
+README = Path(__file__).resolve().parents[3] / "README.md"
 HWDB = Path("/usr/lib/udev/hwdb.d/20-vmbus-class.hwdb")
 ECHO_MODALIAS = modalias(DEVICE_CLASSES["echo"])
 PYUDEV_LISTS = """
@@ -191,6 +196,22 @@ def test_the_database_of_systemd_knows_our_classes_by_the_modalias_that_we_give(
     assert "Heartbeat" in room.must(f"systemd-hwdb query $(cat {BUS}/devices/vmbus_0_1/modalias)")
 
 
+def test_libudev_takes_the_tree_because_it_is_told_to(room: Room) -> None:
+    program("udevadm", "udev")
+    asked = f"udevadm info {BUS}/devices/vmbus_0_1"
+
+    assert room.do(asked)[0] == 0
+    assert room.do(f"env -u SYSTEMD_DEVICE_VERIFY_SYSFS {asked} 2> /dev/null")[0] != 0
+
+
+def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None:
+    assert room.must("cat /sys/class/net/lo/ifindex") == "1\n"
+    assert "Read-only file system" in room.do("echo 1400 > /sys/class/net/lo/mtu")[1]
+    assert "Read-only file system" in room.do(f"{program('udevadm', 'udev')} trigger")[1]
+    below = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith("/sys/")]
+    assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
+
+
 # ---- who listens
 
 
@@ -276,9 +297,11 @@ def test_a_value_is_read_anew_from_the_start_of_an_open_file(room: Room, machine
 # ---- who changes something
 
 
-def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine: Any) -> None:
+def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
     machine.register_driver(Recorder("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
     driver = f"{BUS}/drivers/heart"
+    listener = Listener(room, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
 
     assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == "../../../bus/vmbus/drivers/heart\n"
     assert room.do(f"echo vmbus_0_1 > {driver}/unbind") == (0, "")
@@ -289,6 +312,9 @@ def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine
     assert "Device or resource busy" in room.do(f"echo vmbus_0_1 > {driver}/bind")[1]
     machine.unregister_driver("heart")
     assert room.do(f"ls -d {driver}")[0] != 0
+    heard = listener.until("remove   /bus/vmbus/drivers/heart (drivers)")
+    listener.stop()
+    assert re.findall(r"\] (\w+) .*vmbus_0_1 ", heard) == ["unbind", "bind", "unbind"]
 
 
 def test_a_bind_that_waits_for_its_probe_keeps_nobody_from_looking(room: Room, machine: Any, tmp_path: Path) -> None:
@@ -336,6 +362,8 @@ def test_what_sysfs_refuses_is_refused_as_there(room: Room) -> None:
         (f"rm {BUS}/uevent", "Operation not permitted"), (f"ln -s x {BUS}/new", "Operation not permitted"),
         (f"echo frob > {device}/uevent", "Invalid argument"), (f"echo vmbus_0_9 > {BUS}/drivers_probe", "No such device"),
         (f"ls {BUS}/devices/vmbus_0_9", "No such file or directory"),
+        (f"ls {BUS}/devices/$'\\xff\\n'", "No such file or directory"),
+        (f"echo $'\\xff' > {BUS}/drivers_probe", "Invalid argument"),
     ):  # fmt: skip
         code, said = room.do(f"({command}) 2>&1")
         assert (code != 0, why in said) == (True, True), (command, code, said)
@@ -376,6 +404,8 @@ def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: 
         assert own.must(f"cat {BUS}/devices/vmbus_0_2/id") == "2\n"
         own.must(f"echo change > {BUS}/devices/vmbus_0_2/uevent")
         listener.until("change   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        assert own.must(f"{sys.executable} -m pvbus.supervisor offer echo") == "3\n"  # $PVBUS_MACHINE leads to the machine
+        listener.until("add      /devices/VMBUS:00/vmbus_0_")
         listener.stop()
     finally:
         own.close()
@@ -398,3 +428,26 @@ def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(
         assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
     finally:
         own.close()
+
+
+def test_the_commands_of_the_readme_work_as_a_newcomer_types_them() -> None:
+    program("udevadm", "udev")
+    typed = re.findall(r"^\.venv/bin/pvbus run -- (lsvmbus .*|udevadm info .*)$", README.read_text(), re.MULTILINE)
+    places = [str(Path(lsvmbus()).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    with tempfile.TemporaryDirectory(prefix="pvt-", dir="/tmp") as root:  # where no machine runs, and short
+        environ = environment() | {"PATH": os.pathsep.join(places), "XDG_RUNTIME_DIR": root}
+        said = [
+            subprocess.run(
+                [sys.executable, "-m", "pvbus.supervisor", "run", "--", *command.split()],
+                check=False, capture_output=True, text=True, env=environ, timeout=BOUND_S,
+            )
+            for command in typed
+        ]  # fmt: skip
+
+    if said[0].returncode == EXIT_ENVIRONMENT:
+        not_tested(said[0].stderr)
+    assert [done.returncode for done in said] == [0, 0], said
+    assert re.findall(r"^VMBUS ID  \d: Class_ID = .* - (.*)$", said[0].stdout, re.MULTILINE) == [
+        "[Heartbeat]", "[Operating system shutdown]", "Unknown",
+    ]  # fmt: skip
+    assert "looking at device '/devices/VMBUS:00/vmbus_0_1'" in said[1].stdout

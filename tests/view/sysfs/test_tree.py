@@ -134,7 +134,7 @@ def read(tree: Tree, path: str) -> str:
     handle = find(tree, path).open(Caller(), os.O_RDONLY)  # type: ignore[arg-type]
     assert handle is not None
     data = handle.read(Caller(), 0, 4096, 0)  # type: ignore[arg-type]
-    assert data is not None
+    assert isinstance(data, bytes)
     return data.decode()
 
 
@@ -265,6 +265,15 @@ def test_what_has_gone_is_not_found_and_its_open_files_say_enodev(tree: Tree, so
         with pytest.raises(OSError) as gone:
             opened.read(Caller(), 0, 9, 0)  # type: ignore[arg-type]
         assert gone.value.errno == errno.ENODEV
+
+
+@pytest.mark.parametrize("name", ["nix", "é", os.fsdecode(b"\xff"), "x" * 255])
+@pytest.mark.parametrize("place", [
+    PARENT, DEVICE, f"{DEVICE}/channels", f"{BUS}/devices", f"{BUS}/drivers", f"{BUS}/drivers/idle",
+])  # fmt: skip
+def test_a_name_that_nothing_has_is_not_found(tree: Tree, place: str, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        find(tree, place).lookup(name)
 
 
 def test_a_thing_has_one_node_while_somebody_holds_it_and_another_bus_has_others(tree: Tree, source: Source) -> None:
