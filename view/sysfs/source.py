@@ -35,7 +35,8 @@ class BusSource:
     def _look(self, *, silently: bool) -> None:
         """Tell of what is on the bus and has not been told of."""
         with self._lock:
-            self._gone = gone = set()
+            gone: set[str] = set()
+            self._gone = gone
         try:
             for device in self._bus.devices():
                 variables = _variables(device)
