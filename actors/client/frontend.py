@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 from pvbus.actors.client.evtchn import CALL_TIMEOUT_S, IOCTL_RESET
@@ -98,6 +99,7 @@ class FrontendFile:
         check(pages[0], MAGIC_FILE, "the file's page")
         check(pages[1], MAGIC_SUBMISSION, "the submission ring")
         check(pages[2], MAGIC_PUBLIC, "the public page")
+        self._page = pages[0]
         os.set_blocking(self.door, False)
         self._context = Context(*pages, self.door, self.kick, 0, opened.ports_max)
         native = UserFile(self._context, True, True)  # the access mode is looked at by who holds the descriptor
@@ -119,6 +121,16 @@ class FrontendFile:
     def ready(self) -> bool:
         """Whether a read would give something, an error included."""
         return bool(self.mask() & (READABLE | select.POLLERR))
+
+    def pending(self) -> int:
+        """Give how many entries a read would find."""
+        return (self._page.load32(FilePage.PROD) - self._page.load32(FilePage.CONS)) & 0xFFFFFFFF
+
+    def peek(self, entries: int) -> bytes:
+        """Give the first entries as a read would, and take none."""
+        first, size = self._page.load32(FilePage.CONS), self._page.load32(FilePage.SIZE)
+        ports = [self._page.load32(FilePage.RING + 4 * ((first + at) & (size - 1))) for at in range(entries)]
+        return b"".join(port.to_bytes(4, sys.byteorder) for port in ports)
 
     def _door(self, events: int) -> None:
         if events & (select.EPOLLHUP | select.EPOLLERR):
@@ -151,8 +163,8 @@ class FrontendFile:
             then()
 
         self.closed = True
+        self.on_ready = _nothing  # the mappings go with the last reference to this
         self._inbox.remove_fd(self.door)
         os.close(self.door)
-        os.close(self.kick)
-        self.on_ready = _nothing  # the mappings go with the last reference to this
         self._peer.ask(m.Detach(), detached, CALL_TIMEOUT_S)
+        os.close(self.kick)

@@ -215,6 +215,13 @@ DEVIATIONS: dict[str, dict[tuple[str, int], str]] = {
         ("vfs_misc", 17): "the file is S_ISREG",
         ("vfs_misc", 23): "ENOTTY for an unknown ioctl",
         ("read_efault", 3): "EFAULT before EAGAIN: the kernel looks at the pointer first",
+        ("read_efault", 6): "EFAULT before the count: the kernel looks at the pointer first",
+        ("read_efault", 14): "EFAULT before the count: the kernel looks at the pointer first",
+        ("write_efault", 13): "EFAULT before the count: the kernel looks at the pointer first",
+        ("eintr", 13): "EINTR despite SA_RESTART",
+        ("eintr", 14): "EINTR despite SA_RESTART",
+        ("sigio_overflow", 5): "no SIGIO",
+        ("sigio_overflow", 14): "no SIGIO",
     },
     "seccomp": {
         ("vfs_misc", 16): "the file is S_ISSOCK",

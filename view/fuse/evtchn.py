@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 import struct
 from collections import deque
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
-from pvbus.view.fuse.mount import read_memory
+from pvbus.view.fuse.caller import READ, WRITE, Callers
+from pvbus.view.fuse.mount import read_memory, write_memory
 from pvbus.view.fuse.node import Handle, Node, error
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Device(Node):
         self.inbox = inbox
         self.machine = machine
         self.domain = domain
+        self.callers = Callers()
         self._releasing: dict[OpenFile, Timer] = {}
         self._behind: deque[Callable[[], None]] = deque()
 
@@ -100,25 +103,78 @@ class OpenFile(Handle):
     def __init__(self, device: Device, file: frontend.FrontendFile) -> None:
         self.device = device
         self.file = file
-        self.readers: deque[tuple[Request, int]] = deque()
+        self.readers: deque[_Reader] = deque()
         self.poller: Callable[[], None] | None = None
         file.on_ready = self._on_ready
 
-    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | None:
-        """Mirror evtchn_read (A4)."""
-        if size < _PORT.size:
-            return b""
-        file = self.file
-        if file.ready():
-            return file.read(min(size, BYTES_A_CALL)) if not file.dead else _dead()
-        if flags & os.O_NONBLOCK:
-            raise error(errno.EAGAIN)
-        self.readers.append((request, size))
+    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | int | None:
+        """Mirror evtchn_read (A4), once for each segment."""
+        if size >= _PORT.size and flags & os.O_NONBLOCK and not self.file.ready():
+            return errno.EAGAIN
+        reader = _Reader(request, size, nonblock=bool(flags & os.O_NONBLOCK))
+        if self._advance(reader):
+            return bytes(reader.collected)
+        self.readers.append(reader)
         return None
 
+    def _advance(self, reader: _Reader) -> bool:
+        """Read as far as there is something; True when the call is over. OSError ends it only if nothing was read before."""
+        if reader.unknown:
+            if reader.room >= _PORT.size and not self.file.ready():
+                return False  # whatever it is, it waits
+            reader.unknown = False
+            if reader.room != _PORT.size or self.file.pending() > 1:  # else there is one port, and room for one
+                callers = self.device.callers
+                reader.segments, reader.address = callers.segments(reader.request.pid, READ, reader.room)
+        try:
+            while reader.segments:
+                length = reader.segments[0]
+                want = min(length & ~3, BYTES_A_CALL)
+                if want:
+                    if not self.file.ready():
+                        if reader.nonblock:
+                            raise error(errno.EAGAIN)
+                        return False
+                    data = self._take(reader, want)
+                    reader.collected += data
+                    want = len(data)
+                reader.segments.pop(0)
+                if want < length:
+                    break
+        except OSError:
+            if not reader.collected:
+                raise
+        return True
+
+    def _take(self, reader: _Reader, want: int) -> bytes:
+        """Take entries for a segment; EFAULT, and nothing is taken, if they reach beyond the caller's memory."""
+        file = self.file
+        if file.dead:
+            raise error(errno.EIO)
+        room = reader.room - len(reader.collected)
+        if want > room and not file.mask() & select.POLLERR:
+            there = min(want, 4 * file.pending())
+            if there > room:
+                if reader.address and not reader.collected:  # what fits is copied all the same
+                    write_memory(reader.request.pid, reader.address, file.peek(there // 4)[:room])
+                raise error(errno.EFAULT)
+        return file.read(want)
+
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
-        """Mirror evtchn_write (A5)."""
-        return self.file.write(data)
+        """Mirror evtchn_write (A5), once for each segment."""
+        done = 0
+        for length in self.device.callers.segments(request.pid, WRITE, len(data))[0]:
+            count = min(length & ~3, BYTES_A_CALL)
+            if done + count > len(data):
+                if done:
+                    break
+                raise error(errno.EFAULT)
+            if count:
+                self.file.write(data[done : done + count])
+            done += count
+            if count < length:
+                break
+        return done
 
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
@@ -155,9 +211,12 @@ class OpenFile(Handle):
     def interrupt(self, request: Request) -> None:
         """End a read that waits; a call of the machine's own ends by itself."""
         for reader in self.readers:
-            if reader[0] is request:
+            if reader.request is request:
                 self.readers.remove(reader)
-                request.fail(errno.EINTR)
+                if reader.collected:
+                    request.reply(bytes(reader.collected))
+                else:
+                    request.fail(errno.EINTR)
                 return
 
     def release(self, request: Request) -> bool:
@@ -176,15 +235,28 @@ class OpenFile(Handle):
         """One event lets one reader return, in the order in which they came."""
         file = self.file
         while self.readers and file.ready():
-            request, size = self.readers.popleft()
+            reader = self.readers.popleft()
             try:
-                request.reply(file.read(min(size, BYTES_A_CALL)) if not file.dead else _dead())
+                if self._advance(reader):
+                    reader.request.reply(bytes(reader.collected))
+                else:
+                    self.readers.appendleft(reader)
             except OSError as failed:
-                request.fail(failed.errno or errno.EIO)
+                reader.request.fail(failed.errno or errno.EIO)
         if self.poller is not None and file.ready():
             self.poller()
 
 
-def _dead() -> bytes:
-    """The file's process has ended."""
-    raise error(errno.EIO)
+class _Reader:
+    """A read that is under way: what is asked for, and what it has."""
+
+    __slots__ = ("address", "collected", "nonblock", "request", "room", "segments", "unknown")
+
+    def __init__(self, request: Request, size: int, *, nonblock: bool) -> None:
+        self.request = request
+        self.room = size  # the bytes that FUSE can hand over: less than the segments have, where memory ends
+        self.segments = [size]
+        self.address = 0
+        self.unknown = True  # whether that is all that was asked for
+        self.nonblock = nonblock
+        self.collected = bytearray()

@@ -35,10 +35,10 @@ class _IoVec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-_libc.process_vm_readv.argtypes = (
-    ctypes.c_int, ctypes.POINTER(_IoVec), ctypes.c_ulong, ctypes.POINTER(_IoVec), ctypes.c_ulong, ctypes.c_ulong,
-)  # fmt: skip
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_one_vector = ctypes.POINTER(_IoVec)
+for _copy in (_libc.process_vm_readv, _libc.process_vm_writev):
+    _copy.argtypes = (ctypes.c_int, _one_vector, ctypes.c_ulong, _one_vector, ctypes.c_ulong, ctypes.c_ulong)
+    _copy.restype = ctypes.c_ssize_t
 
 
 def _check(result: int, what: str) -> int:
@@ -125,12 +125,25 @@ def adopt_orphans() -> None:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
+_buffer = ctypes.create_string_buffer(16384)  # of the one thread that serves; the longest vector of segments fits
+_ours = _IoVec(ctypes.addressof(_buffer), 0)
+_theirs = _IoVec()
+_ours_at, _theirs_at = ctypes.pointer(_ours), ctypes.pointer(_theirs)
+
+
 def read_memory(pid: int, address: int, size: int) -> bytes:
     """Read the memory of the process that a thread belongs to. EFAULT for an address that cannot be read."""
-    buffer = ctypes.create_string_buffer(size)
-    ours = _IoVec(ctypes.cast(buffer, ctypes.c_void_p), size)
-    theirs = _IoVec(address, size)
-    if _libc.process_vm_readv(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0) != size:
+    _ours.length = _theirs.length = size
+    _theirs.base = address
+    if _libc.process_vm_readv(pid, _ours_at, 1, _theirs_at, 1, 0) != size:
         number = ctypes.get_errno()
         raise OSError(number if number not in (0, errno.ESRCH) else errno.EFAULT, "the caller's memory")
-    return buffer.raw
+    return _buffer[:size]
+
+
+def write_memory(pid: int, address: int, data: bytes) -> None:
+    """Write into the memory of the process that a thread belongs to, as far as it can be written."""
+    _buffer[: len(data)] = data
+    _ours.length = _theirs.length = len(data)
+    _theirs.base = address
+    _libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0)

@@ -34,8 +34,8 @@ class Handle:
     open_flags = FOPEN_DIRECT_IO
     """FOPEN_*: what OPEN answers."""
 
-    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | None:
-        """Give at most `size` bytes; `flags` are those of the open file now (O_NONBLOCK). Later: `request.reply(data)`."""
+    def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | int | None:
+        """Give at most `size` bytes, or an errno; `flags` are those of the open file now (O_NONBLOCK). Later: `request.reply`."""
         raise error(errno.EINVAL)
 
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int | None:

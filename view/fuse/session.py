@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
-REQUESTS_A_TURN_MAX = 16  # then the others of the caller's loop have their turn
 _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 
 
@@ -72,8 +71,11 @@ class Session:
         self.root = root
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
+        self.kept = 0
+        """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
         os.set_blocking(fd, False)
         self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
+        self._buffers = [self._buffer]
         self._view = memoryview(self._buffer)
         self._nodes: dict[int, Node] = {1: root}
         self._ids: dict[Node, int] = {root: 1}
@@ -107,20 +109,19 @@ class Session:
             self.serve()
 
     def serve(self, _events: int = 0) -> None:
-        """Handle the requests that are there, a bounded number; `closed` is True after it once it is unmounted."""
-        for _ in range(REQUESTS_A_TURN_MAX):
-            try:
-                size = os.readv(self.fd, [self._buffer])
-            except BlockingIOError:
+        """Handle one request, if one is there; `closed` is True after it once the file system is unmounted."""
+        try:
+            size = os.readv(self.fd, self._buffers)
+        except BlockingIOError:
+            return
+        except OSError as failed:
+            if failed.errno in (errno.ENOENT, errno.EINTR):  # the one that we were to get was interrupted
                 return
-            except OSError as failed:
-                if failed.errno in (errno.ENOENT, errno.EINTR):  # the one that we were to get was interrupted
-                    continue
-                if failed.errno not in _GONE:
-                    raise
-                self.closed = True
-                return
-            self._handle(size)
+            if failed.errno not in _GONE:
+                raise
+            self.closed = True
+            return
+        self._handle(size)
 
     def _handle(self, size: int) -> None:
         _, opcode, unique, nodeid, uid, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
@@ -162,6 +163,7 @@ class Session:
     def _keep(self, request: Request, handle: Handle | None) -> None:
         """Remember a request that is answered later: an INTERRUPT may come for it."""
         request.handle = handle
+        self.kept += 1
         self._waiting[request.unique] = request
 
     # ---- INIT
@@ -304,6 +306,8 @@ class Session:
         data = handle.read(request, offset, size, flags)
         if data is None:
             self._keep(request, handle)
+        elif isinstance(data, int):
+            request.fail(data)
         else:
             request.reply(data)
 
@@ -342,6 +346,8 @@ class Session:
         handle = self._handles.pop(abi.RELEASE_IN.unpack_from(body)[0], None)
         if handle is None or not handle.release(request):
             request.reply()
+        else:
+            self.kept += 1
 
     def _interrupt(self, _request: Request, body: memoryview) -> None:
         """Pass it on; INTERRUPT itself has no answer, and one that comes too late finds nobody."""

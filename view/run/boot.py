@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 READY_S_MAX = 20.0  # a boot takes a fifth of a second; a loaded machine may take a hundred times that
 STOP_S_MAX = 15.0
+SAID_BYTES_MAX = 65536
 CONFIG = """\
 [[domain]]
 id = 0
@@ -44,19 +45,25 @@ def booted(name: str, config: str = CONFIG) -> Iterator[str]:
     def in_child() -> None:
         die_with_parent(signal.SIGTERM)  # an ordered stop; nothing of it stays
 
+    said_fd = os.memfd_create("pvbus-run-said")  # what its kernels say is not the command's output
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "pvbus.supervisor", "up", "--name", name, "--config", f"/proc/self/fd/{config_fd}"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=[config_fd], start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said_fd, pass_fds=[config_fd], start_new_session=True,
         env={**os.environ, "PYTHONPATH": path}, preexec_fn=in_child,  # noqa: PLW1509 -- one system call
     )  # fmt: skip
     os.close(config_fd)
     assert process.stdout is not None
     try:
-        with process.stdout:
-            _await_ready(process, name)
+        try:
+            with process.stdout:
+                _await_ready(process, name)
+        except EnvironmentLacksError as error:
+            last = os.pread(said_fd, SAID_BYTES_MAX, 0).decode(errors="replace").strip().rpartition("\n")[2]
+            raise EnvironmentLacksError(f"{error}: {last}" if last else str(error)) from None
         yield name
     finally:
+        os.close(said_fd)
         process.terminate()
         try:
             process.wait(STOP_S_MAX)
