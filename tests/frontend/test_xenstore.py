@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import re
-import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pvbus.tests.run.support import Packages, in_run, running
+from pvbus.tests.frontend.support import not_shown, run, started
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 
@@ -19,10 +18,20 @@ LSEVTCHN = "/usr/lib/xen-4.17/bin/lsevtchn"
 XENSTORED = "/usr/lib/xen-4.17/bin/xenstored"
 
 
+def need(path: str, package: str) -> None:
+    if not Path(path).exists():
+        not_shown(f"what {path} makes of it", f"install Debian's package {package}")
+
+
+@pytest.fixture
+def machine_name(pvbus_shared_machine: BootedMachine) -> str:
+    return pvbus_shared_machine.name
+
+
 @pytest.fixture
 def xenstore_tools() -> None:
-    Packages.need(XENSTORED, "xen-utils-4.17")
-    Packages.need("/usr/bin/xenstore-read", "xenstore-utils")
+    need(XENSTORED, "xen-utils-4.17")
+    need("/usr/bin/xenstore-read", "xenstore-utils")
 
 
 def _upcalls(booted: BootedMachine) -> int:
@@ -39,7 +48,7 @@ def test_xenstored_answers_over_the_event_channel(pvbus_shared_machine: BootedMa
     )
     before = _upcalls(pvbus_shared_machine)
 
-    done = in_run(pvbus_shared_machine.name, ["--xenstore", "--frontend", frontend], "sh", "-c", script)
+    done = run("sh", "-c", script, name=pvbus_shared_machine.name, options=["--xenstore", "--frontend", frontend])
 
     assert done.stdout.splitlines() == [f"value-{number}" for number in range(pairs)] + ["gone"], done.stderr
     assert _upcalls(pvbus_shared_machine) - before >= 4 * pairs  # a request and an answer, a write and a read
@@ -54,14 +63,14 @@ def test_a_watch_sees_what_another_user_writes(machine_name: str) -> None:
         "xenstore-write /seen/it now; wait $w; cat /dev/shm/pvbus-test-watch-$$; rm /dev/shm/pvbus-test-watch-$$"
     )
 
-    done = in_run(machine_name, ["--xenstore"], "timeout", "20", "sh", "-c", script)
+    done = run("timeout", "20", "sh", "-c", script, name=machine_name, options=["--xenstore"])
 
     assert done.stdout.split() == ["/seen", "/seen/it"], done.stderr
 
 
 @pytest.mark.usefixtures("xenstore_tools")
 def test_lsevtchn_prints_the_port_table(pvbus_shared_machine: BootedMachine) -> None:
-    done = in_run(pvbus_shared_machine.name, ["--xenstore"], LSEVTCHN)
+    done = run(LSEVTCHN, name=pvbus_shared_machine.name, options=["--xenstore"])
 
     rows = [re.sub(r"\s+", " ", row).strip() for row in done.stdout.splitlines()]
     assert rows == [
@@ -72,23 +81,24 @@ def test_lsevtchn_prints_the_port_table(pvbus_shared_machine: BootedMachine) -> 
 
 
 def test_lsevtchn_sees_the_ports_of_a_python_client(pvbus_shared_machine: BootedMachine) -> None:
-    Packages.need(LSEVTCHN, "xen-utils-4.17")
+    need(LSEVTCHN, "xen-utils-4.17")
     with pvbus_shared_machine.machine.open_evtchn() as file:
         port = file.bind_unbound_port(0)
 
-        done = in_run(pvbus_shared_machine.name, [], LSEVTCHN)
+        done = run(LSEVTCHN, name=pvbus_shared_machine.name, options=[])
 
     assert done.stdout.split() == f"{port}: VCPU 0: Interdomain (Waiting connection) - Remote Domain 0".split()
 
 
 @pytest.mark.usefixtures("xenstore_tools")
-def test_when_xenstored_dies_the_run_says_so_and_ends_with_nothing_left(pvbus_shared_machine: BootedMachine) -> None:
-    with running(pvbus_shared_machine.name, ["--xenstore"], "sh", "-c", "echo ready; exec sleep 60") as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-        daemon = next(child for child in psutil.Process(run.pid).children() if child.name() == "xenstored")
-        run.send_signal(signal.SIGKILL)
-        run.wait(10)
+def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: BootedMachine) -> None:
+    name = pvbus_shared_machine.name
+    with started("sh", "-c", "echo ready; exec sleep 60", name=name, options=["--xenstore"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        daemon = next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored")
+        process.kill()
+        process.wait(10)
 
         until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE, "xenstored ends with its run")
         until(lambda: pvbus_shared_machine.machine.ports(0) == [], "its ports are free")
@@ -98,7 +108,7 @@ def test_when_xenstored_dies_the_run_says_so_and_ends_with_nothing_left(pvbus_sh
 def test_xenstored_runs_in_domain_0_only(pvbus_boot: object) -> None:
     booted = pvbus_boot('[[domain]]\nid = 0\n\n[[domain]]\nid = 1\nplatforms = ["xen"]\n')  # type: ignore[operator]
 
-    done = in_run(booted.name, ["--xenstore", "--domain", "1"], "true")
+    done = run("true", name=booted.name, options=["--xenstore", "--domain", "1"])
 
     assert (done.returncode, done.stderr) == (3, "pvbus run: xenstored runs in domain 0, not in domain 1\n")
     assert not Path("/dev/.xenstored").exists()
