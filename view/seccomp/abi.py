@@ -166,7 +166,8 @@ def read_memory(tid: int, address: int, size: int) -> bytes | None:
 
 def write_memory(tid: int, address: int, data: bytes) -> bool:
     """Copy into a process; False for a bad pointer. OSError for a process that may not be written into."""
-    ours, theirs = _vectors(ctypes.create_string_buffer(data, len(data)), address, len(data))
+    buffer = ctypes.create_string_buffer(data, len(data))
+    ours, theirs = _vectors(buffer, address, len(data))
     copied = _libc.process_vm_writev(tid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
     if copied < 0 and ctypes.get_errno() != errno.EFAULT:
         raise _failed(f"process_vm_writev of {tid}")
