@@ -102,7 +102,7 @@ int pv_share(Engine *e, int32_t cell)
         return 0;
     e->cells[cell].shared = true;
     e->grown = true;
-    return remember(e, cell);
+    return remember(e, cell) < 0 ? -1 : pv_set(e, cell, e->cells[cell].value);
 }
 
 /* Two accesses of different width to the same eight bytes are a mixed-size race, which no model here covers. */
