@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios.channel_ring import RING_BYTES
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class HostileRing(Scenario):
     """One packet, and a lie about it."""
 
     name = "hostile-ring"
+    claims = claimed("sc tso arm", {})
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the rings."""

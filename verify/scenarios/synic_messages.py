@@ -18,7 +18,7 @@ from pvbus.shm import hyperv
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios import loops
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class SynicMessages(Scenario):
     """
 
     name = "synic-messages"
+    claims = (
+        *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
+        *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
+        *claimed("sc tso", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+    )
     synic_type: type[Synic] = Synic
 
     def __init__(self, *, messages: int = 3, cpus: int = 1, posters: int = 2, poller: bool = False, ahead: int = 0) -> None:

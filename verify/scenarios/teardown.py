@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pvbus.verify.explorer.scenario import claimed
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ class Teardown(VmbusPair):
     """
 
     name = "teardown"
+    claims = claimed(
+        "sc", {}, {"ends": "exit"}, {"ends": "reopen", "ticks": 0}, {"rescind": True, "ticks": 0},
+        {"ends": "exit", "rescind": True, "ticks": 0}, {"reads": True, "ticks": 0}, {"timeouts": 1, "ticks": 0},
+    )  # fmt: skip
     ENDS = {"close": ("open", "close"), "exit": ("open", "exit"), "reopen": ("open", "close", "open"), "": ("open",)}  # noqa: RUF012 # a table
 
     def __init__(

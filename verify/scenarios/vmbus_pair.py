@@ -154,7 +154,6 @@ class VmbusPair(Scenario):
     `opens`: the driver opens its channel when it is probed. `offered`: instances that are there from the beginning.
     """
 
-    name = "vmbus-pair"
     rings_max = 3
 
     def __init__(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from pvbus.shm.hyperv import MESSAGE_VMBUS, Header, Slot, Vp, Work
+from pvbus.verify.explorer.scenario import claimed
 from pvbus.verify.scenarios import loops
 from pvbus.verify.scenarios.work_ring import NUMBER_FIRST, WorkRings
 
@@ -24,6 +25,7 @@ class WorkRingFull(WorkRings):
     """One message in the slot; of the ring's entries the first holds an item, and the tail has come round to it."""
 
     name = "work-ring-full"
+    claims = claimed("sc tso arm", {})
 
     def __init__(self) -> None:
         super().__init__(cpus=1)

@@ -8,7 +8,7 @@ from pvbus.actors.runtime.vmbus_wire import Rescind
 from pvbus.actors.workqueue.channel import Channel
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.waits import Steps, Synchronize
-from pvbus.verify.scenarios.vmbus_pair import VmbusPair
+from pvbus.verify.scenarios.offers import Offers
 from pvbus.verify.zoo import CAUGHT, Bug
 
 
@@ -30,15 +30,8 @@ class LooksUpAndWaits(Channels):
     _HANDLERS = {**Channels._HANDLERS, Kind.RESCIND: _on_rescind_later}  # noqa: RUF012, SLF001 # the table of our parent
 
 
-class RescindsTwice(VmbusPair):
-    """A host that says its rescind twice."""
-
-    def __init__(self) -> None:
-        super().__init__(toolstack=("rescind a", "again"), offered="a")
-
-
-class Unprotected(RescindsTwice):
-    """And a guest that does not protect what it has looked up."""
+class Unprotected(Offers):
+    """A guest that does not protect what it has looked up."""
 
     def make_channels(self, *arguments: Any) -> Channels:
         """Make the guest's channels."""
@@ -49,7 +42,8 @@ BUG = Bug(
     number=14,
     name="two-rescinds",
     sentence="two rescinds of one relid both look the channel up, and both release it",
-    scenario=RescindsTwice,
+    scenario=Offers,
+    parameters={"script": "rescind a, again", "opens": False},
     handler=Unprotected,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(

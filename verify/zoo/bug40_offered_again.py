@@ -6,7 +6,7 @@ from typing import Any
 from pvbus.actors.runtime.vmbus_facts import Kind
 from pvbus.actors.runtime.vmbus_wire import OfferChannel
 from pvbus.actors.workqueue.channels import Channels
-from pvbus.verify.scenarios.vmbus_pair import VmbusPair
+from pvbus.verify.scenarios.offers import Offers
 from pvbus.verify.zoo import CAUGHT, Bug
 
 
@@ -20,15 +20,8 @@ class KnowsClasses(Channels):
     _HANDLERS = {**Channels._HANDLERS, Kind.OFFERCHANNEL: _on_offer_of_class}  # noqa: RUF012, SLF001 # the table of our parent
 
 
-class Registers(VmbusPair):
-    """Two devices of one class are offered while a driver registers."""
-
-    def __init__(self) -> None:
-        super().__init__(toolstack=("offer a", "offer b"), users=(("register",),))
-
-
-class Inexact(Registers):
-    """With that guest."""
+class Inexact(Offers):
+    """A guest with that lookup."""
 
     def make_channels(self, *arguments: Any) -> Channels:
         """Make the guest's channels."""
@@ -39,7 +32,8 @@ BUG = Bug(
     number=40,
     name="offered-again",
     sentence="offers are requested again with every driver, and a lookup that is not exact throws a new device away",
-    scenario=Registers,
+    scenario=Offers,
+    parameters={"script": "offer b", "opens": False, "registers": True},
     handler=Inexact,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
