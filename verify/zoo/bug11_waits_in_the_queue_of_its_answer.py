@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pvbus.verify.scenarios.offers import Offers
-from pvbus.verify.scenarios.vmbus_pair import GuestSide
+from pvbus.verify.scenarios.vmbus_sides import GuestSide
 from pvbus.verify.zoo import CAUGHT, Bug
 
 if TYPE_CHECKING:

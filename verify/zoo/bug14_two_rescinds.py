@@ -3,8 +3,7 @@
 
 from typing import Any
 
-from pvbus.actors.runtime.vmbus_facts import Kind
-from pvbus.actors.runtime.vmbus_wire import Rescind
+from pvbus.actors.runtime.vmbus_wire import Rescind, decode
 from pvbus.actors.workqueue.channel import Channel
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.waits import Steps, Synchronize
@@ -15,9 +14,12 @@ from pvbus.verify.zoo import CAUGHT, Bug
 class LooksUpAndWaits(Channels):
     """Finds the channel of a rescind, and takes it off the list only when it comes to release it."""
 
-    def _on_rescind_later(self, message: Rescind) -> None:
-        channel = self.find(message.relid)
-        if channel is not None:
+    def onmessage(self, payload: bytes) -> None:
+        """Look a rescind up, and handle it later."""
+        message = decode(payload, self.connection.version)
+        if not isinstance(message, Rescind):
+            super().onmessage(payload)
+        elif (channel := self.find(message.relid)) is not None:
             self._spawn(self._end(channel))
 
     def _end(self, channel: Channel) -> Steps[None]:
@@ -26,8 +28,6 @@ class LooksUpAndWaits(Channels):
         self._leaving[channel.relid] = channel
         self._take_away(channel)
         yield from self.release(channel)
-
-    _HANDLERS = {**Channels._HANDLERS, Kind.RESCIND: _on_rescind_later}  # noqa: RUF012, SLF001 # the table of our parent
 
 
 class Unprotected(Offers):

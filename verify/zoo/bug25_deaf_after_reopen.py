@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.workqueue import waits
 from pvbus.verify.scenarios.teardown import Teardown
-from pvbus.verify.scenarios.vmbus_pair import GuestSide
+from pvbus.verify.scenarios.vmbus_sides import GuestSide
 from pvbus.verify.zoo import CAUGHT, Bug
 
 if TYPE_CHECKING:

@@ -3,8 +3,7 @@
 
 from typing import Any
 
-from pvbus.actors.runtime.vmbus_facts import Kind
-from pvbus.actors.runtime.vmbus_wire import OfferChannel
+from pvbus.actors.runtime.vmbus_wire import OfferChannel, decode
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.verify.scenarios.offers import Offers
 from pvbus.verify.zoo import CAUGHT, Bug
@@ -13,11 +12,11 @@ from pvbus.verify.zoo import CAUGHT, Bug
 class KnowsClasses(Channels):
     """Takes an offer for a repetition when it has a channel of the same class."""
 
-    def _on_offer_of_class(self, offer: OfferChannel) -> None:
-        if not any(channel.offer.class_id == offer.class_id for channel in self):
-            self._on_offer(offer)
-
-    _HANDLERS = {**Channels._HANDLERS, Kind.OFFERCHANNEL: _on_offer_of_class}  # noqa: RUF012, SLF001 # the table of our parent
+    def onmessage(self, payload: bytes) -> None:
+        """Drop such an offer, handle all else."""
+        offer = decode(payload, self.connection.version)
+        if not (isinstance(offer, OfferChannel) and any(channel.offer.class_id == offer.class_id for channel in self)):
+            super().onmessage(payload)
 
 
 class Inexact(Offers):
