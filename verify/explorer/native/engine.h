@@ -263,6 +263,7 @@ void pv_forget_kinds(Engine *e);
 bool pv_choose(Engine *e, const node_t *options, choice_t *choice);
 int pv_enter(Engine *e, const node_t *options);
 bool pv_backtrack(Engine *e);
+void pv_end_of_path(Engine *e);
 void pv_forget(Engine *e);
 
 /* describe.c */

@@ -106,8 +106,10 @@ static bool goes_on(Engine *e, const node_t *options)
     if (e->strategy == FOLLOW && e->depth == e->follow_count && e->after == AFTER_STOP)
         return end(e, options->steps ? STOPPED : QUIET);
     bool more = e->strategy == FOLLOW ? e->depth < e->follow_count : e->strategy == DEPTH_FIRST && e->depth < e->node_count;
-    if (!options->steps && !more && !(e->strategy == DEPTH_FIRST && options->dying && e->depth < e->fair_from))
+    if (!options->steps && !more && !(e->strategy == DEPTH_FIRST && options->dying && e->depth < e->fair_from)) {
+        pv_end_of_path(e);
         return end(e, QUIET);
+    }
     if (e->depth < e->steps_max)
         return true;
     return end(e, LIVELOCK); /* everybody had a turn since fair_from, again and again */
@@ -119,6 +121,8 @@ static context_t *next(Engine *e)
     for (;;) {
         node_t options;
         choice_t choice;
+        if (e->depth > 0 && e->taken[e->depth - 1].agent < CONTEXTS_MAX)
+            e->events[e->depth - 1].pushed = e->contexts[e->taken[e->depth - 1].agent].pushed;
         pv_options(e, &options);
         if (!goes_on(e, &options) || !pv_choose(e, &options, &choice))
             return NULL;

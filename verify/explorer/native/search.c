@@ -179,6 +179,18 @@ static int look_up(Engine *e, node_t *n)
     return 0;
 }
 
+/* Nobody can go on: those who wait for ever might have come first. */
+void pv_end_of_path(Engine *e)
+{
+    uint64_t *summary = e->nodes[e->depth].pending;
+    if (e->strategy != DEPTH_FIRST || !e->reducing || e->depth == 0 || e->depth != e->node_count)
+        return;
+    pv_find_races(e, e->depth);
+    memset(summary, 0, sizeof e->nodes[0].pending);
+    note_pending(e, &e->nodes[e->depth]);
+    merge(e->nodes[e->depth - 1].beyond[e->nodes[e->depth - 1].now.agent], summary);
+}
+
 /* Put the state that was reached on the path; 1, or 0 if it is known, -1 and an error. */
 int pv_enter(Engine *e, const node_t *options)
 {
@@ -335,8 +347,6 @@ static bool fits(Engine *e, const node_t *o, choice_t c)
 /* Make the next choice; false if the execution ends here, because the state is known or the choices given do not fit. */
 bool pv_choose(Engine *e, const node_t *o, choice_t *choice)
 {
-    if (e->depth > 0 && e->taken[e->depth - 1].agent < CONTEXTS_MAX)
-        e->events[e->depth - 1].pushed = e->contexts[e->taken[e->depth - 1].agent].pushed;
     if (e->strategy == DEPTH_FIRST && e->depth < e->node_count) {
         *choice = e->nodes[e->depth].now;
         if (e->reducing && e->depth + 1 == e->node_count)
