@@ -11,6 +11,7 @@ import pytest
 from pvbus.actors.workqueue.channel import Channel
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.waits import Steps
+from pvbus.shm.hyperv import Vp
 from pvbus.verify import scenarios
 from pvbus.verify.explorer import MODELS, Scenario, explore
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
@@ -58,8 +59,6 @@ class WritesEomAlways(SynicMessages):
     """As if each CPU had written one EOM more than it did."""
 
     def broken(self, model: "Model", stuck: list[str]) -> str | None:
-        from pvbus.shm.hyperv import Vp  # noqa: PLC0415 # of this check only
-
         at = Vp.at(0, Vp.EOM)
         self.hv.store64(at, self.hv.load64(at) + 1)
         return super().broken(model, stuck)

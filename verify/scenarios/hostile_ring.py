@@ -61,7 +61,7 @@ class HostileRing(Scenario):
             if error.errno != errno.EIO:
                 raise
             return 0
-        return len(packet[2])
+        return len(packet[2]) if packet is not None else -1
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """Nothing was taken that the writer had not written."""

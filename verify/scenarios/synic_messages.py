@@ -55,9 +55,8 @@ class SynicMessages(Scenario):
         self.runs = False
         self.irqs = [model.bell(f"irq{vp}") for vp in range(self.cpus)]
         self.exits, self.wrmsr = model.bell("exits"), model.bell("wrmsr")
-        self.machine, self.domain, self.hv = (
-            Memory(model, size) for size in (Machine.BYTES, Domain.BYTES, hyperv.BYTES)
-        )
+        self.machine, self.domain = (Memory(model, size) for size in (Machine.BYTES, Domain.BYTES))
+        self.hv: Any = Memory(model, hyperv.BYTES)  # as the room takes it for a mapped one
         for name in ("machine", "domain", "hv"):
             model.name(getattr(self, name), name)
         self.machine.store32(Machine.VARIANTS, variants)
@@ -119,7 +118,7 @@ class SynicMessages(Scenario):
 
     def poll(self, model: Model) -> None:
         """Look at the slot of CPU 0 as the crash path does: copy, free, pay the EOM that is owed. The tasklet does it in C."""
-        memory: Any = self.hv
+        memory = self.hv
         kind = memory.load32_acquire(SLOT + Slot.TYPE, "syn_publish")
         if not kind:
             return

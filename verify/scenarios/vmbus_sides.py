@@ -217,8 +217,9 @@ class GuestSide:
         self._number = 0
         self.tasks = Tasks(self, self.clock, self.timers)
         self.requests = pair.make_requests()
-        self.segment: Any = Segment(pair.hv)
-        self.connection = Connection(self.segment, self.requests, ignore)
+        self.segment = Segment(pair.hv)
+        memory: Any = self.segment
+        self.connection = Connection(memory, self.requests, ignore)
         self.connection.state, self.connection.version = ConnectionState.CONNECTED, V5_3
         self.connection.epoch, self.connection.message_connection = 1, connection_id(V5_3)
         self.channels = pair.make_channels(self.connection, self.requests, self._spawn, ignore)
@@ -226,7 +227,7 @@ class GuestSide:
         self.bus.exists = self.bus.registered = True
         self.bus.drivers["driver"] = Driver("driver", [ECHO.bytes_le, NULL_GUID])
         dirty = bool(pair.variants & VARIANTS["leaves-dirty"])
-        self.vmbus = Vmbus(Platform(), self.segment, self.channels, self.bus, ignore, leaves_dirty=dirty)
+        self.vmbus = Vmbus(Platform(), memory, self.channels, self.bus, ignore, leaves_dirty=dirty)
         self.vmbus.running = True
 
     def _spawn(self, steps: waits.Steps[Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pvbus.shm.hyperv import MESSAGE_VMBUS, Header, Slot, Vp, Work
 from pvbus.verify.explorer.scenario import claimed
@@ -62,7 +62,7 @@ class WorkRingFull(WorkRings):
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The message lies in the entry that has come free."""
-        entry = cast("int", self.hv.load32(Work.at(0, Work.NUMBER)))
+        entry = self.hv.load32(Work.at(0, Work.NUMBER))
         state = self.hv.load32(Work.at(0, Work.STATE)) & 0xFF
         if (state, entry) == (Work.FILLED, NUMBER_FIRST):
             return None
