@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A driver and its device send to each other through both rings of a channel, full and empty: does either sleep for ever (E9)?
 
-Contexts: the host (a server: Endpoint with an echo behind it, as the hypervisor runs it for each signal) and the driver,
-which does with its ring what VmbusChannel of the client does: sends, receives, and sleeps on its doorbell when neither goes on. The
+Contexts: the host (a server: Endpoint with an echo behind it, as the hypervisor runs it for each signal) and the driver, which
+does with its ring what VmbusChannel of the client does: sends, receives, and sleeps on its doorbell when neither goes on. The
 modelled doorbells stand for the signals of the channel.
 """
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A writer changes the descriptor of a packet that it has published, while the reader takes it: is more taken than the ring held?
 
-Contexts: the writer (ChannelRing.send, then a store over its own descriptor) and the reader (ChannelRing.recv, once it is signalled).
-The reader may get the packet as it was, or refuse the ring (EIO); what it must not do is believe a length that it has not checked.
+Contexts: the writer (ChannelRing.send, then a store over its own descriptor) and the reader (ChannelRing.recv, once it is
+signalled). The reader may get the packet as it was, or refuse the ring (EIO); what it must not do is believe a length that it
+has not checked.
 """
 
 from __future__ import annotations

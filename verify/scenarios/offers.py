@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offer, rescind, offer again, while the driver opens what it is given: does the last message about a relid decide (E10)?
 
-One relid and two instances that are offered under it in turn; `a` is there from the beginning. The driver opens its channel when it
-is probed, so a rescind finds it between any two messages of an open. With `timeouts` the guest gives up waiting at any moment, and
-the answer comes late.
+One relid and two instances that are offered under it in turn; `a` is there from the beginning. The driver opens its channel
+when it is probed, so a rescind finds it between any two messages of an open. With `timeouts` the guest gives up waiting at any
+moment, and the answer comes late.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pvbus.verify.scenarios.vmbus_pair import VmbusPair
 
 
 class Offers(VmbusPair):
-    """`script` is what the toolstack does: `offer b`, `rescind a`, and `again`, when the host dies and its heir repeats a message.
+    """`script` is what the toolstack does: `offer b`, `rescind a`, and `again`, when the host dies and its heir repeats a
+    message.
 
-    `opens`: the driver opens its channel in its probe. `registers`: another driver registers, and so requests the offers once more.
+    `opens`: the driver opens its channel in its probe. `registers`: another driver registers, and so requests the offers once
+    more.
     """
 
     name = "offers"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages of the host on their way through SynIC's slots into the guest's work ring (E6, and on two CPUs E7).
 
-Contexts: the host (a server: Synic posts through its ports, then answers every EOM) and one a virtual CPU (a server: vmbus_isr and
-its tasklets, hv_interrupt.c, whenever it is interrupted). With `poller` a CPU that has crashed looks into CPU 0's slot once, as
-nobody has called it. What the guest has taken is read from the work ring, which no workqueue empties here.
+Contexts: the host (a server: Synic posts through its ports, then answers every EOM) and one a virtual CPU (a server: vmbus_isr
+and its tasklets, hv_interrupt.c, whenever it is interrupted). With `poller` a CPU that has crashed looks into CPU 0's slot
+once, as nobody has called it. What the guest has taken is read from the work ring, which no workqueue empties here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A channel is closed, rescinded, or left by the whole driver, in any state and while its device writes: does anything of it live on
-(E11)?
+"""A channel is closed, rescinded, or left by the whole driver, in any state and while its device writes: does anything of it
+live on (E11)?
 
-A process opens the channel and ends it; what ends it from the other side comes at any moment. Behind the end no ring may be lost, freed
-twice or written, no function may wait, and what is opened once more has to work as it did the first time.
+A process opens the channel and ends it; what ends it from the other side comes at any moment. Behind the end no ring may be
+lost, freed twice or written, no function may wait, and what is opened once more has to work as it did the first time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Teardown(VmbusPair):
     """A process calls open and then `ends`: `close`, `exit`, or `reopen` (close, and open once more).
 
-    `rescind`: the host withdraws the device meanwhile. `ticks`: how often the device writes of its own accord. `reads`: another process
-    reads the attributes. `timeouts`: how often the guest gives up waiting.
+    `rescind`: the host withdraws the device meanwhile. `ticks`: how often the device writes of its own accord. `reads`: another
+    process reads the attributes. `timeouts`: how often the guest gives up waiting.
     """
 
     name = "teardown"

@@ -5,9 +5,9 @@
                                   host <------hypercalls------------------------ guest
 
 The host is Server, the guest is Guest with its connection, channels, bus and tasks; each is the production code in one context.
-What lies between them, SynIC and the work ring, has scenarios of its own and is a mailbox here: no message is lost, none overtakes.
-The answer to a hypercall takes another way than messages do, and may come before them or behind. A ring is a Memory of the shadow
-heap: its device writes into it while it is mapped, and who touches it after the guest has freed it is found out.
+What lies between them, SynIC and the work ring, has scenarios of its own and is a mailbox here: no message is lost, none
+overtakes. The answer to a hypercall takes another way than messages do, and may come before them or behind. A ring is a Memory
+of the shadow heap: its device writes into it while it is mapped, and who touches it after the guest has freed it is found out.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class VmbusPair(Scenario):
     """`toolstack`, `user` and `seconds` say what is asked of the two, each in its order, at any moment.
 
     toolstack: `offer a`, `rescind a`, `tick` (every device writes), `again` (an heir of the host repeats its last message).
-    users: of each, `open`, `close`, `read` (attributes), `register` (a driver of something else), `exit` (of the driver's module);
-    a call begins when the one before has ended. seconds: the guest's clock moves on, once each.
-    `opens`: the driver opens its channel when it is probed. `offered`: instances that are there from the beginning.
+    users: of each, `open`, `close`, `read` (attributes), `register` (a driver of something else), `exit` (of the driver's
+    module); a call begins when the one before has ended. seconds: the guest's clock moves on, once each. `opens`: the driver
+    opens its channel when it is probed. `offered`: instances that are there from the beginning.
     """
 
     rings_max = 3

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A message comes while the work ring is full, on a machine with one processor: does the tasklet give way to who makes room?
 
-Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps for a millisecond, as its process does with a message that waits)
-and the workqueue, which shares the processor: it runs when the CPU has left its tasklet, and handles one item.
+Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps for a millisecond, as its process does with a
+message that waits) and the workqueue, which shares the processor: it runs when the CPU has left its tasklet, and handles one
+item.
 """
 
 from __future__ import annotations

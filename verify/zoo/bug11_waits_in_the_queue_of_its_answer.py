@@ -42,10 +42,11 @@ BUG = Bug(
     handler=OneQueue,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Handling an offer means probing its driver, and that opens the channel: it posts a message and waits for the answer. The "
-        "answer is a message, too, and waits in the queue for its turn behind the offer. Every open takes the five seconds of its "
-        "time-out and fails, or, without one, nothing goes on any more; a rescind, which would end the wait, waits in the same "
-        "queue. Answers must not queue behind those who wait for them: handling a message may not wait for another."
+        "Handling an offer means probing its driver, and that opens the channel: it posts a message and waits for the "
+        "answer. The answer is a message, too, and waits in the queue for its turn behind the offer. Every open takes the "
+        "five seconds of its time-out and fails, or, without one, nothing goes on any more; a rescind, which would end the "
+        "wait, waits in the same queue. Answers must not queue behind those who wait for them: handling a message may not "
+        "wait for another."
     ),
     citation=(
         "'run non-blocking message handlers in the dispatch tasklet', Dexuan Cui, 2015; 'Offload the handling of channels to two "

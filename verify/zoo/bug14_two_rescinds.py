@@ -47,10 +47,11 @@ BUG = Bug(
     handler=Unprotected,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "A rescind maps its relid to a channel and then does what takes time. A second one for the same relid, handled meanwhile, "
-        "finds the channel still listed. Both release it: in a kernel the second touches freed memory, here the host is told "
-        "twice that the relid is free, and by the second time it may be another channel's. Finding the channel and marking it "
-        "as going have to be one step. A host that dies between saying and recording says a rescind twice, so this is no theory."
+        "A rescind maps its relid to a channel and then does what takes time. A second one for the same relid, handled "
+        "meanwhile, finds the channel still listed. Both release it: in a kernel the second touches freed memory, here the "
+        "host is told twice that the relid is free, and by the second time it may be another channel's. Finding the channel "
+        "and marking it as going have to be one step. A host that dies between saying and recording says a rescind twice, so "
+        "this is no theory."
     ),
     citation="'Resolve race condition in vmbus_onoffer_rescind()', Andrea Parri, December 2020, e4d221b42354.",
 )

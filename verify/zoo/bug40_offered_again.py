@@ -36,9 +36,9 @@ BUG = Bug(
     handler=Inexact,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "The driver of 2012 requests all offers once more whenever a driver registers, so offers come twice, and race the first ones. "
-        "What is known is freed as not new. That is harmless only as long as the lookup is exact, class and instance: compare less, "
-        "and the second disk of a machine is taken for a repetition of the first."
+        "The driver of 2012 requests all offers once more whenever a driver registers, so offers come twice, and race the "
+        "first ones. What is known is freed as not new. That is harmless only as long as the lookup is exact, class and "
+        "instance: compare less, and the second disk of a machine is taken for a repetition of the first."
     ),
     citation="Live in the driver of 2012, whose lookup is exact; the inexact one is a mutation of ours.",
 )
