@@ -143,7 +143,57 @@ static bool drains(const Engine *e, const context_t *c)
     return k == RMW || k == FENCE || k == UNLOCK || k == POST || (k == CAS && e->model != ARM) || (k == RING && e->model == ARM);
 }
 
-/* Note the event that is about to happen: its kind, and all that has happened before it. */
+/*
+ * Event i races with a later one of `agent`, which has `clock` before it.  What comes after i and not because of it, and then
+ * that event, could have come before i.  One of those who could have begun that (its initials) has to be tried instead of i.
+ * Of an event beyond the path only the beginning of that is known; where it is empty, everybody is tried.
+ */
+static void want(Engine *e, uint32_t i, uint32_t depth, int agent, const uint16_t *clock)
+{
+    node_t *n = &e->nodes[i];
+    uint32_t first[AGENTS_MAX], members = 0, initials = 0;
+    const event_t *at = &e->events[i];
+    for (uint32_t j = i + 1; j <= depth; j++) {
+        const event_t *event = &e->events[j];
+        const uint16_t *before = j < depth ? event->clock : clock;
+        int who = j < depth ? event->agent : agent;
+        if (who < 0 || (members >> who & 1) || (j < depth && event->clock[at->agent] > i))
+            continue;
+        bool initial = true;
+        for (uint32_t left = members; left != 0 && initial; left &= left - 1)
+            initial = before[__builtin_ctz(left)] <= first[__builtin_ctz(left)];
+        members |= 1u << who;
+        first[who] = j;
+        if (initial)
+            initials |= 1u << who;
+    }
+    initials &= n->steps;
+    if (initials & n->wanted)
+        return;
+    if (initials == 0)
+        n->wanted |= n->steps;
+    else
+        n->wanted |= agent >= 0 && (initials >> agent & 1) ? 1u << agent : initials & -initials;
+}
+
+static bool is_push(const Engine *e, const event_t *before, int agent)
+{
+    return before->pushed && e->model == ARM && before->agent + CONTEXTS_MAX == agent;
+}
+
+/* Find the races of an event of kind `id` with the path; afterwards `clock` has all that happened before it. */
+static void races(Engine *e, uint32_t depth, int agent, int id, uint16_t *clock)
+{
+    for (uint32_t i = depth; i-- > 0;) {
+        const event_t *before = &e->events[i];
+        if (before->agent == agent || clock[before->agent] > i || !(depends(e, id, before->id) || is_push(e, before, agent)))
+            continue;
+        want(e, i, depth, agent, clock);
+        join(clock, before->clock);
+    }
+}
+
+/* Note the event that is about to happen: its kind, its races, and all that has happened before it. */
 void pv_record(Engine *e, uint32_t depth, choice_t choice)
 {
     event_t *event = &e->events[depth];
@@ -160,103 +210,58 @@ void pv_record(Engine *e, uint32_t depth, choice_t choice)
         event->id = (int16_t)flush_kind(e, c, which[choice.way]);
         clock_of(e, depth, choice.agent, c->buffer[which[choice.way]].pushed_at, false, event->clock);
     }
-    for (uint32_t i = 0; i < depth; i++) {
-        const event_t *before = &e->events[i];
-        bool pushed = before->pushed && e->model == ARM && before->agent + CONTEXTS_MAX == choice.agent;
-        if (depends(e, event->id, before->id) || pushed)
-            join(event->clock, before->clock);
-    }
+    races(e, depth, choice.agent, event->id, event->clock);
     event->clock[choice.agent] = (uint16_t)(depth + 1);
 }
 
-/* Event i races with one of `agent` that has `clock` before it: try that agent, or one it waits for, before i. */
-static void want(Engine *e, uint32_t i, uint32_t depth, int agent, const uint16_t *clock)
-{
-    node_t *n = &e->nodes[i];
-    uint32_t able = n->steps & 1u << agent;
-    for (uint32_t j = i + 1; j < depth; j++)
-        if (clock[e->events[j].agent] > j)
-            able |= n->steps & 1u << e->events[j].agent;
-    if (able & n->wanted)
-        return;
-    if (able == 0)
-        n->wanted |= n->steps;
-    else
-        n->wanted |= able >> agent & 1 ? 1u << agent : able & -able;
-}
-
-static void race(Engine *e, uint32_t depth, uint32_t down_to, int agent, int id, const uint16_t *clock)
-{
-    for (uint32_t i = depth; i-- > down_to;) {
-        const event_t *before = &e->events[i];
-        if (before->agent == agent || clock[before->agent] > i || !depends(e, id, before->id))
-            continue;
-        want(e, i, depth, agent, clock);
-        return;
-    }
-}
-
 /* arm: the event before this state put stores into a buffer; a flush of that buffer before it might have come after. */
-static void race_of_push(Engine *e, uint32_t depth)
+static void races_of_push(Engine *e, uint32_t depth)
 {
     event_t *event = &e->events[depth - 1];
     if (e->model != ARM || !event->pushed || event->agent >= CONTEXTS_MAX)
         return;
-    race(e, depth - 1, 0, event->agent, pushing(e, event->agent), event->clock);
-    for (uint32_t i = 0; i + 1 < depth; i++)
-        if (e->events[i].agent == event->agent + CONTEXTS_MAX)
-            join(event->clock, e->events[i].clock);
+    uint16_t clock[AGENTS_MAX];
+    memcpy(clock, event->clock, sizeof clock);
+    clock[event->agent] = 0;
+    races(e, depth - 1, event->agent, pushing(e, event->agent), clock);
+    join(event->clock, clock);
 }
 
-/* A new state: compare what may come next with the path. */
+/* A new state: those who have to wait might have come before what makes them wait. */
 void pv_find_races(Engine *e, uint32_t depth)
 {
     uint16_t clock[AGENTS_MAX];
     if (depth == 0)
         return;
-    race_of_push(e, depth);
-    int moved = e->events[depth - 1].agent & (CONTEXTS_MAX - 1);
+    races_of_push(e, depth);
     for (uint32_t i = 0; i < e->context_count; i++) {
         const context_t *c = &e->contexts[i];
-        uint32_t from = moved == (int)i ? 0 : depth - 1; /* what has not changed was compared with the rest before */
-        if (c->waiting && !c->dead) {
-            clock_of(e, depth, (int)i, -1, drains(e, c), clock);
-            race(e, depth, from, (int)i, pv_pending_kind(e, c), clock);
-        }
-        uint32_t entries = e->model == ARM ? c->buffered : c->buffered != 0;
-        for (uint32_t k = 0; k < entries; k++) {
-            clock_of(e, depth, CONTEXTS_MAX + (int)i, c->buffer[k].pushed_at, false, clock);
-            race(e, depth, from, CONTEXTS_MAX + (int)i, flush_kind(e, c, k), clock);
-        }
+        if (!c->waiting || c->dead || pv_step_ways(e, c) != 0)
+            continue;
+        clock_of(e, depth, (int)i, -1, drains(e, c), clock);
+        races(e, depth, (int)i, pv_pending_kind(e, c), clock);
     }
 }
 
 /* The path has come to a state that is known: compare it with all that follows there. */
 void pv_races_beyond(Engine *e, uint32_t depth, const uint64_t *summary)
 {
-    uint64_t left[SUMMARY_WORDS];
     uint16_t clocks[AGENTS_MAX][AGENTS_MAX];
-    memcpy(left, summary, sizeof left);
     for (int agent = 0; agent < AGENTS_MAX; agent++)
         clock_of(e, depth, agent, -1, false, clocks[agent]);
     for (uint32_t i = depth; i-- > 0;) {
         const event_t *before = &e->events[i];
-        uint64_t *with = e->depends[before->id], none[SUMMARY_WORDS];
-        int push = before->pushed && e->model == ARM ? pushing(e, before->agent) : -1;
-        if (push >= 0) {
-            for (int w = 0; w < SUMMARY_WORDS; w++)
-                none[w] = with[w] | e->depends[push][w];
-            with = none;
-        }
-        for (int w = 0; w < SUMMARY_WORDS; w++) {
-            for (uint64_t hits = left[w] & with[w]; hits != 0; hits &= hits - 1) {
-                int id = w * 64 + __builtin_ctzll(hits), agent = e->kinds[id].agent;
-                if (agent == before->agent || clocks[agent][before->agent] > i)
-                    continue;
-                want(e, i, depth, agent, clocks[agent]);
-                left[w] &= ~(1ull << (id & 63));
+        int push = before->pushed && e->model == ARM ? pushing(e, before->agent) : before->id;
+        bool raced = false;
+        for (int w = 0; w < SUMMARY_WORDS && !raced; w++) {
+            uint64_t hits = summary[w] & (e->depends[before->id][w] | e->depends[push][w]);
+            for (; hits != 0 && !raced; hits &= hits - 1) {
+                int agent = e->kinds[w * 64 + __builtin_ctzll(hits)].agent;
+                raced = agent != before->agent && clocks[agent][before->agent] <= i;
             }
         }
+        if (raced)
+            want(e, i, depth, -1, NULL);
     }
 }
 
