@@ -20,12 +20,14 @@ from pvbus.verify import scenarios
 from pvbus.verify.explorer import MODELS, explore
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ORDERED, SITES, STAYS
+from pvbus.verify.explorer.walk import Walker
 from pvbus.verify.searching import said
 
 WEAK_MODELS: Final = tuple(model for model in ("tso", "arm") if model in MODELS)
 LOOK_EXECUTIONS_MAX: Final = 60  # enough for every context to come by every site that it comes by at all
 EXECUTIONS_MAX: Final = 20_000
 SECONDS_MAX: Final = 8.0
+NAMES_MAX: Final = 3  # that a cell of the table names
 NEEDED, REDUNDANT, OPEN, UNSEEN = "needed", "redundant", "open", "not reached"
 DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "barriers.md"
 
@@ -76,27 +78,11 @@ def configurations() -> Iterator[Configuration]:
 
 def passed(configuration: Configuration, sites: Sequence[str]) -> set[str]:
     """Give the sites that the contexts of a configuration come by, as SITE and as SITE@CONTEXT."""
-    names = {name for name, _, _ in _contexts(configuration)}
+    names = Walker(configuration.make, model="sc").along(()).names
     wanted = [*sites, *(f"{site}@{name}" for site in sites for name in names)]
     bounds = dict(configuration.bounds)
     result = explore(configuration.make(), drop=wanted, executions=LOOK_EXECUTIONS_MAX, **bounds)
     return set(result.sites_dropped)
-
-
-def _contexts(configuration: Configuration) -> list[Any]:
-    """Give the contexts' names: from a scenario that has been prepared, by a search of one execution."""
-    scenario = configuration.make()
-    names: list[Any] = []
-    start = scenario.start
-
-    def spied(model: Any) -> list[Any]:
-        found = list(start(model))
-        names[:] = found
-        return found
-
-    scenario.start = spied  # type: ignore[method-assign]
-    explore(scenario, executions=1, **dict(configuration.bounds))
-    return names
 
 
 def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
@@ -110,9 +96,13 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
         if result.failure is not None:
             return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,})"])
         (ended if result.verdict == "complete" else unfinished).append(configuration.label)
-    if unfinished:
-        return Finding(OPEN, [f"no failure, and no end, in {', '.join(unfinished)}"])
-    return Finding(REDUNDANT, [f"complete in {', '.join(ended)}"]) if ended else Finding(UNSEEN)
+    evidence = [f"{word} {_listed(names)}" for word, names in (("complete in", ended), ("no end in", unfinished)) if names]
+    return Finding(OPEN if unfinished else REDUNDANT if ended else UNSEEN, evidence)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_MAX
+    return ", ".join(names[:NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
