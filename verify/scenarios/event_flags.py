@@ -55,6 +55,7 @@ class EventFlags(Scenario):
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages, with every flags page on, SINT2 unmasked, and the channels open."""
+        self.runs = False
         self.irqs = [model.bell(f"irq{vp}") for vp in range(self.cpus)]
         self.exits = model.bell("exits")
         self.machine, self.domain, self.hv, self.rings = (
@@ -73,6 +74,7 @@ class EventFlags(Scenario):
             synic.write_msr(vp, synic_msrs.SINT0 + SINT_VMBUS, VECTOR)
             synic.write_msr(vp, synic_msrs.SCONTROL, synic_msrs.ENABLE)
         self._signal(self._server(synic), range(1, self.ahead + 1))
+        self.runs = True
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the host and the CPUs."""
@@ -85,7 +87,7 @@ class EventFlags(Scenario):
     def _synic(self, model: Model) -> Synic:
         def interrupt(vp: int, vector: int) -> None:
             request_interrupt(self.hv, vp, vector)
-            if model.running is not None:    # before anybody runs nobody has to be woken
+            if self.runs:    # before anybody runs nobody has to be woken
                 loops.ring_eventfd(model, self.hv, self.irqs[vp], "irq")
 
         synic = Synic(self.hv, self.cpus, interrupt, clock=lambda: 1)

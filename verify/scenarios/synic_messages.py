@@ -47,6 +47,7 @@ class SynicMessages(Scenario):
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages, with every message page on and SINT2 unmasked, as the guest leaves them at bring-up."""
+        self.runs = False
         self.irqs = [model.bell(f"irq{vp}") for vp in range(self.cpus)]
         self.exits, self.wrmsr = model.bell("exits"), model.bell("wrmsr")
         self.machine, self.domain, self.hv = (
@@ -65,6 +66,7 @@ class SynicMessages(Scenario):
             host.write_msr(vp, synic_msrs.SCONTROL, synic_msrs.ENABLE)
         self._make_ports(host)
         self._post(host, range(1, self.ahead + 1))
+        self.runs = True
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the host, the CPUs, and perhaps the poller."""
@@ -83,7 +85,7 @@ class SynicMessages(Scenario):
     def _host(self, model: Model) -> Synic:
         def interrupt(vp: int, vector: int) -> None:
             request_interrupt(self.hv, vp, vector)
-            if model.running is not None:    # before anybody runs nobody has to be woken
+            if self.runs:    # before anybody runs nobody has to be woken
                 loops.ring_eventfd(model, self.hv, self.irqs[vp], "irq")
 
         return self.synic_type(self.hv, self.cpus, interrupt, clock=lambda: 1)

@@ -24,7 +24,7 @@ from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.runtime.clock import ManualClock, Timers
 from pvbus.actors.runtime.config import VARIANTS
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, STATUS_SUCCESS, V5_3, VMBUS_SINT, connection_id
-from pvbus.actors.runtime.vmbus_wire import InitiateContact
+from pvbus.actors.runtime.vmbus_wire import InitiateContact, kind_of
 from pvbus.actors.workqueue import attributes, waits
 from pvbus.actors.workqueue.attributes import RingState
 from pvbus.actors.workqueue.bus import NULL_GUID, Bus, Device, Driver
@@ -49,6 +49,13 @@ INSTANCES: Final = {letter: uuid.UUID(int=number) for number, letter in enumerat
 RING_PAGES: Final = 4  # two rings of a control page and one of data
 INSUFFICIENT_BUFFERS: Final = 19
 FRAMES_APART: Final = 0x1000
+
+
+class Said(bytes):
+    """A message, by its name in traces."""
+
+    def __repr__(self) -> str:
+        return kind_of(self, V5_3).name
 
 
 class Ring:
@@ -85,6 +92,9 @@ class HostDevice:
         self.handle: Handle | None = None
         self.pages: RingPages | None = None
         self.opens = 0
+
+    def __repr__(self) -> str:
+        return "device"
 
     def on_open(self, handle: Handle, pages: RingPages) -> int | None:
         """Begin to map the rings."""
@@ -292,7 +302,7 @@ class HostSide:
     """Server in its context, fed by the toolstack and by hypercalls."""
 
     def __init__(self, pair: VmbusPair, model: Model) -> None:
-        self._pair, self._model = pair, model
+        self._pair, self._model, self._runs = pair, model, False
         self.early: list[bytes] = []    # before anybody runs
         self.last = b""
         self.devices: dict[str, HostDevice] = {}
@@ -303,10 +313,10 @@ class HostSide:
 
     def _post(self, payload: bytes) -> int:
         self.last = payload
-        if self._model.running is None:
+        if not self._runs:
             self.early.append(payload)
         else:
-            self._model.post(self._pair.to_cpu, ("message", payload), "SynIC")
+            self._model.post(self._pair.to_cpu, ("message", Said(payload)), "SynIC")
         return STATUS_SUCCESS
 
     def _raise_flag(self, flag: int, _vp: int) -> None:
@@ -331,6 +341,7 @@ class HostSide:
     def run(self) -> None:
         """Take what comes, one after the other."""
         pair, model = self._pair, self._model
+        self._runs = True
         while True:
             match model.receive(pair.to_host, "host.take"):
                 case ("offer", letter):
@@ -385,7 +396,7 @@ class GuestSide:
         """Pass a wait on to whoever answers it."""
         match wait:
             case waits.Post(payload=payload):
-                self._send(self._pair.to_host, "hypercall", answer, payload)
+                self._send(self._pair.to_host, "hypercall", answer, Said(payload))
             case waits.Listen(relid=relid):
                 self._send(self._pair.to_host, "wire", answer, relid)
             case waits.Quiesce(relid=relid):
