@@ -125,8 +125,8 @@ def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
     for configuration in configurations():
         for place in passed(configuration, sites):
             by_place[place].append(configuration)
-    known = {model: sizes(sorted({one for found in by_place.values() for one in found}, key=lambda one: one.label), model)
-             for model in WEAK_MODELS}
+    reached = sorted({one for ones in by_place.values() for one in ones}, key=lambda one: one.label)
+    known = {model: sizes(reached, model) for model in WEAK_MODELS}
     found: Matrix = {}
     for site in sites:
         places = [site, *sorted(place for place in by_place if place.startswith(f"{site}@"))]
@@ -146,7 +146,8 @@ def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
     lines = [HEAD.format(models=" and ".join(f"`{model}`" for model in WEAK_MODELS), most=CONFIGURATIONS_MAX)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
-        lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |", "|---|---|" + "---|" * len(WEAK_MODELS)]
+        lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
+        lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
         for site in sites:
             for place, by_model in found.get(site, {"": {}}).items():
                 cells = [str(by_model.get(model, Finding(UNSEEN))) for model in WEAK_MODELS]
@@ -168,7 +169,8 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then stands behind the kind of failure. See it with
   `pvbus explore SCENARIO --model M --drop SITE`.
 * **redundant**: of the configurations that come by it, the {most} smallest are searched to their end, and nothing fails. That is
-  a statement about these configurations and this model. On x86 most orders come for free, so redundant under `tso` and needed under `arm` is the usual case.
+  a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
+  under `arm` is the usual case.
 * **open**: nothing fails, but a search did not end within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 

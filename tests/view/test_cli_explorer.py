@@ -24,7 +24,8 @@ LOST = ["explore", "--variant", "driver-wakeup-order"]
 def ran(*arguments: str, cwd: Path, answers: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command in a directory."""
     return subprocess.run(
-        [*PVBUS, *arguments], env=environment(), cwd=cwd, input=answers, capture_output=True, text=True, timeout=RUN_S_MAX, check=False,
+        [*PVBUS, *arguments], env=environment(), cwd=cwd, input=answers, capture_output=True, text=True,
+        timeout=RUN_S_MAX, check=False,
     )  # fmt: skip
 
 
