@@ -101,7 +101,8 @@ def sizes(where: Sequence[Configuration], model: str) -> dict[Configuration, int
 
 def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
     """Search configurations without the site, until one fails."""
-    ended, unfinished = [], []
+    ended: list[str] = []
+    unfinished: list[str] = []
     for configuration in where[:CONFIGURATIONS_MAX]:
         result = explore(
             configuration.make(), model=model, drop=[site], executions=EXECUTIONS_MAX, seconds=SECONDS_MAX,
