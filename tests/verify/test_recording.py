@@ -73,7 +73,9 @@ def test_what_is_no_recording_is_refused_by_what_is_wrong(change: dict[str, obje
         read(tmp_path / "one.json")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("{", "is no JSON"), ("[]", "no recording"), ('{"schema": 1}', "has no 'scenario'")])
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("{", "is no JSON"), ("[]", "no recording"), ('{"schema": 1}', "has no 'scenario'"),
+])  # fmt: skip
 def test_half_a_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(text)
 

@@ -41,7 +41,8 @@ def forbidden_by(make: Callable[[], Scenario], recording: Recording) -> list[str
         *(f"a full barrier in {context} between the store {' and '.join(sorted(stores))} and the load {load}"
           for (context, load), stores in overtaking(walked).items()),
         *(f"a store barrier in {context} between {older} and {younger}" for context, older, younger in passing(walked)),
-        *(f"a load barrier in {context} in front of {load}, which reads what is no longer there" for context, load in stale(walked)),
+        *(f"a load barrier in {context} in front of {load}, which reads what is no longer there"
+          for context, load in stale(walked)),
     ]  # fmt: skip
     found += missing[-SENTENCES_MAX:]
     if not missing:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A driver and its device send to each other through both rings of a channel, full and empty: does either sleep for ever (E9)?
 
-Contexts: the host (a server: Endpoint with an echo behind it, as the hypervisor runs it for each signal) and the driver, which does
-with its ring what VmbusChannel of the client does: sends, receives, and sleeps on its doorbell when neither goes on. The modelled
-doorbells stand for the signals of the channel.
+Contexts: the host (a server: Endpoint with an echo behind it, as the hypervisor runs it for each signal) and the driver, which
+does with its ring what VmbusChannel of the client does: sends, receives, and sleeps on its doorbell when neither goes on. The
+modelled doorbells stand for the signals of the channel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pvbus.actors.hypervisor.vmbus.echo import Echo
 from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios.channel_ring import DATA_BYTES, PACKET_BYTES, RING_BYTES
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class ChannelEcho(Scenario):
     """The driver sends `packets` and has all their echoes in the end. `full`: a packet nearly as large lies in either ring."""
 
     name = "channel-echo"
+    claims = claimed("sc tso", {}, {"packets": 3}, {"packets": 1, "full": True}) + claimed("arm", {"packets": 1})
     endpoint_type: type[Endpoint] = Endpoint
 
     def __init__(self, *, packets: int = 2, full: bool = False) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.actors.hypervisor import synic_msrs
 from pvbus.actors.hypervisor.synic import Synic, request_interrupt
@@ -24,7 +24,7 @@ from pvbus.shm import hyperv
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import PAGE, SINT_VMBUS, Frame, Header, Vp, flag_word
 from pvbus.shm.layout import Domain, Machine
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios import loops
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class EventFlags(Scenario):
     """
 
     name = "event-flags"
+    claims = claimed("sc tso arm", {}, {"page": True}, {"cpus": 2, "signals": 2})
     server_type: type[Server] = Server
 
     def __init__(self, *, channels: int = 2, signals: int = 3, cpus: int = 1, page: bool = False, ahead: int = 0) -> None:
@@ -58,9 +59,8 @@ class EventFlags(Scenario):
         self.runs = False
         self.irqs = [model.bell(f"irq{vp}") for vp in range(self.cpus)]
         self.exits = model.bell("exits")
-        self.machine, self.domain, self.hv, self.rings = (
-            Memory(model, size) for size in (Machine.BYTES, Domain.BYTES, hyperv.BYTES, PAGE)
-        )
+        self.machine, self.domain, self.rings = (Memory(model, size) for size in (Machine.BYTES, Domain.BYTES, PAGE))
+        self.hv: Any = Memory(model, hyperv.BYTES)  # as the room takes it for a mapped one
         for name in ("machine", "domain", "hv", "rings"):
             model.name(getattr(self, name), name)
         self.machine.store32(Machine.VARIANTS, variants)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A writer changes the descriptor of a packet that it has published, while the reader takes it: is more taken than the ring held?
 
-Contexts: the writer (ChannelRing.send, then a store over its own descriptor) and the reader (ChannelRing.recv, once it is signalled).
-The reader may get the packet as it was, or refuse the ring (EIO); what it must not do is believe a length that it has not checked.
+Contexts: the writer (ChannelRing.send, then a store over its own descriptor) and the reader (ChannelRing.recv, once it is
+signalled). The reader may get the packet as it was, or refuse the ring (EIO); what it must not do is believe a length that it
+has not checked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios.channel_ring import RING_BYTES
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class HostileRing(Scenario):
     """One packet, and a lie about it."""
 
     name = "hostile-ring"
+    claims = claimed("sc tso arm", {})
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the rings."""
@@ -60,7 +62,7 @@ class HostileRing(Scenario):
             if error.errno != errno.EIO:
                 raise
             return 0
-        return len(packet[2])
+        return len(packet[2]) if packet is not None else -1
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """Nothing was taken that the writer had not written."""

@@ -77,9 +77,11 @@ def hyperv_cpu(
     model: Model, path: EventPath, hv: Memory, vp: int, irq: int, *, exits: int, work: int | None = None,
     ring: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Run a virtual CPU's process on the Hyper-V platform: interrupts and tasklets until nothing is left, then sleep; at birth, too.
+    """Run a virtual CPU's process on the Hyper-V platform: interrupts and tasklets until nothing is left, then sleep; at birth,
+    too.
 
-    `irq` is its doorbell, `exits` the one that tells the host of EOMs, `work` the workqueue's; `ring` is called with each channel.
+    `irq` is its doorbell, `exits` the one that tells the host of EOMs, `work` the workqueue's; `ring` is called with each
+    channel.
     """
     while True:
         done = 1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages of the host on their way through SynIC's slots into the guest's work ring (E6, and on two CPUs E7).
 
-Contexts: the host (a server: Synic posts through its ports, then answers every EOM) and one a virtual CPU (a server: vmbus_isr and
-its tasklets, hv_interrupt.c, whenever it is interrupted). With `poller` a CPU that has crashed looks into CPU 0's slot once, as
-nobody has called it. What the guest has taken is read from the work ring, which no workqueue empties here.
+Contexts: the host (a server: Synic posts through its ports, then answers every EOM) and one a virtual CPU (a server: vmbus_isr
+and its tasklets, hv_interrupt.c, whenever it is interrupted). With `poller` a CPU that has crashed looks into CPU 0's slot
+once, as nobody has called it. What the guest has taken is read from the work ring, which no workqueue empties here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pvbus.shm import hyperv
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios import loops
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class SynicMessages(Scenario):
     """
 
     name = "synic-messages"
+    claims = (
+        *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
+        *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
+        *claimed("sc tso", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+    )
     synic_type: type[Synic] = Synic
 
     def __init__(self, *, messages: int = 3, cpus: int = 1, posters: int = 2, poller: bool = False, ahead: int = 0) -> None:
@@ -50,9 +55,8 @@ class SynicMessages(Scenario):
         self.runs = False
         self.irqs = [model.bell(f"irq{vp}") for vp in range(self.cpus)]
         self.exits, self.wrmsr = model.bell("exits"), model.bell("wrmsr")
-        self.machine, self.domain, self.hv = (
-            Memory(model, size) for size in (Machine.BYTES, Domain.BYTES, hyperv.BYTES)
-        )
+        self.machine, self.domain = (Memory(model, size) for size in (Machine.BYTES, Domain.BYTES))
+        self.hv: Any = Memory(model, hyperv.BYTES)  # as the room takes it for a mapped one
         for name in ("machine", "domain", "hv"):
             model.name(getattr(self, name), name)
         self.machine.store32(Machine.VARIANTS, variants)
@@ -114,7 +118,7 @@ class SynicMessages(Scenario):
 
     def poll(self, model: Model) -> None:
         """Look at the slot of CPU 0 as the crash path does: copy, free, pay the EOM that is owed. The tasklet does it in C."""
-        memory: Any = self.hv
+        memory = self.hv
         kind = memory.load32_acquire(SLOT + Slot.TYPE, "syn_publish")
         if not kind:
             return

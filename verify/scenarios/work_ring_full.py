@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A message comes while the work ring is full, on a machine with one processor: does the tasklet give way to who makes room?
 
-Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps for a millisecond, as its process does with a message that waits)
-and the workqueue, which shares the processor: it runs when the CPU has left its tasklet, and handles one item.
+Contexts: the virtual CPU (ISR and message tasklet, hv_interrupt.c; then it naps for a millisecond, as its process does with a
+message that waits) and the workqueue, which shares the processor: it runs when the CPU has left its tasklet, and handles one
+item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pvbus.shm.hyperv import MESSAGE_VMBUS, Header, Slot, Vp, Work
+from pvbus.verify.explorer.scenario import claimed
 from pvbus.verify.scenarios import loops
 from pvbus.verify.scenarios.work_ring import NUMBER_FIRST, WorkRings
 
@@ -24,6 +26,7 @@ class WorkRingFull(WorkRings):
     """One message in the slot; of the ring's entries the first holds an item, and the tail has come round to it."""
 
     name = "work-ring-full"
+    claims = claimed("sc tso arm", {})
 
     def __init__(self) -> None:
         super().__init__(cpus=1)
@@ -60,7 +63,7 @@ class WorkRingFull(WorkRings):
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The message lies in the entry that has come free."""
-        entry = cast("int", self.hv.load32(Work.at(0, Work.NUMBER)))
+        entry = self.hv.load32(Work.at(0, Work.NUMBER))
         state = self.hv.load32(Work.at(0, Work.STATE)) & 0xFF
         if (state, entry) == (Work.FILLED, NUMBER_FIRST):
             return None

@@ -13,13 +13,14 @@ BUG = Bug(
     variant="one-tasklet-pair",
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Slots and event flags are pages of each virtual CPU; the driver has one message tasklet and one event tasklet for all of "
-        "them. The interrupt handler of CPU 0 schedules one. Before it runs, the handler of CPU 1 schedules it, too: that is a "
-        "no-op, and when it runs on CPU 0 it reads CPU 0's page only. A flag of CPU 1 waits for the next interrupt there, and a "
-        "message for ever, because a slot that is full gets none. Tasklets have to be a CPU's own, as their pages are."
+        "Slots and event flags are pages of each virtual CPU; the driver has one message tasklet and one event tasklet for "
+        "all of them. The interrupt handler of CPU 0 schedules one. Before it runs, the handler of CPU 1 schedules it, too: "
+        "that is a no-op, and when it runs on CPU 0 it reads CPU 0's page only. A flag of CPU 1 waits for the next interrupt "
+        "there, and a message for ever, because a slot that is full gets none. Tasklets have to be a CPU's own, as their "
+        "pages are."
     ),
     citation=(
-        "Live in the driver of 2012, harmless on hosts that interrupt CPU 0 only. Fixed by 'Support handling messages on multiple "
-        "CPUs', K. Y. Srinivasan, February 2016, d81274aae61c."
+        "Live in the driver of 2012, harmless on hosts that interrupt CPU 0 only. Fixed by 'Support handling messages on "
+        "multiple CPUs', K. Y. Srinivasan, February 2016, d81274aae61c."
     ),
 )

@@ -12,11 +12,11 @@ BUG = Bug(
     drop=("vmr_signal@writer",),
     expected={"sc": CLEAN, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "The writer stores write_index and loads interrupt_mask; the reader clears the mask and loads write_index. The writer's "
-        "store may wait in its store buffer while it reads the old mask, which says that the reader is at work and needs no signal. "
-        "The reader has cleared the mask meanwhile, sees the old index, and sleeps. Nobody signals it, and the packet lies there "
-        "until the next one comes, which for a request and its answer is never. Each side needs a full barrier between its store "
-        "and its load."
+        "The writer stores write_index and loads interrupt_mask; the reader clears the mask and loads write_index. The "
+        "writer's store may wait in its store buffer while it reads the old mask, which says that the reader is at work and "
+        "needs no signal. The reader has cleared the mask meanwhile, sees the old index, and sleeps. Nobody signals it, and "
+        "the packet lies there until the next one comes, which for a request and its answer is never. Each side needs a full "
+        "barrier between its store and its load."
     ),
     citation=(
         "Live in the send path of 2012. 'Fix a Host signaling bug', 2015; 'Base host signaling strictly on the ring state', 2016."

@@ -46,12 +46,12 @@ BUG = Bug(
     handler=KeepsTheWriteIndex,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "A writer that finds no room says in pending_send_sz how much it needs, looks once more, and sleeps. The reader frees room "
-        "and signals if there was too little of it before and is enough now. It took four attempts to get that right: without a "
-        "barrier the two miss each other; with signals at every chance the host throttles the guest; and with a write index that "
-        "was read before the demand the ring seems to have had that room all along, so nobody signals. The order is: read_index "
-        "stored, full barrier, the demand, and only then write_index. And as much room as the packet has is not enough, or a full "
-        "ring would look empty."
+        "A writer that finds no room says in pending_send_sz how much it needs, looks once more, and sleeps. The reader "
+        "frees room and signals if there was too little of it before and is enough now. It took four attempts to get that "
+        "right: without a barrier the two miss each other; with signals at every chance the host throttles the guest; and "
+        "with a write index that was read before the demand the ring seems to have had that room all along, so nobody "
+        "signals. The order is: read_index stored, full barrier, the demand, and only then write_index. And as much room as "
+        "the packet has is not enough, or a full ring would look empty."
     ),
     citation=(
         "a389fcfd2cb5, 2016, the missing barrier; 433e19cf33d3, Dexuan Cui, January 2017, too many signals; 'Fix ring buffer "

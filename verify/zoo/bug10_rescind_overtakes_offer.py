@@ -4,7 +4,7 @@
 from typing import Any
 
 from pvbus.actors.runtime.vmbus_facts import Kind
-from pvbus.actors.runtime.vmbus_wire import OfferChannel
+from pvbus.actors.runtime.vmbus_wire import kind_of
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.waits import Steps, Synchronize
 from pvbus.verify.scenarios.offers import Offers
@@ -14,14 +14,16 @@ from pvbus.verify.zoo import CAUGHT, Bug
 class QueuedOffers(Channels):
     """Lists a channel when the channel's own queue has come to it."""
 
-    def _offer_later(self, offer: OfferChannel) -> None:
-        self._spawn(self._list(offer))
+    def onmessage(self, payload: bytes) -> None:
+        """Hand an offer on, handle all else."""
+        if kind_of(payload, self.connection.version) is Kind.OFFERCHANNEL:
+            self._spawn(self._later(payload))
+        else:
+            super().onmessage(payload)
 
-    def _list(self, offer: OfferChannel) -> Steps[None]:
+    def _later(self, payload: bytes) -> Steps[None]:
         yield Synchronize()    # the work item waits for a thread
-        self._on_offer(offer)
-
-    _HANDLERS = {**Channels._HANDLERS, Kind.OFFERCHANNEL: _offer_later}  # noqa: RUF012, SLF001 # the table of our parent
+        super().onmessage(payload)
 
 
 class TwoQueues(Offers):

@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pvbus.verify.scenarios.offers import Offers
-from pvbus.verify.scenarios.vmbus_pair import GuestSide
+from pvbus.verify.scenarios.vmbus_sides import GuestSide
 from pvbus.verify.zoo import CAUGHT, Bug
 
 if TYPE_CHECKING:
@@ -38,14 +38,15 @@ BUG = Bug(
     name="waits-in-the-queue-of-its-answer",
     sentence="a work item opens a channel and waits for the result, which is queued behind it",
     scenario=Offers,
-    parameters={"rescinds": 0},
+    parameters={"script": ""},
     handler=OneQueue,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Handling an offer means probing its driver, and that opens the channel: it posts a message and waits for the answer. The "
-        "answer is a message, too, and waits in the queue for its turn behind the offer. Every open takes the five seconds of its "
-        "time-out and fails, or, without one, nothing goes on any more; a rescind, which would end the wait, waits in the same "
-        "queue. Answers must not queue behind those who wait for them: handling a message may not wait for another."
+        "Handling an offer means probing its driver, and that opens the channel: it posts a message and waits for the "
+        "answer. The answer is a message, too, and waits in the queue for its turn behind the offer. Every open takes the "
+        "five seconds of its time-out and fails, or, without one, nothing goes on any more; a rescind, which would end the "
+        "wait, waits in the same queue. Answers must not queue behind those who wait for them: handling a message may not "
+        "wait for another."
     ),
     citation=(
         "'run non-blocking message handlers in the dispatch tasklet', Dexuan Cui, 2015; 'Offload the handling of channels to two "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvbus.actors.workqueue import waits
 from pvbus.verify.scenarios.teardown import Teardown
-from pvbus.verify.scenarios.vmbus_pair import GuestSide
+from pvbus.verify.scenarios.vmbus_sides import GuestSide
 from pvbus.verify.zoo import CAUGHT, Bug
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ BUG = Bug(
     handler=Deaf,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Closing a channel must first make sure that its callback neither runs nor starts: else the callback meets rings that are "
-        "freed. So close disables the event tasklet, or, with us, unwires the doorbell. One version of the driver forgot to "
-        "enable it at the end; the channel opened again without a word and every later event was ignored. What is quiesced for a "
-        "teardown belongs to the next open's list of things to do, before the host is told."
+        "Closing a channel must first make sure that its callback neither runs nor starts: else the callback meets rings "
+        "that are freed. So close disables the event tasklet, or, with us, unwires the doorbell. One version of the driver "
+        "forgot to enable it at the end; the channel opened again without a word and every later event was ignored. What is "
+        "quiesced for a teardown belongs to the next open's list of things to do, before the host is told."
     ),
     citation=(
-        "'serialize process_chn_event() and vmbus_close_internal()', 2015; the tasklet left disabled: 2017, 6463a4571cee; 'Reset the "
-        "channel callback in vmbus_onoffer_rescind()', 2018."
+        "'serialize process_chn_event() and vmbus_close_internal()', 2015; the tasklet left disabled: 2017, 6463a4571cee; "
+        "'Reset the channel callback in vmbus_onoffer_rescind()', 2018."
     ),
 )

@@ -4,7 +4,7 @@
 from pvbus.actors.workqueue import attributes
 from pvbus.actors.workqueue.bus import Device
 from pvbus.verify.scenarios.teardown import Teardown
-from pvbus.verify.scenarios.vmbus_pair import GuestSide
+from pvbus.verify.scenarios.vmbus_sides import GuestSide
 from pvbus.verify.zoo import CAUGHT, Bug
 
 

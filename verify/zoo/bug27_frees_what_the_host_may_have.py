@@ -41,10 +41,10 @@ BUG = Bug(
     handler=Impatient,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "The guest posts OPENCHANNEL and waits for five seconds. Then it frees the request, in 2012 without unlinking it from the "
-        "list that the late answer walks, and the pages of the rings. But the message was delivered: the host opens the channel, "
-        "maps pages that belong to somebody else by now, and writes. A time-out says that one does not know. What was lent stays "
-        "lent, in limbo, until the host has said what became of it."
+        "The guest posts OPENCHANNEL and waits for five seconds. Then it frees the request, in 2012 without unlinking it "
+        "from the list that the late answer walks, and the pages of the rings. But the message was delivered: the host opens "
+        "the channel, maps pages that belong to somebody else by now, and writes. A time-out says that one does not know. "
+        "What was lent stays lent, in limbo, until the host has said what became of it."
     ),
     citation="Live in the channel code of Linux 3.4 and of 2012.",
 )

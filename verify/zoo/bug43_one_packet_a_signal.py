@@ -31,10 +31,10 @@ BUG = Bug(
     handler=OnePacket,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "A signal says that a ring is no longer empty, not that one packet has come: the writer signals for the first and trusts that "
-        "the reader takes what follows. A driver that takes one packet a signal is right as long as the host is slow, and one "
-        "packet behind from the first time that two come together. A heartbeat that is one packet behind still beats, so it took "
-        "years until somebody saw it. Read until there is nothing."
+        "A signal says that a ring is no longer empty, not that one packet has come: the writer signals for the first and "
+        "trusts that the reader takes what follows. A driver that takes one packet a signal is right as long as the host is "
+        "slow, and one packet behind from the first time that two come together. A heartbeat that is one packet behind still "
+        "beats, so it took years until somebody saw it. Read until there is nothing."
     ),
     citation="'do not lose pending heartbeat vmbus packets', Long Li, 2016.",
 )

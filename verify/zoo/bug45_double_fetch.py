@@ -26,13 +26,13 @@ BUG = Bug(
     handler=LooksTwice,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Memory that somebody else can write has no contents, only values that were read from it. Check one and read the other, and the "
-        "check was for nothing: a host that the guest should not have to trust makes it copy whatever lies behind the ring. In C "
-        "one `if` and one `memcpy` are enough, and the compiler may make two loads of one. Copy first, into memory of one's own, then "
-        "look at the copy."
+        "Memory that somebody else can write has no contents, only values that were read from it. Check one and read the "
+        "other, and the check was for nothing: a host that the guest should not have to trust makes it copy whatever lies "
+        "behind the ring. In C one `if` and one `memcpy` are enough, and the compiler may make two loads of one. Copy first, "
+        "into memory of one's own, then look at the copy."
     ),
     citation=(
-        "'Copy the hv_message object', Andrea Parri, December 2020, fe8c1b18a27d. The driver of 2012 tests the message in its slot and "
-        "copies it later."
+        "'Copy the hv_message object', Andrea Parri, December 2020, fe8c1b18a27d. The driver of 2012 tests the message in "
+        "its slot and copies it later."
     ),
 )

@@ -35,10 +35,10 @@ BUG = Bug(
     handler=WrongOrder,
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
-        "Signals have two steps where one word stands for many channels: a bit for the channel, and a trigger that makes the other "
-        "side scan the bits. Triggered first, the other side can have scanned, and slept again, before the bit is there. The next "
-        "trigger finds it, so it looks like an occasional delay. The bit comes first, and the scan takes it only after it has "
-        "taken the trigger."
+        "Signals have two steps where one word stands for many channels: a bit for the channel, and a trigger that makes the "
+        "other side scan the bits. Triggered first, the other side can have scanned, and slept again, before the bit is "
+        "there. The next trigger finds it, so it looks like an occasional delay. The bit comes first, and the scan takes it "
+        "only after it has taken the trigger."
     ),
     citation="The order that the monitor page's send path keeps in Linux 3.4; turning it round is a mutation of ours.",
 )
