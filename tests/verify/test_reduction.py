@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import pytest
 
 from pvbus.shm._core_explored import Memory
 from pvbus.verify.explorer import Model, Scenario, Start, explore

@@ -144,7 +144,7 @@ class Explorer:
             raise ValueError(f"no search {search!r}: {', '.join(SEARCHES)}")
         free = self.bounds == Bounds()
         self.configure(
-            DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search in ("dpor", "dfs") and free
+            DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
         )
         executions, cut, more = 0, False, True
         while more:

@@ -76,7 +76,7 @@ typedef struct {
 } store_t;
 
 typedef struct {
-    PyObject *greenlet;
+    PyObject *greenlet, *body;
     char name[NAME_MAX_BYTES];
     bool server, finished, dead, waiting; /* waiting: `op` is valid */
     operation_t op;

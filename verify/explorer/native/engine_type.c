@@ -58,6 +58,7 @@ void pv_engine_teardown(Engine *e)
         free(e->contexts[i].buffer);
         free(e->contexts[i].coherent);
         Py_CLEAR(e->contexts[i].error);
+        Py_CLEAR(e->contexts[i].greenlet);
     }
     void *all[] = {e->dropped, e->dropped_seen, e->events, e->nodes, e->taken, e->follow, e->cells, e->index, e->shared,
                    e->bell_cells, e->bell_names, e->boxes, e->widths, e->visited, e->summaries, e->summary_index};

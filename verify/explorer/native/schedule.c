@@ -173,7 +173,7 @@ int pv_stop(Engine *e, context_t *c, enum kind kind, int32_t cell, const char *s
     if (chosen != c) {
         e->running = chosen;
         if (switch_to(chosen != NULL ? chosen->greenlet : e->hub) < 0)
-            return -1;
+            return -1; /* the engine is going away */
         if (e->over || e->running != c) {
             PyErr_SetNone(pv_context_died);
             return -1;
@@ -184,18 +184,14 @@ int pv_stop(Engine *e, context_t *c, enum kind kind, int32_t cell, const char *s
     return 0;
 }
 
-/* The context that ran until now has ended. */
-static void finish(Engine *e)
+/* What a context has ended with. */
+static void finish(Engine *e, context_t *c)
 {
-    context_t *c = e->running;
-    if (c == NULL)
-        return;
     c->finished = true;
     c->waiting = false;
-    Py_CLEAR(c->greenlet);
     if (!PyErr_Occurred())
         return;
-    if (PyErr_ExceptionMatches(pv_context_died)) {
+    if (e->over || PyErr_ExceptionMatches(pv_context_died)) {
         PyErr_Clear();
         return;
     }
@@ -211,14 +207,46 @@ static void finish(Engine *e)
     e->broken = true;
 }
 
-/* Run a context until the hub is reached again: by its end, another's, or the end of the execution. */
+/*
+ * What the greenlet of a context does: one execution's part of it after the other.  Making a greenlet costs more than an
+ * execution of 50 steps does, so they are kept.  The capsule, not a reference, leads to the engine: it outlives them.
+ */
+static PyObject *work(PyObject *capsule, PyObject *ignored)
+{
+    (void)ignored;
+    context_t *c = PyCapsule_GetPointer(capsule, NULL);
+    Engine *e = PyCapsule_GetContext(capsule);
+    for (;;) {
+        PyObject *result = PyObject_CallNoArgs(c->body);
+        Py_XDECREF(result);
+        finish(e, c);
+        context_t *chosen = e->over || e->starting ? NULL : next(e);
+        e->running = chosen;
+        if (switch_to(chosen != NULL ? chosen->greenlet : e->hub) < 0)
+            return NULL; /* the engine is going away */
+    }
+}
+
+static PyMethodDef work_definition = {"work", work, METH_NOARGS, NULL};
+
+static PyObject *worker(Engine *e, context_t *c)
+{
+    PyObject *capsule = PyCapsule_New(c, NULL, NULL), *run = NULL, *greenlet = NULL;
+    if (capsule != NULL && PyCapsule_SetContext(capsule, e) == 0)
+        run = PyCFunction_New(&work_definition, capsule);
+    if (run != NULL)
+        greenlet = GREENLET_NEW(run, NULL);
+    Py_XDECREF(run);
+    Py_XDECREF(capsule);
+    return greenlet;
+}
+
+/* Run a context until the hub is reached again: when all have started, or at the end of the execution. */
 static void run(Engine *e, context_t *c)
 {
     e->running = c;
     PyObject *result = GREENLET_SWITCH(c->greenlet, NULL, NULL);
     Py_XDECREF(result);
-    if (e->running != NULL)
-        finish(e);
     e->running = NULL;
 }
 
@@ -229,7 +257,7 @@ static int start(Engine *e, PyObject *starts)
         PyErr_Format(PyExc_ValueError, "%zd contexts: 1 to %d", count, CONTEXTS_MAX);
         return -1;
     }
-    e->context_count = (uint32_t)count;
+    e->context_count = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         context_t *c = &e->contexts[i];
         const char *name;
@@ -249,8 +277,10 @@ static int start(Engine *e, PyObject *starts)
             PyErr_NoMemory();
             return -1;
         }
-        if ((c->greenlet = GREENLET_NEW(body, NULL)) == NULL)
+        if (c->greenlet == NULL && (c->greenlet = worker(e, c)) == NULL)
             return -1;
+        c->body = Py_NewRef(body);
+        e->context_count++;
     }
     return 0;
 }
@@ -264,16 +294,14 @@ PyObject *pv_execute(Engine *e, PyObject *starts)
     e->starting = true;
     if (e->hub == NULL || start(e, starts) < 0)
         goto failed;
-    for (uint32_t i = 0; i < e->context_count; i++)
+    for (uint32_t i = 0; i < e->context_count && !PyErr_Occurred(); i++)
         run(e, &e->contexts[i]);
     e->starting = false;
-    while (e->outcome == RUNNING) {
-        context_t *c = next(e);
-        if (c != NULL)
-            run(e, c);
-        if (PyErr_Occurred())
-            goto failed;
-    }
+    context_t *first = PyErr_Occurred() ? NULL : next(e);
+    if (first != NULL)
+        run(e, first);
+    if (PyErr_Occurred())
+        goto failed;
     return PyLong_FromLong(e->outcome);
 failed:
     pv_clear(e);
@@ -288,15 +316,15 @@ void pv_clear(Engine *e)
     e->over = true;
     e->running = NULL;
     e->starting = false;
-    for (uint32_t i = 0; i < e->context_count; i++) {
+    for (uint32_t i = 0; e->hub != NULL && i < e->context_count; i++) {
         context_t *c = &e->contexts[i];
-        if (c->greenlet == NULL)
-            continue;
-        PyObject *result = GREENLET_THROW(c->greenlet, pv_context_died, NULL, NULL);
-        Py_XDECREF(result);
+        if (!c->finished && c->waiting)
+            run(e, c); /* pv_stop raises ContextDied */
         PyErr_Clear();
-        Py_CLEAR(c->greenlet);
+        Py_CLEAR(c->body);
+        Py_CLEAR(c->error); /* its traceback leads to the whole scenario */
     }
+    e->context_count = 0;
     e->over = false;
     Py_CLEAR(e->hub);
     PyErr_Restore(type, value, traceback);
