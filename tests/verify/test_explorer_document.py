@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pvbus.verify import exploring, scenarios
-from pvbus.verify.explorer import explore
+from pvbus.verify.explorer import Scenario, explore
 from pvbus.view import cli
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "explorer.md").read_text()
@@ -17,7 +17,7 @@ COMMANDS = re.findall(r"^pvbus (explore [^#\n]*)", TEXT, re.MULTILINE) + re.find
 
 
 @pytest.fixture
-def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[scenarios.Scenario]:
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Scenario]:
     """Put the scenario of the document where scenarios lie, and find it."""
     (tmp_path / "counting.py").write_text('"""Two processes count in one word: is a count ever lost?"""\n\n' + PROGRAM)
     monkeypatch.setattr(scenarios, "__path__", [*scenarios.__path__, str(tmp_path)])
@@ -26,13 +26,13 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[scenarios.
     return scenarios.find("counting")
 
 
-def test_a_scenario_is_one_file_that_nothing_else_lists(counting: type[scenarios.Scenario]) -> None:
+def test_a_scenario_is_one_file_that_nothing_else_lists(counting: type[Scenario]) -> None:
     assert "counting" in scenarios.scenarios()
     assert scenarios.sentence(counting) == "Two processes count in one word: is a count ever lost?"
     assert scenarios.defaults(counting) == {"processes": 2, "locked": True}
 
 
-def test_the_scenario_of_the_document_does_what_the_document_says(counting: type[scenarios.Scenario]) -> None:
+def test_the_scenario_of_the_document_does_what_the_document_says(counting: type[Scenario]) -> None:
     failure = explore(counting(**scenarios.read_parameters(counting, {"locked": "no"}))).failure
 
     assert [explore(counting(), model=model).verdict for model in ("sc", "tso")] == ["complete", "complete"]
@@ -41,7 +41,7 @@ def test_the_scenario_of_the_document_does_what_the_document_says(counting: type
     assert len(failure.choices) == 4
 
 
-def test_the_commands_of_the_document_make_sense(counting: type[scenarios.Scenario]) -> None:
+def test_the_commands_of_the_document_make_sense(counting: type[Scenario]) -> None:
     assert len(COMMANDS) == 5
     for command in COMMANDS:
         assert list(exploring.jobs(cli.parser().parse_args(command.split())))

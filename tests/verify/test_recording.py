@@ -73,7 +73,9 @@ def test_what_is_no_recording_is_refused_by_what_is_wrong(change: dict[str, obje
         read(tmp_path / "one.json")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("{", "is no JSON"), ("[]", "no recording"), ('{"schema": 1}', "has no 'scenario'")])
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("{", "is no JSON"), ("[]", "no recording"), ('{"schema": 1}', "has no 'scenario'"),
+])  # fmt: skip
 def test_half_a_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(text)
 
@@ -181,3 +183,13 @@ def test_where_the_order_of_the_code_is_wrong_no_barrier_is_blamed() -> None:
         f"the order of our own code: without the variant {DRIVER} this trace is impossible",
         "no barrier: each step is in program order, what has to change is the order in the code",
     ]
+
+
+@pytest.mark.parametrize(("site", "sentence"), [
+    ("evr_publish@cpu0", "a store barrier in cpu0 between evr.entry and evr.publish"),
+    ("evr_publish@reader", "a load barrier in reader in front of evr.take.entry, which reads what is no longer there"),
+])  # fmt: skip
+def test_on_arm_stores_that_pass_each_other_and_loads_that_come_too_early_are_named(site: str, sentence: str) -> None:
+    _, failure = found("arm", drop=(site,))
+
+    assert sentence in forbidden_by(EventRing, failure)

@@ -55,9 +55,7 @@ def test_a_site_that_is_none_is_refused_by_name() -> None:
 def test_the_matrix_has_a_row_for_each_site_and_says_why_a_redundant_one_stays() -> None:
     text = (ROOT / "docs" / "barriers.md").read_text()
     table = text.partition("## Labelled barriers")[2]
-    redundant = {
-        row for row in re.findall(r"^\| `([\w.]+)` \| everywhere \|(?! .*needed)", table, re.MULTILINE)
-    }  # fmt: skip
+    redundant = set(re.findall(r"^\| `([\w.]+)` \| everywhere \|(?! .*needed)", table, re.MULTILINE))
 
     assert ROW.findall(table) == [*SITES, *ORDERED]
     assert redundant <= set(STAYS)

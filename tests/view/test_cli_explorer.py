@@ -2,6 +2,7 @@
 """The verbs explore, zoo and replay, as a user runs them: formats, exit codes, mistakes on purpose."""
 
 import argparse
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import pytest
 from pvbus.tests.view.support import PVBUS, RUN_S_MAX
 from pvbus.verify import exploring, replaying, scenarios, zooing
 from pvbus.verify.explorer.progress import Progress
+from pvbus.verify.searching import search
 from pvbus.verify.zoo import bugs, find
 from pvbus.view import cli
 from pvbus.view.pytest_plugin import environment
@@ -24,7 +26,8 @@ LOST = ["explore", "--variant", "driver-wakeup-order"]
 def ran(*arguments: str, cwd: Path, answers: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command in a directory."""
     return subprocess.run(
-        [*PVBUS, *arguments], env=environment(), cwd=cwd, input=answers, capture_output=True, text=True, timeout=RUN_S_MAX, check=False,
+        [*PVBUS, *arguments], env=environment(), cwd=cwd, input=answers, capture_output=True, text=True,
+        timeout=RUN_S_MAX, check=False,
     )  # fmt: skip
 
 
@@ -116,11 +119,9 @@ def test_all_is_every_claim_of_every_scenario() -> None:
     assert all(job.claimed for job in jobs)
 
 
-def test_what_is_claimed_to_be_complete_and_is_not_is_no_success(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_claimed_to_be_complete_and_is_not_is_no_success() -> None:
     job = next(exploring.jobs(parsed("explore", "event-ring", "--all")))
-    bounded = exploring.search(exploring.dataclasses.replace(job, arguments={"executions": 3}), show=False)
+    bounded = search(dataclasses.replace(job, arguments={"executions": 3}), show=False)
 
     assert bounded.result.verdict.startswith("bounded")
     assert not bounded.held

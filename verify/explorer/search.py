@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pvbus.actors.runtime.config import VARIANTS as VARIANTS  # bits of the machine header's variants word
+from pvbus.actors.runtime.config import VARIANTS  # bits of the machine header's variants word
 from pvbus.verify.explorer.execution import (
     DEPTH_FIRST,
     FAILED,
@@ -170,8 +170,9 @@ class Explorer:
         return self._result(f"bounded ({', '.join(limits)})" if limits else "complete", executions)
 
     def _draw(
-        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, seed: int, progress: Progress | None
-    ) -> Result:
+        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, seed: int,
+        progress: Progress | None,
+    ) -> Result:  # fmt: skip
         self.configure(PRIORITIES if search == "pct" else RANDOM_WALK)
         executions, longest = 0, _LENGTH_FIRST
         while executions < executions_max and (deadline is None or time.monotonic() < deadline):

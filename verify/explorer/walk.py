@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FLUSH, DEATH = "~", "!"
 _NAME: Final = re.compile("[^~!=]*")
 _STORED: Final = re.compile(r"(\S+) (\S+) <- (\S+)$")
-_FLUSHED: Final = re.compile(r"~ (\S+) (\S+) := (\S+)$")
-LOADED: Final = re.compile(r"([^-*~?\[\]+<>† ]\S*) (\S+) = \S+")
+FLUSHED: Final = re.compile(r"~ (\S+) (\S+) := (\S+)$")
+LOADED: Final = re.compile(r"([^-*~?\[\]+<>† ]\S*) (\S+) = (\S+)")
 
 
 def context_of(choice: str) -> str:
@@ -40,6 +40,7 @@ class Store:
     site: str
     where: str
     value: str
+    age: int  # the row in which it was stored
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,19 @@ class Walked:
         runs = [context_of(choice) for choice in self.choices]
         return sum(one != other for one, other in itertools.pairwise(runs)), len(runs)
 
+    def stores(self, context: str) -> list[Store]:
+        """Give the stores of a context that went into its buffer, in their order."""
+        found = [(age, _STORED.match(row.text)) for age, row in enumerate(self.rows) if row.context == context]
+        return [Store(stored[1], stored[2], stored[3], age) for age, stored in found if stored is not None]
+
     def pending(self) -> list[dict[str, list[Store]]]:
         """Give, for each row, the stores that wait behind it, by context."""
         waiting: dict[str, list[Store]] = {}
         found = []
-        for row in self.rows:
+        for age, row in enumerate(self.rows):
             if (stored := _STORED.match(row.text)) is not None:
-                waiting.setdefault(row.context, []).append(Store(*stored.groups()))
-            elif (flushed := _FLUSHED.match(row.text)) is not None:
+                waiting.setdefault(row.context, []).append(Store(stored[1], stored[2], stored[3], age))
+            elif (flushed := FLUSHED.match(row.text)) is not None:
                 own = waiting.get(row.context, [])
                 for store in own:
                     if (store.where, store.value) == flushed.groups()[1:]:

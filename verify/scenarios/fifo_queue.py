@@ -85,9 +85,9 @@ class FifoQueue(Scenario):
             self.path.set_pending(0, port)
 
     def start(self, model: Model) -> Iterable[Start]:
-        """Give the hypervisor and the CPU."""
-        yield "hypervisor", partial(self._hypervisor, model), False
+        """Give the CPU and the hypervisor."""
         yield "cpu0", partial(self._cpu, model), True
+        yield "hypervisor", partial(self._hypervisor, model), False
 
     def _hypervisor(self, model: Model) -> None:
         for what, port in self.script:

@@ -2,8 +2,9 @@
 """The hypervisor is killed at any step of a drain, and its heir goes on: each entry of a submission ring takes effect once.
 
 Claim, do, release: the claim in the ring's record says which entry is being executed and how often its port had been served,
-the doing is one exchange, and the index moves behind it. Contexts: the hypervisor, which may die anywhere, its heir, and the
-CPU (a server): nothing keeps one of the old CPUs, or already an heir of it, from being at work meanwhile.
+the doing is one exchange, and the index moves behind it. Contexts: the hypervisor, which may die anywhere; its heir; and the
+CPU (a server), whose process ends when it notices the death, between two upcalls, and whose heir begins as soon as the
+hypervisor's has repaired the pages: before the rings are back, or after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pvbus.shm._core_explored import EventPath
 from pvbus.shm.layout import Domain, Irq, SubmissionRing
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.scenarios import loops
 from pvbus.verify.scenarios.xen import XenScenario
 
 NOTIFY, ENABLE = SubmissionRing.NOTIFY, SubmissionRing.ENABLE
@@ -33,6 +35,7 @@ class HypervisorDeath(XenScenario):
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the ring holds one entry."""
         self.make(model, ports=(1,), variants=variants)
+        self.hangup, self.go = model.bell("hangup"), model.bell("go")
         if self.enable:
             self.domain.store64(Domain.table(Domain.IRQ_WORDS, 1), 1 | Irq.ACTIVE | Irq.EOI_PENDING | Irq.SERVED_ONE)
             self.path.mask(0, 1)
@@ -43,7 +46,7 @@ class HypervisorDeath(XenScenario):
     def start(self, model: Model) -> Iterable[Start]:
         """Give the hypervisor, the CPU, and the heir."""
         yield "hypervisor", partial(self._hypervisor, model), False
-        yield "cpu0", partial(self.cpu, model, 0), True
+        yield "cpu0", partial(self._cpu, model), True
         yield "heir", partial(self._heir, model), True
 
     def _hypervisor(self, model: Model) -> None:
@@ -54,14 +57,29 @@ class HypervisorDeath(XenScenario):
     def _heir(self, model: Model) -> None:
         """Mirror on_ready of a reborn hypervisor, then what its files send it."""
         model.await_death("hypervisor")
+        model.ring(self.hangup, "hangup")
+        model.ring(self.doorbells[0], "hangup")
         path = EventPath(self.machine, {0: self.domain})
         path.attach_file(0, self.page)
         irqs = self.irq_layer(model)
         recovery.repair(irqs.channels, irqs)
-        path.attach_submission(0, self.rings[0], 0)
+        model.ring(self.go, "go")
+        self.attach(path)
         while (drained := path.drain(256)) is not None:
             for code in drained[1]:
                 model.ring(self.doorbells[code & 0xFF], "cpu.kick")
+
+    def _cpu(self, model: Model) -> None:
+        while not model.take(self.hangup, "hung up?"):
+            if self.path.upcall(0, 0, 256) is None and self.path.cpu_may_sleep(0, 0):
+                loops.sleep(model, self.domain, 0, self.doorbells[0])
+        model.wait(self.go, "go.wait")
+        self.path.cpu_recover(0, 0)
+        self.cpu(model, 0)
+
+    def attach(self, path: EventPath) -> None:
+        """Take the ring over: an entry that was claimed is resolved."""
+        path.attach_submission(0, self.rings[0], 0)
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The one event has come, once; the port is masked until its user writes it back."""
