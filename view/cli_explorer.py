@@ -24,7 +24,7 @@ def add_verbs(verb: MakeVerb) -> None:
     explore = verb("explore", "search every interleaving of the production code", of_machine=False)
     explore.add_argument("scenario", nargs="*", metavar="SCENARIO", help="which (default: every one, or that of --variant)")
     explore.add_argument("--model", metavar="M", help="sc, tso or arm, several with commas, or all (default: sc)")
-    explore.add_argument("--search", metavar="S", help="how: dfs, dpor, pct or random (default: the explorer's)")
+    explore.add_argument("--search", metavar="S", help="how: dfs (default), dpor, states, random or pct")
     explore.add_argument("--variant", metavar="V", help="with a defect switched on: see --list")
     explore.add_argument(
         "--drop", action="append", default=[], metavar="SITE", help="without this barrier, or SITE@CONTEXT; may be repeated"
