@@ -111,7 +111,8 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
         )  # fmt: skip
         if result.failure is not None:
             return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,})"])
-        (ended if result.verdict == "complete" else unfinished).append(configuration.label)
+        whole = result.executions < EXECUTIONS_MAX and not result.verdict.startswith(f"bounded ({SECONDS_MAX}")
+        (ended if whole else unfinished).append(configuration.label)
     evidence = [f"{word} {_listed(names)}" for word, names in (("complete in", ended), ("no end in", unfinished)) if names]
     return Finding(REDUNDANT if ended else OPEN if unfinished else UNSEEN, evidence)
 
@@ -149,7 +150,8 @@ def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
 
 def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
-    lines = [HEAD.format(models=" and ".join(f"`{model}`" for model in WEAK_MODELS), most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX)]
+    models = " and ".join(f"`{model}`" for model in WEAK_MODELS)
+    lines = [HEAD.format(models=models, most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
         lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
