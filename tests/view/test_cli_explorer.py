@@ -24,7 +24,6 @@ from pvbus.view import cli
 from pvbus.view.pytest_plugin import environment
 
 
-
 class MortalRing(EventRing):
     """An event ring whose hypervisor may die: nobody asks it for anything."""
 
