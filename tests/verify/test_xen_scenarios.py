@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pvbus.actors.hypervisor.irqs import IrqLayer
-from pvbus.verify.explorer import Model, Scenario, explore
+from pvbus.verify.explorer import MODELS, Model, Scenario, explore
 from pvbus.verify.scenarios.cpu_death import CpuDeath
 from pvbus.verify.scenarios.doorbell import Doorbell
 from pvbus.verify.scenarios.hypervisor_death import HypervisorDeath
@@ -49,7 +49,7 @@ BOUNDED: list[tuple[Scenario, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("model", ["sc", "tso"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("scenario", "bounds"), BOUNDED, ids=lambda value: type(value).__name__)
 def test_nothing_fails_as_far_as_one_looks(scenario: Scenario, bounds: dict[str, Any], model: str) -> None:
     result = explore(scenario, model=model, executions=EXECUTIONS, **bounds)

@@ -17,7 +17,7 @@ from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.actors.runtime import messages as m
 from pvbus.shm.layout import Domain, Irq
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 TAKEN, OTHER = 1, 2
@@ -27,6 +27,7 @@ class BindingTwice(XenScenario):
     """Port 1 was bound as a static number, and is handed out again; port 2 is an innocent one of the same file."""
 
     name = "binding-twice"
+    claims = claimed("sc tso arm", {})
     variants = 0
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 """Two ports that have been spurious too often are written back: each must be unmasked when its own time has come.
 
 Contexts: the hypervisor (writes the ports back in either order, then sleeps until the next end of interrupt is due, again
-and again, as its loop does) and perhaps the CPU (a server). Time is a word of the machine's page; the hypervisor's sleep moves it.
+and again, as its loop does) and perhaps the CPU (a server). Time is a word of the machine's page, which moves in that sleep.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from pvbus.shm.layout import TICK_NS, Domain, Irq, Machine
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 BEGIN_NS: Final = 1_000 * TICK_NS
@@ -23,9 +23,10 @@ ROUNDS_MAX: Final = 2 * len(SPURIOUS)
 
 
 class LateEoi(XenScenario):
-    """Port 1 has to wait eight ticks, port 2 one. With `waiting` their next events wait behind the masks, and a CPU serves them."""
+    """Port 1 has to wait eight ticks, port 2 one. With `waiting` their next events wait, and a CPU serves them."""
 
     name = "late-eoi"
+    claims = claimed("sc tso arm", {})
 
     def __init__(self, *, waiting: bool = False) -> None:
         self.waiting = waiting

@@ -17,20 +17,24 @@ from functools import partial
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import FilePage, Port
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 Step = tuple[str, int]
+_RAISE, _AWAIT, _EOI = ("raise", 1), ("await", 1), ("eoi", 1)
 
 
 class PortLife(XenScenario):
     """`script`: the hypervisor's steps; every port begins on CPU 0."""
 
     name = "port-life"
+    claims = claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}) + claimed(
+        "sc tso", {}, {"script": (_RAISE, ("raise", 2))}, {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2}
+    )
     port_state = Port.UNBOUND  # it can be moved
 
     def __init__(
-        self, script: tuple[Step, ...] = (("raise", 1), ("await", 1), ("raise", 1), ("eoi", 1)), *, cpus: int = 1
+        self, script: tuple[Step, ...] = (_RAISE, _AWAIT, _RAISE, _EOI), *, cpus: int = 1
     ) -> None:
         self.script = tuple((what, int(of)) for what, of in script)
         self.cpus = cpus

@@ -14,7 +14,7 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import File, FilePage, Machine
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 UNREAD_FIRST = 40  # ports that lie in the ring before; their numbers say so
@@ -24,6 +24,10 @@ class RingGrowth(XenScenario):
     """`entries` the ring has before, `doublings` it makes, `events` come meanwhile."""
 
     name = "ring-growth"
+    claims = claimed("sc tso", {}) + claimed(
+        "sc tso arm", {"doublings": 2, "events": 0},
+        *({"at": at, "unread": unread, "events": 0} for at in range(4) for unread in range(3)),
+    )  # fmt: skip
 
     def __init__(self, *, entries: int = 2, doublings: int = 1, at: int = 1, unread: int = 1, events: int = 1) -> None:
         if unread + events > entries:

@@ -15,7 +15,7 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import FilePage
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 
@@ -23,6 +23,7 @@ class RingReset(XenScenario):
     """`events` come into a ring of `entries`, for `readers`; the ring is reset `resets` times."""
 
     name = "ring-reset"
+    claims = claimed("sc tso", {"events": 1}) + claimed("sc tso arm", {"events": 3, "resets": 0})
 
     def __init__(self, *, events: int = 2, entries: int = 2, readers: int = 1, resets: int = 1) -> None:
         self.ports = list(range(1, 1 + events))

@@ -15,7 +15,7 @@ from pvbus.actors.hypervisor import calls
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import Domain, FilePage, Irq, Port
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios.xen import XenScenario
 
 MARK = 0xDEAD  # what the next owner of the page writes into it
@@ -28,6 +28,7 @@ class Unbinding(XenScenario):
     """
 
     name = "unbinding"
+    claims = claimed("sc tso arm", {}) + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()})
 
     def __init__(
         self, *, before: tuple[int, ...] = (1,), pending: tuple[int, ...] = (), ports: tuple[int, ...] = (1, 2),

@@ -64,7 +64,7 @@ class WorkRings(Scenario):
 
     def ring(self) -> WorkRing:
         """Make the consumer."""
-        return WorkRing(cast("pvbus.shm.memory.Memory", self.hv))
+        return WorkRing(self.hv)
 
     def _workqueue(self, model: Model) -> None:
         ring = self.ring()

@@ -27,6 +27,15 @@ from typing import Any, Final
 from pvbus.verify.explorer.scenario import Scenario
 
 EXECUTIONS_MAX: Final = 1_000  # within so many a bug is caught
+NOT_HERE: Final = {  # rows of the catalogue that our handlers cannot have, and why
+    18: "no lock is held around the upcall loop, so none can be waited for inside it",
+    30: "the hypervisor is one process: what it publishes for itself needs no order",
+    33: "no mutex is held over a bind: the file process executes one call at a time, and a user's fault never waits for it",
+    34: "that RESET leaves ports masked is the driver's contract, and ours",
+    37: "unmask and raise run in one process, and both are locked operations",
+    38: "a port's record is a word of a table that is always there",
+    39: "a driver's answer to its interrupt: spurious is what it says is spurious",
+}
 CAUGHT: Final = "caught"
 CLEAN: Final = "clean"
 

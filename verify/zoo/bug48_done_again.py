@@ -22,7 +22,7 @@ class AgainToBeSure(HypervisorDeath):
 BUG = Bug(
     number=48,
     name="done-again",
-    sentence="an heir repeats an entry that its forerunner had executed: a CPU serves the port in between, and the event comes twice",
+    sentence="an heir repeats what its forerunner had executed: a CPU serves the port in between, and the event comes twice",
     scenario=HypervisorDeath,
     handler=AgainToBeSure,
     search={"deaths": 1, "search": "random"},

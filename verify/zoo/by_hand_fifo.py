@@ -85,6 +85,7 @@ class FifoByHand(FifoQueue):
         """Set the upcall flag; give the vCPU if it sleeps."""
         if self.domain.exchange8(Domain.vcpu_info(0, Domain.UPCALL_PENDING), 1, "upcall"):
             return -1
+        self.domain.smp_mb("cpu_sleep")
         if not self.domain.load32(Domain.vcpu(0, Vcpu.SLEEPING), "cpu.sleeping"):
             return -1
         return 0 if self.domain.exchange32(Domain.vcpu(0, Vcpu.SLEEPING), 0, "cpu.wake") else -1
