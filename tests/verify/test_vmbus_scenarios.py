@@ -14,6 +14,7 @@ from pvbus.actors.workqueue.waits import Steps
 from pvbus.shm.hyperv import Vp
 from pvbus.verify import scenarios
 from pvbus.verify.explorer import MODELS, Scenario, explore
+from pvbus.verify.scenarios.actor_stop import ActorStop, ExploredInbox
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
 from pvbus.verify.scenarios.event_flags import EventFlags
 from pvbus.verify.scenarios.hostile_ring import HostileRing
@@ -26,7 +27,7 @@ from pvbus.verify.scenarios.work_ring_full import WorkRingFull
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
 
-KINDS: list[type[Scenario]] = [ChannelEcho, EventFlags, HostileRing, Offers, SynicMessages, Teardown, WorkRingFull]
+KINDS: list[type[Scenario]] = [ActorStop, ChannelEcho, EventFlags, HostileRing, Offers, SynicMessages, Teardown, WorkRingFull]
 CLAIMS = [(kind, claim) for kind in KINDS for claim in scenarios.claims(kind)]
 A_LOOK = 100
 
@@ -119,6 +120,27 @@ def test_signals_that_nobody_asked_for_are_noticed() -> None:
 
     assert failure is not None
     assert "was told 3 times" in failure.message
+
+
+class Swallows(ExploredInbox):
+    """An inbox that stops without a word about what it has not handled."""
+
+    def _refuse(self, item: Any, *, answer: bool) -> None:
+        """Drop it."""
+
+
+class SwallowingActor(ActorStop):
+    """An actor with such an inbox, as pykka's own is."""
+
+    inbox_type = Swallows
+
+
+@pytest.mark.parametrize("asks", [0, 1])
+def test_a_message_behind_the_stop_that_nobody_hears_of_is_noticed(asks: int) -> None:
+    failure = explore(SwallowingActor(asks=asks)).failure
+
+    assert failure is not None
+    assert "message 0 was handled, refused, counted [0, 0, 0] times" in failure.message
 
 
 def test_a_script_is_taken_apart_at_its_commas() -> None:

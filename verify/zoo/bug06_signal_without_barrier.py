@@ -9,6 +9,7 @@ BUG = Bug(
     name="signal-without-barrier",
     sentence="no full barrier between publishing a packet and reading the interrupt mask: the host sleeps over the packet",
     scenario=ChannelRings,
+    parameters={"packets": 1},
     drop=("vmr_signal@writer",),
     expected={"sc": CLEAN, "tso": CAUGHT, "arm": CAUGHT},
     story=(

@@ -9,6 +9,7 @@ BUG = Bug(
     name="packet-before-index",
     sentence="write_index is read without acquire: the packet was read before it was written",
     scenario=ChannelRings,
+    parameters={"masked": False},
     drop=("vmr_publish@reader",),
     expected={"sc": CLEAN, "tso": CLEAN, "arm": CAUGHT},
     story=(
