@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.shm.layout import NR_VIRQS
-from pvbus.view import cli_vmbus
+from pvbus.view import cli_explorer, cli_vmbus
 from pvbus.view.tables import bold, print_json, table
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ FILE_COLUMNS = (
 )
 DOMAIN_COLUMNS = ("domain", "platforms", "abi", "cpus", "affinity")
 VCPU_COLUMNS = ("cpu", "upcalls", "events", "unhandled", "sleeping", "generation")
+FRONTENDS = ("fuse", "seccomp")  # of view/run/command.py, which is not loaded for every verb
 EPILOG = """\
 exit codes: 0 held, 1 a property broken, 2 usage, 3 the environment lacks something,
             4 time-out, 130 interrupted.       $PVBUS_MACHINE is the default of --name.
@@ -140,10 +141,16 @@ def parser() -> argparse.ArgumentParser:
     stress.add_argument(
         "--seed", type=int, default=1, metavar="N", help="what all random decisions come from"
     )
+    cli_explorer.add_verbs(verb)
     demo = verb("demo", "show a machine of its own at work", of_machine=False)
     demo.add_argument("--seconds", type=float, default=6.0, metavar="S")
     doctor = verb("doctor", "look at what a machine needs here, and at what dead ones left")
     doctor.add_argument("--clean", action="store_true", help="take away what is left")
+    run_ = verb("run", "run a command with the devices of a machine in place", which="one that runs, else one of its own")
+    run_.add_argument("--domain", type=int, default=0, metavar="D", help="whose devices")
+    run_.add_argument("--frontend", choices=sorted(FRONTENDS), default="fuse", help="how /dev/xen/evtchn is presented")
+    run_.add_argument("--xenstore", action="store_true", help="with a xenstored, and /dev/xen/xenbus to it")
+    run_.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
     verb("conformance", "show which test shows which row of the contract", of_machine=False)
     return top
 
@@ -366,6 +373,12 @@ def _print_findings(found: dict[str, list[dict[str, str]]]) -> None:
         print("take away what is left with: pvbus doctor --clean")
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    from pvbus.view.run import command
+
+    return command.run(arguments)
+
+
 _VERBS: dict[str, Verb] = {
     **cli_vmbus.VERBS,
     "down": _down,
@@ -375,6 +388,7 @@ _VERBS: dict[str, Verb] = {
     "affinity": _affinity,
     "soft-reset": _soft_reset,
     "explain": _explain,
+    "run": _run,
     "demo": _demo,
     "doctor": _doctor,
     "conformance": _conformance,

@@ -29,7 +29,8 @@ _CLASS_NAMES = {str(class_id): name for name, class_id in DEVICE_CLASSES.items()
 def add_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add the parsers; `verb(name, does)` makes one with --name and --json."""
     offer = verb("offer", "have the host offer a synthetic device; prints its relid")
-    offer.add_argument("device_class", metavar="CLASS", help=f"{', '.join(HOST_DEVICES)}, or the class's GUID")
+    classes = f"{', '.join(HOST_DEVICES)}; one that nobody answers: network, scsi, …; or a GUID"
+    offer.add_argument("device_class", metavar="CLASS", help=classes)
     offer.add_argument("--instance", metavar="GUID", help="the instance (default: a new one)")
     offer.add_argument(
         "--monitor-us", type=float, default=0, metavar="LATENCY",
@@ -117,11 +118,11 @@ def device_row(device: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class(text: str) -> uuid.UUID:
-    """Read a class that the host has a device of."""
+    """Read a class that the host knows."""
     class_id = DEVICE_CLASSES.get(text)
     class_id = _guid("class", text) if class_id is None else class_id
-    if class_id not in {DEVICE_CLASSES[name] for name in HOST_DEVICES}:
-        raise ValueError(f"class {text!r}: the host has devices of {', '.join(HOST_DEVICES)} only")
+    if class_id not in DEVICE_CLASSES.values():
+        raise ValueError(f"class {text!r}: the host knows {', '.join(DEVICE_CLASSES)} only")
     return class_id
 
 
@@ -129,7 +130,7 @@ def _guid(what: str, text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        known = f"; the classes are {', '.join(HOST_DEVICES)}" if what == "class" else ""
+        known = f"; the classes are {', '.join(DEVICE_CLASSES)}" if what == "class" else ""
         raise ValueError(f"{what} {text!r} is no GUID{known}") from None
 
 

@@ -34,6 +34,7 @@ class BusConnection:
         self._sock = sock
         self._call_driver = call_driver
         self._on_gone = gone
+        self.on_uevent: Callable[[dict[str, str]], None] = lambda _variables: None  # in the reading thread: must not ask
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
@@ -112,6 +113,8 @@ class BusConnection:
                 self._deliver(frame.request, frame.message, fds)
             elif isinstance(frame.message, vm.CallDriver):
                 self._calls.put((frame.request, frame.message))
+            elif isinstance(frame.message, vm.Uevent):
+                self.on_uevent(frame.message.env)
         self._closed = True
         self._calls.put(None)
         for waiting in tuple(self._waiting.values()):

@@ -41,7 +41,7 @@ class BusLink:
         self._reviver: threading.Thread | None = None
         self.gone = threading.Event()
         with self._changed:  # its end is heard behind our beginning
-            sock, self._generation = connect()
+            sock, self.generation = connect()
             self.connection = BusConnection(sock, call_driver, self._ended)
 
     @property
@@ -119,10 +119,10 @@ class BusLink:
             self._end()
             return False
         with self._changed:
-            if self.closed or generation == self._generation:
+            if self.closed or generation == self.generation:
                 sock.close()
             else:
-                self._generation = generation
+                self.generation = generation
                 self.connection = BusConnection(sock, self._call_driver, self._ended)
                 self._changed.notify_all()
                 return True

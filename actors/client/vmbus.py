@@ -230,6 +230,9 @@ class Bus:
         self._drivers: dict[str, VmbusDriver] = {}
         self._devices: dict[tuple[str, str], VmbusDevice] = {}
         self._registering: set[str] = set()
+        self._on_uevent: Callable[[dict[str, str]], None] = _ignore
+        self._on_death: Callable[[], None] = _ignore
+        self._on_heir: Callable[[], None] = _ignore
         self._link = BusLink(
             connect, self._call, died=self._died, let_go=self._let_go, come_back=self._come_back,
         )  # fmt: skip
@@ -252,9 +255,15 @@ class Bus:
         """Return when a workqueue's heir has every driver of this process. ETIMEDOUT."""
         self._link.await_heir()
 
+    @property
+    def generation(self) -> int:
+        """Number the workqueue: the devices of another one are others, though they be called the same."""
+        return self._link.generation
+
     def _died(self) -> None:
         for device in tuple(self._devices.values()):
             device.channel.wake()
+        self._on_death()
 
     def _let_go(self) -> None:
         for key, device in tuple(self._devices.items()):
@@ -270,6 +279,8 @@ class Bus:
                 self._forget(key)
 
     def _come_back(self, connection: BusConnection) -> None:
+        connection.on_uevent = self._on_uevent
+        self._on_heir()
         for name, driver in tuple(self._drivers.items()):
             if name in self._registering:
                 continue  # its caller hears what becomes of it
@@ -306,6 +317,22 @@ class Bus:
         self._link.ask(vm.UnregisterDriver(name=name), again=True)
         self._drivers.pop(name, None)
 
+    def device(self, name: str) -> dict[str, Any] | None:
+        """Describe one device, its attributes and its `number` among them; None: there is none of that name."""
+        reply, _ = self._link.ask(vm.ListDevices(name=name))
+        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", []) if name else []
+        return found[0] if found else None
+
+    def drivers(self) -> list[str]:
+        """List the names of the drivers, whichever process they are in; sorted."""
+        found: list[str] = []
+        while True:
+            reply, _ = self._link.ask(vm.ListDrivers(after=found[-1] if found else ""))
+            more: list[str] = getattr(reply, "data", {}).get("drivers", [])
+            found += more
+            if not more:
+                return found
+
     def devices(self) -> list[dict[str, Any]]:
         """List the devices with their attributes."""
         found: list[dict[str, Any]] = []
@@ -328,6 +355,33 @@ class Bus:
     def write_attribute(self, device: str, name: str, text: str) -> None:
         """Write an attribute. ENODEV, ENOENT, EACCES, EINVAL."""
         self._link.ask(vm.WriteAttribute(device=device, name=name, text=text))
+
+    def read_bus(self, name: str) -> str:
+        """Read a file of the bus: drivers_autoprobe. ENOENT."""
+        return getattr(self._link.ask(vm.ReadBus(name=name))[0], "text", "")
+
+    def write_bus(self, name: str, text: str) -> None:
+        """Write drivers_autoprobe, or the name of a device to drivers_probe. ENOENT, ENODEV."""
+        self._link.ask(vm.WriteBus(name=name, text=text))
+
+    def write_driver(self, driver: str, name: str, text: str) -> None:
+        """Write the name of a device to `bind` or `unbind` of a driver. ENOENT, ENODEV, EBUSY, what its probe says."""
+        self._link.ask(vm.WriteDriver(driver=driver, name=name, text=text))
+
+    def write_uevent(self, devpath: str, text: str) -> None:
+        """Ask for a uevent about what stands at `devpath`, as a write to its file `uevent` does. ENODEV, EINVAL, ENOMEM."""
+        self._link.ask(vm.WriteUevent(devpath=devpath, text=text))
+
+    def listen(
+        self, on_uevent: Callable[[dict[str, str]], None], on_death: Callable[[], None], on_heir: Callable[[], None]
+    ) -> None:
+        """Have uevents from now on, from heirs as well: their variables, ACTION, DEVPATH and SUBSYSTEM first.
+
+        `on_uevent` and `on_death` are called where the socket is read and must not ask; `on_heir` may: a bus that has died is
+        up again, and what is on it has not been told.
+        """
+        self._on_uevent, self._on_death, self._on_heir = on_uevent, on_death, on_heir
+        self._connection.on_uevent = on_uevent
 
     def _call(self, call: vm.CallDriver) -> None:
         driver = self._drivers.get(call.driver)
@@ -373,3 +427,7 @@ class Bus:
 
 def _table(driver: VmbusDriver) -> list[bytes]:
     return [(uuid.UUID(one) if isinstance(one, str) else one).bytes_le for one in driver.id_table]
+
+
+def _ignore(*_: object) -> None:
+    """Hear nothing."""

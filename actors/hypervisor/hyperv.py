@@ -21,6 +21,7 @@ from pvbus.actors.hypervisor.vmbus.echo import Echo
 from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.actors.hypervisor.vmbus.heartbeat import Heartbeat
 from pvbus.actors.hypervisor.vmbus.monitor import LATENCY_100NS_MAX, Monitors
+from pvbus.actors.hypervisor.vmbus.mute import Mute
 from pvbus.actors.hypervisor.vmbus.offers import event_connection
 from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.hypervisor.vmbus.shutdown import Shutdown
@@ -42,7 +43,7 @@ SERVICES: dict[uuid.UUID, Callable[[], Service]] = {
     DEVICE_CLASSES["heartbeat"]: Heartbeat,
     DEVICE_CLASSES["shutdown"]: Shutdown,
 }
-"""What the host can offer."""
+"""What the host has a device of; other classes that it knows are offered without one (mute.py)."""
 
 
 class Frames:
@@ -202,10 +203,9 @@ class HypervHost:
         return relid
 
     def _device_of_class(self, class_id: uuid.UUID) -> Device:
-        service = SERVICES.get(class_id)
-        if service is None:
-            raise HypercallError(errno.EINVAL, f"class {class_id}: no synthetic device of it")
-        return Endpoint(service(), self._make_ring, self.keep, (self._kept, store.CLAIMS))
+        if class_id not in DEVICE_CLASSES.values():
+            raise HypercallError(errno.EINVAL, f"class {class_id} is none of {', '.join(DEVICE_CLASSES)}")
+        return Endpoint(SERVICES.get(class_id, Mute)(), self._make_ring, self.keep, (self._kept, store.CLAIMS))
 
     def rescind(self, relid: int) -> None:
         """Withdraw a device. ENOENT."""

@@ -286,8 +286,9 @@ class EventChannels:
     def status(self, caller: int, dom: int, port: int) -> PortStatus:
         """Mirror EVTCHNOP_status: ESRCH, EINVAL, EPERM. For a VIRQ `remote_port` is its number."""
         domain = self._domain(caller, dom)
-        if not 0 <= port < self.ports_max(domain.domid):
-            raise HypercallError(errno.EINVAL, f"port {port} is out of range")
+        valid = max(VALID_STEP, domain.memory.load32(Domain.VALID_EVTCHNS))  # that is how tools find the end of the table
+        if not 0 <= port < valid:
+            raise HypercallError(errno.EINVAL, f"port {port} lies beyond the {valid} that are in use")
         if caller not in (domain.domid, self.hardware_domain):
             raise HypercallError(errno.EPERM)
         state, remote_domain, remote_port, vcpu = Port.unpack(self.word(domain.domid, port))

@@ -34,13 +34,14 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 class OpenEvtchn(Message, frozen=True, kw_only=True):
     """Open /dev/xen/evtchn of a domain; the reply is Opened. ENODEV without the xen platform, EMFILE when no
-    slot is free.
+    slot is free. `pid` is whose open it is, where somebody else asks for it: a front end.
     """
 
     fds_max: ClassVar[int | None] = 0
     domain: int
     comm: str = ""
     mode: int = os.O_RDWR
+    pid: int = 0
 
 
 class Reopen(Message, frozen=True, kw_only=True):

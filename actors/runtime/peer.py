@@ -147,12 +147,8 @@ class Peer:
         if inbox.closed:
             raise PeerGone(self.name)
         wire.check_fds(message, len(fds))
-        request = self._requests = self._requests + 1
-        timer = inbox.call_at(
-            inbox.clock.now_ns() + round(deadline_s * NS_PER_S),
-            functools.partial(self.complete, request, Failure(errno=errno.ETIMEDOUT), []),
-        )
-        self._asked[request] = (then, timer)
+        request = self._requests + 1
+        timer = self.expect(request, then, deadline_s)
         try:
             self._send(wire.encode(message, request), fds)
         except PeerGone:
@@ -166,6 +162,16 @@ class Peer:
             timer.cancel()
             raise
         return request
+
+    def expect(self, request: int, then: Then, deadline_s: float) -> Timer:
+        """Have `then` called as for `ask`, for a request that somebody else has sent on this socket."""
+        self._requests = max(self._requests, request)
+        timer = self._inbox.call_at(
+            self._inbox.clock.now_ns() + round(deadline_s * NS_PER_S),
+            functools.partial(self.complete, request, Failure(errno=errno.ETIMEDOUT), []),
+        )
+        self._asked[request] = (then, timer)
+        return timer
 
     def reply(self, request: int, message: Message, fds: Sequence[int] = ()) -> None:
         """Answer a request. That the peer is gone is not the answerer's business: counted as undelivered."""

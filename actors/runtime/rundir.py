@@ -53,7 +53,13 @@ class Machine(NamedTuple):
 
 
 def run_root() -> Path:
-    """Return the directory that holds all machines of this user."""
+    """Return the directory that holds all machines of this user.
+
+    $PVBUS_RUN_ROOT names it where the uid does not: in a user namespace, where everybody is root.
+    """
+    given = os.environ.get("PVBUS_RUN_ROOT")
+    if given:
+        return Path(given)
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "pvbus" if runtime else Path(f"/tmp/pvbus-{os.geteuid()}")
 

@@ -249,10 +249,21 @@ class ModifyTarget(Message, frozen=True, kw_only=True):
 
 
 class ListDevices(Message, frozen=True, kw_only=True):
-    """Ask for devices with their attributes, those behind number `after`, as many as fit a frame; the reply is Report."""
+    """Ask for devices with their attributes, those behind number `after`, as many as fit a frame; the reply is Report.
+
+    `name`: for this one only, or for none.
+    """
 
     fds_max: ClassVar[int | None] = 0
     after: int = 0
+    name: str = ""
+
+
+class ListDrivers(Message, frozen=True, kw_only=True):
+    """Ask for the names of drivers, those that sort behind `after`, as many as fit a frame; the reply is Report."""
+
+    fds_max: ClassVar[int | None] = 0
+    after: str = ""
 
 
 class ReadAttribute(Message, frozen=True, kw_only=True):
@@ -279,6 +290,38 @@ class WriteAttribute(Message, frozen=True, kw_only=True):
     text: str
 
 
+class ReadBus(Message, frozen=True, kw_only=True):
+    """Read an attribute of the bus: drivers_autoprobe; the reply is AttributeText. ENOENT."""
+
+    fds_max: ClassVar[int | None] = 0
+    name: str
+
+
+class WriteBus(Message, frozen=True, kw_only=True):
+    """Write an attribute of the bus: drivers_autoprobe, or drivers_probe with a device's name. ENOENT, ENODEV."""
+
+    fds_max: ClassVar[int | None] = 0
+    name: str
+    text: str
+
+
+class WriteDriver(Message, frozen=True, kw_only=True):
+    """Write a device's name to a driver's `bind` or `unbind`. ENOENT, ENODEV, EBUSY, or what the driver's probe says."""
+
+    fds_max: ClassVar[int | None] = 0
+    driver: str
+    name: str
+    text: str
+
+
+class WriteUevent(Message, frozen=True, kw_only=True):
+    """Write to the file `uevent` of what stands at `devpath`: everybody hears the action. ENODEV, EINVAL, ENOMEM."""
+
+    fds_max: ClassVar[int | None] = 0
+    devpath: str
+    text: str
+
+
 # ---- workqueue -> user
 
 
@@ -294,7 +337,7 @@ class CallDriver(Message, frozen=True, kw_only=True):
 
 
 class Uevent(Message, frozen=True, kw_only=True):
-    """Tell what a uevent says: action, devpath and its variables."""
+    """Tell what a uevent says: action, devpath and its variables (those two among them), in their order."""
 
     fds_max: ClassVar[int | None] = 0
     action: str

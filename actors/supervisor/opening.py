@@ -90,7 +90,7 @@ class Opening:
             "user": self.connection.fileno(),
         }
         arguments: dict[str, Any] = {"slot": self.file.slot, "domain": self.file.domain, "comm": self.message.comm}
-        arguments["opener_pid"] = self.received.peer.pid
+        arguments["opener_pid"] = self.message.pid or self.received.peer.pid
         arguments["inject"] = self.supervisor.config.inject.as_dict()
         attach_for(self.received.peer, self.user_end)  # its submission ring is made while everything else gets ready
         self.supervisor.ask_start(self.child, arguments, fds, self._started, self._refused)

@@ -28,6 +28,7 @@ from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.connection import Connection
 from pvbus.actors.workqueue.discovery import AcpiDevice, Platform, Resource, Vmbus
 from pvbus.actors.workqueue.rings import RingMemories, RingMemory
+from pvbus.actors.workqueue.sysfs import Sysfs
 from pvbus.actors.workqueue.tasks import Tasks
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.actors.workqueue.work_per_cpu import PerCpuWorkRing
@@ -48,6 +49,7 @@ NULL_GUID = bytes(16)
 CALLS_A_USER_MAX = 256  # of one process that wait at a time: each of its threads makes one
 DRIVERS_A_USER_MAX = 256
 DEVICES_A_FRAME = 6  # with attributes of less than two KiB, an override and a driver's name of four each; a frame has 64
+DRIVERS_A_FRAME = 12  # a name has less than four KiB
 GIVEN_ANYWAY = (vm.GuestMemory, vm.DropMemory, vm.MemoryKnown)  # an heir is given the memory that there is when it comes
 WRITABLE = {"driver_override"}
 
@@ -77,6 +79,7 @@ class WorkqueueProcess(ProcessActor):
         queued = bool(variants & Machine.VARIANT_RESCIND_QUEUE)
         self.channels = Channels(self.connection, self.requests, self._spawn, self._log, rescind_queued=queued)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
+        self.sysfs = Sysfs(self.bus, self._uevent)
         dirty = bool(variants & Machine.VARIANT_LEAVES_DIRTY)
         self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
         self.memories = RingMemories(self._memory_gone)
@@ -197,11 +200,10 @@ class WorkqueueProcess(ProcessActor):
 
     def _uevent(self, variables: list[str]) -> None:
         """Tell every user process; those that do not listen drop it."""
-        action, devpath = variables[0].partition("@")[::2]
-        env = dict(line.partition("=")[::2] for line in variables[1:])
+        env = dict(line.partition("=")[::2] for line in variables)
         for user in tuple(self.users):
             with contextlib.suppress(PeerGone):
-                user.tell(vm.Uevent(action=action, devpath=devpath, env=env))
+                user.tell(vm.Uevent(action=env["ACTION"], devpath=env["DEVPATH"], env=env))
 
     # ---- messages
 
@@ -247,9 +249,17 @@ class WorkqueueProcess(ProcessActor):
                 device = self._device(message.device, received.peer)
                 self._run(received, self.channels.modify(device.channel, message.target_vp))
             case vm.ListDevices():
-                behind = [device for device in self.bus.devices.values() if device.number > message.after]
+                named = (device for device in self.bus.devices.values() if message.name in ("", device.name))
+                behind = [device for device in named if device.number > message.after]
                 few = sorted(behind, key=lambda device: device.number)[:DEVICES_A_FRAME]
                 return m.Report(data={"devices": [self._described(device) for device in few]})
+            case vm.ListDrivers():
+                names = sorted(name for name in self.bus.drivers if name > message.after)
+                return m.Report(data={"drivers": names[:DRIVERS_A_FRAME]})
+            case vm.ReadBus():
+                return vm.AttributeText(text=self.sysfs.read_bus(message.name))
+            case vm.WriteBus() | vm.WriteDriver() | vm.WriteUevent():
+                self._run(received, self.sysfs.write(message))
             case vm.ReadAttribute():
                 return vm.AttributeText(text=self._attribute(message.device, message.name))
             case vm.WriteAttribute():

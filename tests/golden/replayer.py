@@ -11,8 +11,10 @@ with its reason, and are counted; nothing is left out silently.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pvbus.tests.golden.calls import CALLS, Call, call_raw_ioctl, execute
@@ -75,9 +77,24 @@ def scenarios() -> dict[str, list[Step]]:
     return load(RECORDING)
 
 
-def replay(steps: list[Step], machine: Any, cpus: int, abi: str = "2-level", *, raw: bool = False) -> Result:
-    """Replay a scenario on domain 0. With `raw`, ioctls go by number and structure, not by method."""
-    return _Replay(steps, machine, cpus, abi, raw=raw).run()
+def replay(
+    steps: list[Step],
+    machine: Any,
+    cpus: int,
+    abi: str = "2-level",
+    *,
+    raw: bool = False,
+    calls: Mapping[str, Call] = MappingProxyType({}),
+    left_out: Mapping[tuple[str, int], str] = NOT_EXPRESSIBLE,
+) -> Result:
+    """Replay a scenario on domain 0. With `raw`, ioctls go by number and structure, not by method.
+
+    `calls` are made otherwise than by a Python client; `left_out` are the steps that are not made, with their reasons.
+    """
+    replay = _Replay(steps, machine, cpus, abi, raw=raw)
+    replay.calls |= calls
+    replay.left_out = left_out
+    return replay.run()
 
 
 class _Replay:
@@ -89,6 +106,7 @@ class _Replay:
         self.calls: dict[str, Call] = CALLS | HIDDEN_CALLS
         if raw:
             self.calls |= dict.fromkeys(IOCTLS, _raw_or_null)
+        self.left_out: Mapping[tuple[str, int], str] = NOT_EXPRESSIBLE
         self.children: dict[ChildPlan, Child] = {}
 
     def run(self) -> Result:
@@ -111,7 +129,7 @@ class _Replay:
 
     def _run_step(self, step: Step) -> None:
         self._reap_and_fork(step)
-        if step.key in NOT_EXPRESSIBLE:
+        if step.key in self.left_out:
             self.result.not_expressible += 1
             return
         with self.session.after_step:

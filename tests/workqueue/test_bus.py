@@ -227,6 +227,7 @@ def test_uevents_tell_add_bind_unbind_and_remove_with_modalias_and_driver() -> N
 
     head = ["DEVPATH=/devices/VMBUS:00/vmbus_0_1", "SUBSYSTEM=vmbus"]
     assert guest.uevents == [
+        ["ACTION=add", "DEVPATH=/bus/vmbus/drivers/echo", "SUBSYSTEM=drivers"],
         ["ACTION=add", *head, ECHO_MODALIAS],
         ["ACTION=bind", *head, "DRIVER=echo", ECHO_MODALIAS],
         ["ACTION=unbind", *head, "DRIVER=echo", ECHO_MODALIAS],

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unmodified programs under `--frontend seccomp`, and what else stands in their way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pvbus.tests.frontend.support import run, started, xenevtchn_client
+from pvbus.tests.view.support import until
+from pvbus.view.pytest_plugin import BootedMachine
+from pvbus.view.seccomp import bpf
+
+SECCOMP = ["--frontend", "seccomp"]
+ANY = bpf.ARCHITECTURES["x86_64"]
+
+
+@pytest.fixture
+def machine_name(pvbus_shared_machine: BootedMachine) -> str:
+    return pvbus_shared_machine.name
+
+
+def client(linking: str = "dynamic") -> str:
+    return str(xenevtchn_client(linking, "xen_client.c"))
+
+
+@contextlib.contextmanager
+def holding(machine: str) -> Iterator[subprocess.Popen[str]]:
+    """Have a client hold a port for the length of a with block."""
+    process = started(client(), "hold", name=machine, options=SECCOMP)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def decide(number: int, *arguments: int, audit: int = ANY.audit) -> int:
+    """Run the filter on a call, as the kernel's interpreter does; give what it returns."""
+    padded = (*arguments, *[0] * (6 - len(arguments)))
+    data = struct.pack("=iIQ6Q", number, audit, 0, *padded)
+    steps = list(struct.iter_unpack("=HBBI", bpf.program(ANY)))
+    at, accumulator = 0, 0
+    while True:
+        code, then, otherwise, value = steps[at]
+        if code == 0x06:
+            return int(value)
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, value)
+            at += 1
+            continue
+        holds = {0x15: accumulator == value, 0x25: accumulator > value, 0x45: bool(accumulator & value)}[code]
+        at += 1 + (then if holds else otherwise)
+
+
+@pytest.mark.parametrize(
+    ("call", "handed_over"),
+    [
+        ((ANY.read, 3, 0, 4), False), ((ANY.read, 3, 0, 4096), False), ((ANY.read, 3, 0, 8192), False),
+        ((ANY.read, 3, 0, 5), True), ((ANY.read, 3, 0, 2), True), ((ANY.write, 3, 0, 8), False),
+        ((ANY.write, 3, 0, 4096), False), ((ANY.write, 3, 0, 4100), True), ((ANY.write, 3, 0, 3), True),
+        ((ANY.ioctl, 3, 0x44504), True), ((ANY.ioctl, 3, 0x5421), False), ((ANY.ioctl, 3, 0x5451), False),
+        ((ANY.ioctl, 3, 0x5452), True), ((ANY.ioctl, 3, 0x5401), True), ((ANY.openat, 0), True), ((ANY.open, 0), True),
+        ((ANY.openat2, 0), True), ((ANY.creat, 0), True), ((ANY.readv, 0), True), ((ANY.writev, 0), True),
+        ((ANY.fcntl, 3, 4, 0x2000), True), ((ANY.fcntl, 3, 4, 0x800), False), ((ANY.fcntl, 3, 3, 0x2000), False),
+        ((ANY.epoll_ctl, 3), True), ((7, 3), False), ((3, 3), False),
+    ],
+)  # fmt: skip
+def test_the_filter_hands_over_what_a_socket_would_answer_otherwise(call: tuple[int, ...], handed_over: bool) -> None:
+    assert decide(*call) == (bpf.NOTIFY if handed_over else bpf.ALLOW)
+
+
+def test_calls_of_another_architecture_are_let_through() -> None:
+    assert decide(ANY.openat, audit=0x40000003) == bpf.ALLOW
+
+
+@pytest.mark.checklist("A9.9", "A12.3", "A12.10", "A12.11")
+@pytest.mark.parametrize(
+    ("linking", "what"),
+    [("dynamic", "tour"), ("dynamic", "signals"), ("dynamic", "ping-pong"), ("dynamic", "readers"), ("static", "tour")],
+)
+def test_a_client_of_libxenevtchn_finds_the_device(machine_name: str, linking: str, what: str) -> None:
+    done = run(client(linking), what, "3000", name=machine_name, options=SECCOMP)
+
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_a_killed_client_is_a_release(pvbus_shared_machine: BootedMachine) -> None:
+    machine = pvbus_shared_machine.machine
+    with holding(pvbus_shared_machine.name) as held:
+        port = int(_line(held))
+        assert [one["port"] for one in machine.ports(0) if one["file"] != "kernel"] == [port]
+        assert any(file["name"].startswith("evtchn:xen_client") for file in machine.status()["files"])
+
+        _child_of(held, "hold").kill()
+
+        until(lambda: machine.status()["files"] == [], "the file of a killed client is released")
+        assert held.wait(10) == 128 + signal.SIGKILL
+
+
+def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str) -> None:
+    with holding(machine_name) as held:
+        _line(held)
+
+        _child_of(held, "pvbus: seccomp").kill()
+
+        assert _line(held) == "error!!"
+
+
+def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n')
+    with holding(booted.name) as held:
+        _line(held)
+        pid = next(row["pid"] for row in booted.machine.status()["processes"] if row["name"].startswith("file/0."))
+
+        os.kill(pid, signal.SIGKILL)
+
+        assert _line(held) == "error!!"
+
+
+def test_programs_that_never_heard_of_it_go_on_as_ever(machine_name: str, tmp_path: Path) -> None:
+    script = (
+        "import os, sys, threading\n"
+        "for n in (1, 3, 5, 4099):\n"
+        "    assert os.write(2, b'x' * n) == n\n"
+        "assert os.readv(os.open('/etc/passwd', os.O_RDONLY), [bytearray(3), bytearray(5)]) == 8\n"
+        "assert not os.isatty(0)\n"
+        "threads = [threading.Thread(target=lambda: open('/etc/passwd').read(7)) for _ in range(8)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "try: open('/nowhere/evtchn')\n"
+        "except FileNotFoundError: print('fine')\n"
+        f"open({str(tmp_path / 'evtchn')!r}, 'w').write('mine')\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert (done.returncode, done.stdout) == (0, "fine\n")
+    assert len(done.stderr) == 1 + 3 + 5 + 4099
+    assert (tmp_path / "evtchn").read_text() == "mine"
+
+
+def test_however_the_path_is_put_it_leads_to_the_device(machine_name: str) -> None:
+    script = (
+        "import os, stat\n"
+        "os.chdir('/dev')\n"
+        "directory = os.open('/dev/xen', os.O_RDONLY | os.O_DIRECTORY)\n"
+        "files = [os.open('/dev/xen/evtchn', os.O_RDWR), os.open('xen/../xen/evtchn', os.O_RDWR)]\n"
+        "files.append(os.open('evtchn', os.O_RDWR, dir_fd=directory))\n"
+        "print([stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in files], [os.get_inheritable(fd) for fd in files])\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert done.stdout == "[True, True, True] [False, False, False]\n", done.stderr
+
+
+def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(
+    pvbus_shared_machine: BootedMachine, machine_name: str
+) -> None:
+    script = (
+        "import os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "try: os.open('/dev/xen/evtchn', os.O_RDWR)\n"
+        "except OSError as error: print(error.errno)\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert done.stdout == "24\n", done.stderr
+    assert pvbus_shared_machine.machine.status()["files"] == []
+
+
+def _line(run: subprocess.Popen[str]) -> str:
+    assert run.stdout is not None
+    return run.stdout.readline().strip()
+
+
+def _child_of(run: subprocess.Popen[str], title: str) -> psutil.Process:
+    return next(child for child in psutil.Process(run.pid).children() if title in " ".join(child.cmdline()))

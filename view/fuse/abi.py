@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel and we write on /dev/fuse: numbers and layouts of FUSE 7.x, in the byte order of this machine.
+
+Facts of the interface (fuse(4)) and nothing else: what is done with them stands in session.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+VERSION_MAJOR = 7
+VERSION_MINOR_MIN = 23  # the size of INIT's answer, and poll's events
+VERSION_MINOR = 38  # what we have looked at; the kernel speaks it if it knows more
+
+# ---- opcodes
+
+LOOKUP, FORGET, GETATTR, SETATTR, READLINK = 1, 2, 3, 4, 5
+OPEN, READ, WRITE, STATFS, RELEASE, FSYNC = 14, 15, 16, 17, 18, 20
+GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 22, 23, 25, 26, 27, 28, 29
+ACCESS, INTERRUPT, DESTROY, IOCTL, POLL, BATCH_FORGET = 34, 36, 38, 39, 40, 42
+
+SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2 = 6, 8, 9, 10, 11, 12, 13, 35, 45
+
+NOTIFY_POLL = 1
+
+# ---- flags
+
+INIT_ATOMIC_O_TRUNC = 1 << 3  # O_TRUNC is a flag of OPEN, not a SETATTR behind it
+INIT_BIG_WRITES = 1 << 5
+INIT_PARALLEL_DIROPS = 1 << 18
+
+FOPEN_DIRECT_IO = 1
+FOPEN_NONSEEKABLE = 4
+FOPEN_STREAM = 16
+
+POLL_SCHEDULE_NOTIFY = 1
+SETATTR_SIZE = 8
+
+# ---- layouts
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")
+OUT_HEADER = struct.Struct("=IiQ")
+INIT_IN = struct.Struct("=IIII")
+INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+OPEN_IN = struct.Struct("=II")
+OPEN_OUT = struct.Struct("=QII")
+READ_IN = WRITE_IN = struct.Struct("=QQIIQII")
+WRITE_OUT = struct.Struct("=II")
+RELEASE_IN = struct.Struct("=QIIQ")
+GETATTR_IN = struct.Struct("=IIQ")
+SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
+IOCTL_IN = struct.Struct("=QIIQII")
+IOCTL_OUT = struct.Struct("=iIII")
+POLL_IN = struct.Struct("=QQII")
+POLL_OUT = struct.Struct("=II")
+POLL_WAKEUP = struct.Struct("=Q")
+INTERRUPT_IN = struct.Struct("=Q")
+FORGET_IN = struct.Struct("=Q")
+BATCH_FORGET_IN = struct.Struct("=II")
+FORGET_ONE = struct.Struct("=QQ")
+STATFS_OUT = struct.Struct("=QQQQQIIII24x")
+DIRENT = struct.Struct("=QQII")
+ATTR_OUT_HEAD = struct.Struct("=QII")
+ENTRY_OUT_HEAD = struct.Struct("=QQQQII")
+ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
+
+IN_HEADER_BYTES = IN_HEADER.size
+OUT_HEADER_BYTES = OUT_HEADER.size
+NAME_BYTES_MAX = 255
+BLOCK_BYTES = 4096
+
+
+class Attributes(NamedTuple):
+    """What stat shows of a node; `mode` has its type. Times are seconds."""
+
+    mode: int
+    size: int = 0
+    nlink: int = 1
+    uid: int = 0
+    gid: int = 0
+    rdev: int = 0
+    time_s: int = 0
+
+    def pack(self, inode: int) -> bytes:
+        """Give the kernel's form of it."""
+        blocks = (self.size + 511) // 512
+        return ATTR.pack(
+            inode, self.size, blocks, self.time_s, self.time_s, self.time_s, 0, 0, 0,
+            self.mode, self.nlink, self.uid, self.gid, self.rdev, BLOCK_BYTES, 0,
+        )  # fmt: skip
+
+
+def dirent(inode: int, offset: int, mode: int, name: bytes) -> bytes:
+    """Give an entry of READDIR's answer; `offset` is where the one behind it is asked for."""
+    entry = DIRENT.pack(inode, offset, len(name), (mode >> 12) & 0xF) + name
+    return entry + bytes(-len(entry) % 8)

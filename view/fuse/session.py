@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mounted FUSE file system: takes requests from the kernel, hands them to nodes and handles, writes their answers.
+
+One loop, one request at a time. `serve` handles what is there and returns, so that the loop that owns the descriptor stays the
+caller's (an epoll set with other things in it, or `run`). A handler that cannot answer at once keeps its `Request`. What is not
+understood is ENOSYS. Who dies with this descriptor leaves an error to each of its callers: the kernel aborts the connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import time
+from typing import TYPE_CHECKING
+
+from pvbus.view.fuse import abi
+from pvbus.view.fuse.node import Handle, Node, error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
+_REFUSED = {
+    abi.CREATE: errno.EACCES,
+    **dict.fromkeys(
+        (abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.UNLINK, abi.RMDIR, abi.RENAME, abi.LINK, abi.RENAME2), errno.EPERM
+    ),
+}
+"""What nobody may do in a tree of devices, and the answer of sysfs to it."""
+_GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
+
+
+class Request:
+    """One that the kernel waits for: who asks, and the means to answer, once."""
+
+    __slots__ = ("handle", "nodeid", "opcode", "pid", "session", "uid", "unique")
+
+    def __init__(self, session: Session, unique: int, opcode: int, nodeid: int, uid: int, pid: int) -> None:
+        self.session = session
+        self.unique = unique
+        self.opcode = opcode
+        self.nodeid = nodeid
+        self.uid = uid
+        self.pid = pid  # of the calling thread
+        self.handle: Handle | None = None
+
+    def reply(self, payload: bytes = b"") -> None:
+        """Answer with bytes: what was read, or nothing."""
+        self.session.answer(self.unique, 0, payload)
+
+    def fail(self, number: int) -> None:
+        """Answer with an errno."""
+        self.session.answer(self.unique, number)
+
+    def written(self, count: int) -> None:
+        """Answer WRITE."""
+        self.reply(abi.WRITE_OUT.pack(count, 0))
+
+    def result(self, value: int) -> None:
+        """Answer IOCTL: a value, or an errno below zero."""
+        self.reply(abi.IOCTL_OUT.pack(value, 0, 0, 0))
+
+    def revents(self, mask: int) -> None:
+        """Answer POLL."""
+        self.reply(abi.POLL_OUT.pack(mask, 0))
+
+    def opened(self, handle: Handle) -> None:
+        """Answer OPEN."""
+        self.session.answer_open(self, handle)
+
+
+class Session:
+    """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns."""
+
+    def __init__(self, fd: int, root: Node) -> None:
+        self.fd = fd
+        self.root = root
+        self.minor = 0  # what INIT has agreed on; 0 before it
+        self.closed = False
+        self.kept = 0
+        """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
+        os.set_blocking(fd, False)
+        self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
+        self._buffers = [self._buffer]
+        self._view = memoryview(self._buffer)
+        self._nodes: dict[int, Node] = {1: root}
+        self._ids: dict[Node, int] = {root: 1}
+        self._lookups: dict[int, int] = {1: 1}
+        self._next_id = 2
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._next_handle = 1
+        self._born_s = int(time.time())
+        self._waiting: dict[int, Request] = {}
+        self._operations: dict[int, Callable[[Request, memoryview], None]] = {
+            abi.LOOKUP: self._lookup, abi.FORGET: self._forget, abi.BATCH_FORGET: self._batch_forget,
+            abi.GETATTR: self._getattr, abi.SETATTR: self._setattr, abi.READLINK: self._readlink,
+            abi.OPEN: self._open, abi.READ: self._read, abi.WRITE: self._write, abi.RELEASE: self._release,
+            abi.FSYNC: self._fsync, abi.IOCTL: self._ioctl, abi.POLL: self._poll, abi.INTERRUPT: self._interrupt,
+            abi.OPENDIR: self._opendir, abi.READDIR: self._readdir, abi.RELEASEDIR: self._releasedir,
+            abi.STATFS: self._statfs, abi.INIT: self._init, abi.DESTROY: self._destroy,
+        }  # fmt: skip
+
+    # ---- the loop
+
+    def fileno(self) -> int:
+        """Give the descriptor to wait on."""
+        return self.fd
+
+    def run(self) -> None:
+        """Serve until the file system is unmounted."""
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        while not self.closed:
+            poller.poll()
+            self.serve()
+
+    def serve(self, _events: int = 0) -> None:
+        """Handle one request, if one is there; `closed` is True after it once the file system is unmounted."""
+        try:
+            size = os.readv(self.fd, self._buffers)
+        except BlockingIOError:
+            return
+        except OSError as failed:
+            if failed.errno in (errno.ENOENT, errno.EINTR):  # the one that we were to get was interrupted
+                return
+            if failed.errno not in _GONE:
+                raise
+            self.closed = True
+            return
+        self._handle(size)
+
+    def _handle(self, size: int) -> None:
+        _, opcode, unique, nodeid, uid, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
+        operation = self._operations.get(opcode)
+        if operation is None:
+            self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
+            return
+        request = Request(self, unique, opcode, nodeid, uid, pid)
+        try:
+            operation(request, self._view[abi.IN_HEADER_BYTES : size])
+        except OSError as failed:
+            self.answer(unique, failed.errno or errno.EIO)
+
+    # ---- answers
+
+    def answer(self, unique: int, number: int, payload: bytes = b"") -> None:
+        """Write an answer: an errno, or a payload."""
+        self._waiting.pop(unique, None)
+        header = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + len(payload), -number, unique)
+        self._put(header + payload)
+
+    def wake_pollers(self, kh: int) -> None:
+        """Have those ask again who wait in poll, select or epoll for the handle that came with `kh`."""
+        head = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + abi.POLL_WAKEUP.size, abi.NOTIFY_POLL, 0)
+        self._put(head + abi.POLL_WAKEUP.pack(kh))
+
+    def _put(self, message: bytes) -> None:
+        if self.closed:
+            return
+        try:
+            os.write(self.fd, message)
+        except OSError as failed:
+            if failed.errno == errno.ENOENT:  # its caller was killed meanwhile
+                return
+            if failed.errno not in _GONE:
+                raise
+            self.closed = True
+
+    def _keep(self, request: Request, handle: Handle | None) -> None:
+        """Remember a request that is answered later: an INTERRUPT may come for it."""
+        request.handle = handle
+        self.kept += 1
+        self._waiting[request.unique] = request
+
+    # ---- INIT
+
+    def _init(self, request: Request, body: memoryview) -> None:
+        major, minor, readahead, flags = abi.INIT_IN.unpack_from(body)
+        if major != abi.VERSION_MAJOR or minor < abi.VERSION_MINOR_MIN:
+            raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
+        self.minor = min(minor, abi.VERSION_MINOR)
+        wanted = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
+        request.reply(
+            abi.INIT_OUT.pack(
+                abi.VERSION_MAJOR, self.minor, readahead, flags & wanted,
+                0, 0, WRITE_BYTES_MAX, 1, 0, 0, 0,
+            )
+        )  # fmt: skip
+
+    def _destroy(self, request: Request, _body: memoryview) -> None:
+        request.reply()
+
+    # ---- nodes
+
+    def _id_of(self, node: Node) -> int:
+        nodeid = self._ids.get(node)
+        if nodeid is None:
+            nodeid = self._ids[node] = self._next_id
+            self._next_id += 1
+            self._nodes[nodeid] = node
+        return nodeid
+
+    def _node(self, nodeid: int) -> Node:
+        node = self._nodes.get(nodeid)
+        if node is None:
+            raise error(errno.ESTALE)
+        return node
+
+    def _lookup(self, request: Request, body: memoryview) -> None:
+        name = os.fsdecode(bytes(body).split(b"\0", 1)[0])
+        node = self._node(request.nodeid).lookup(name)
+        nodeid = self._id_of(node)
+        self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
+        head = abi.ENTRY_OUT_HEAD.pack(nodeid, 0, 0, 0, 0, 0)  # nothing is cached: what it is may change
+        request.reply(head + self._packed(node, nodeid))
+
+    def _forget(self, request: Request, body: memoryview) -> None:
+        self._forget_one(request.nodeid, abi.FORGET_IN.unpack_from(body)[0])
+
+    def _batch_forget(self, _request: Request, body: memoryview) -> None:
+        (count, _) = abi.BATCH_FORGET_IN.unpack_from(body)
+        for at in range(count):
+            nodeid, lookups = abi.FORGET_ONE.unpack_from(body, abi.BATCH_FORGET_IN.size + at * abi.FORGET_ONE.size)
+            self._forget_one(nodeid, lookups)
+
+    def _forget_one(self, nodeid: int, lookups: int) -> None:
+        left = self._lookups.get(nodeid, 0) - lookups
+        self._lookups[nodeid] = left
+        if left <= 0 and nodeid != 1:
+            del self._lookups[nodeid]
+            node = self._nodes.pop(nodeid, None)
+            if node is not None:
+                del self._ids[node]
+
+    def _attributes(self, request: Request) -> bytes:
+        node = self._node(request.nodeid)
+        return abi.ATTR_OUT_HEAD.pack(0, 0, 0) + self._packed(node, request.nodeid)
+
+    def _packed(self, node: Node, nodeid: int) -> bytes:
+        """Give what stat shows; what has no time of its own is as old as we are."""
+        attributes = node.attributes()
+        if not attributes.time_s:
+            attributes = attributes._replace(time_s=self._born_s)
+        return attributes.pack(node.inode or nodeid)
+
+    def _getattr(self, request: Request, _body: memoryview) -> None:
+        request.reply(self._attributes(request))
+
+    def _setattr(self, request: Request, body: memoryview) -> None:
+        valid, _, fh, size = abi.SETATTR_IN.unpack_from(body)[:4]
+        if valid & abi.SETATTR_SIZE:
+            handle = self._handles.get(fh)
+            if handle is not None:
+                handle.truncate(request, size)
+            else:
+                self._node(request.nodeid).truncate(request, size)
+        request.reply(self._attributes(request))  # owner, mode and times stay what they are
+
+    def _readlink(self, request: Request, _body: memoryview) -> None:
+        request.reply(os.fsencode(self._node(request.nodeid).readlink()))
+
+    def _statfs(self, request: Request, _body: memoryview) -> None:
+        request.reply(abi.STATFS_OUT.pack(0, 0, 0, 0, 0, abi.BLOCK_BYTES, abi.NAME_BYTES_MAX, abi.BLOCK_BYTES, 0))
+
+    # ---- directories
+
+    def _opendir(self, request: Request, _body: memoryview) -> None:
+        fh = self._next_handle
+        self._next_handle += 1
+        self._listings[fh] = list(self._node(request.nodeid).entries())
+        request.reply(abi.OPEN_OUT.pack(fh, 0, 0))
+
+    def _readdir(self, request: Request, body: memoryview) -> None:
+        fh, offset, size = abi.READ_IN.unpack_from(body)[:3]
+        if offset == 0:  # rewinddir looks anew
+            self._listings[fh] = list(self._node(request.nodeid).entries())
+        here: list[tuple[str, int, int]] = [(".", request.nodeid, stat.S_IFDIR), ("..", request.nodeid, stat.S_IFDIR)]
+        here += [
+            (name, node.inode or self._ids.get(node, 0xFFFFFFFF), node.attributes().mode) for name, node in self._listings[fh]
+        ]
+        answer = b""
+        for at, (name, inode, mode) in enumerate(here[offset:], offset + 1):
+            entry = abi.dirent(inode, at, mode, os.fsencode(name))
+            if len(answer) + len(entry) > size:
+                break
+            answer += entry
+        request.reply(answer)
+
+    def _releasedir(self, request: Request, body: memoryview) -> None:
+        self._listings.pop(abi.RELEASE_IN.unpack_from(body)[0], None)
+        request.reply()
+
+    # ---- open files
+
+    def _open(self, request: Request, body: memoryview) -> None:
+        flags, _ = abi.OPEN_IN.unpack_from(body)
+        handle = self._node(request.nodeid).open(request, flags)
+        if handle is None:
+            self._keep(request, None)
+        else:
+            self.answer_open(request, handle)
+
+    def answer_open(self, request: Request, handle: Handle) -> None:
+        """Answer OPEN with a number for the handle. (For `Request.opened`.)"""
+        fh = self._next_handle
+        self._next_handle += 1
+        self._handles[fh] = handle
+        request.reply(abi.OPEN_OUT.pack(fh, handle.open_flags, 0))
+
+    def _handle_of(self, fh: int) -> Handle:
+        handle = self._handles.get(fh)
+        if handle is None:
+            raise error(errno.EBADF)
+        return handle
+
+    def _read(self, request: Request, body: memoryview) -> None:
+        fh, offset, size, _, _, flags, _ = abi.READ_IN.unpack_from(body)
+        handle = self._handle_of(fh)
+        data = handle.read(request, offset, size, flags)
+        if data is None:
+            self._keep(request, handle)
+        elif isinstance(data, int):
+            request.fail(data)
+        else:
+            request.reply(data)
+
+    def _write(self, request: Request, body: memoryview) -> None:
+        fh, offset, size, _, _, flags, _ = abi.WRITE_IN.unpack_from(body)
+        handle = self._handle_of(fh)
+        count = handle.write(request, offset, bytes(body[abi.WRITE_IN.size : abi.WRITE_IN.size + size]), flags)
+        if count is None:
+            self._keep(request, handle)
+        else:
+            request.written(count)
+
+    def _ioctl(self, request: Request, body: memoryview) -> None:
+        fh, _, command, argument, _, _ = abi.IOCTL_IN.unpack_from(body)
+        handle = self._handle_of(fh)
+        value = handle.ioctl(request, command, argument)
+        if value is None:
+            self._keep(request, handle)
+        else:
+            request.result(value)
+
+    def _poll(self, request: Request, body: memoryview) -> None:
+        fh, kh, flags, events = abi.POLL_IN.unpack_from(body)
+        handle = self._handle_of(fh)
+        mask = handle.poll(request, kh if flags & abi.POLL_SCHEDULE_NOTIFY else 0, events)
+        if mask is None:
+            self._keep(request, handle)
+        else:
+            request.revents(mask)
+
+    def _fsync(self, request: Request, body: memoryview) -> None:
+        self._handle_of(abi.RELEASE_IN.unpack_from(bytes(body) + bytes(8))[0]).fsync(request)
+        request.reply()
+
+    def _release(self, request: Request, body: memoryview) -> None:
+        handle = self._handles.pop(abi.RELEASE_IN.unpack_from(body)[0], None)
+        if handle is None or not handle.release(request):
+            request.reply()
+        else:
+            self.kept += 1
+
+    def _interrupt(self, _request: Request, body: memoryview) -> None:
+        """Pass it on; INTERRUPT itself has no answer, and one that comes too late finds nobody."""
+        waiting = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0])
+        if waiting is not None and waiting.handle is not None:
+            waiting.handle.interrupt(waiting)
+
+    def close(self) -> None:
+        """Give the descriptor up: the kernel ends every call with ECONNABORTED, and new ones with ENOTCONN."""
+        self.closed = True
+        self._view.release()
+        os.close(self.fd)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory /dev/xen of a run.
+
+`XenDevices` serves the directory; another fitting that has a node for it (privcmd, gntdev) puts it into `nodes`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pvbus.view.fuse.evtchn import Device
+from pvbus.view.fuse.node import Directory
+from pvbus.view.fuse.session import Session
+from pvbus.view.run.fitting import Fitting, connect, new_inbox, serve_session
+from pvbus.view.xen.privcmd import Mute, Privcmd, machine_op
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pvbus.actors.runtime.inbox import Inbox
+    from pvbus.actors.runtime.peer import Peer
+    from pvbus.view.fuse.node import Node
+    from pvbus.view.run.room import Room
+
+
+class XenDevices(Fitting):
+    """/dev/xen through FUSE."""
+
+    title = "evtchn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: dict[str, Callable[[Inbox, Peer, Room], Node]] = {
+            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain),
+            "privcmd": lambda _, machine, room: Privcmd(machine_op(machine, room.domain)),
+            "gntdev": lambda _inbox, _machine, _room: Mute(),
+        }
+        """What makes the nodes of /dev/xen, by their names; called in the server's process."""
+
+    def prepare(self, room: Room) -> None:
+        """Mount /dev/xen."""
+        self.mount_fuse("/dev/xen")
+        room.devices = self
+
+    def serve(self, room: Room) -> None:
+        """Answer for every open file."""
+        inbox = new_inbox(self.title)
+        machine = connect(inbox, room.machine)
+        tree = Directory({name: make(inbox, machine, room) for name, make in self.nodes.items()})
+        serve_session(inbox, Session(self.fds[0], tree))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a room is fitted with: a device tree or a daemon, served by a process of its own.
+
+A fitting is made of steps that `pvbus run` takes in this order: `prepare` (in the namespaces, nobody serves yet: mounts, entries
+of /sys), `serve` (in a process of its own, forked now), `dress` (back in the first process: what needs its own server to answer)
+and `start` (/sys is in place: daemons, as children). Add a fitting to FITTINGS in command.py.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from pvbus.actors.runtime import rundir
+from pvbus.actors.runtime.clock import MonotonicClock
+from pvbus.actors.runtime.inbox import Inbox
+from pvbus.view.fuse import mount
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pvbus.actors.runtime.peer import Peer
+    from pvbus.view.fuse.session import Session
+    from pvbus.view.run.room import Room
+
+
+class Fitting:
+    """One device tree of a room, or one daemon. Override what it needs."""
+
+    title = ""
+    """What its process is called; without a title it has none."""
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+        """Descriptors that only its server may hold: what a mount answers through, for its death to be an error to all."""
+
+    def prepare(self, room: Room) -> None:
+        """Mount, and make entries in /sys."""
+
+    def serve(self, room: Room) -> None:
+        """Serve until the end: its own process, which dies with the run."""
+
+    def dress(self, room: Room) -> None:
+        """Do what needs the server."""
+
+    def start(self, room: Room) -> None:
+        """Start daemons; what they are is killed at the end of the run."""
+
+    # ---- for subclasses
+
+    def mount_fuse(self, target: str) -> int:
+        """Mount a FUSE directory; its descriptor is this fitting's."""
+        fd = mount.mount_fuse(target)
+        self.fds.append(fd)
+        return fd
+
+
+def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
+    """Fork the server of a fitting; give its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        mount.die_with_parent(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the terminal's are for the command
+        for other in others:
+            if other is not fitting:
+                close_all(other)
+        from setproctitle import setproctitle
+
+        setproctitle(f"pvbus: {fitting.title}/{room.machine}")
+        fitting.serve(room)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def close_all(fitting: Fitting) -> None:
+    """Close what only its server may hold."""
+    for fd in fitting.fds:
+        os.close(fd)
+    fitting.fds.clear()
+
+
+def connect(inbox: Inbox, machine: str) -> Peer:
+    """Connect a server's inbox to a machine's supervisor."""
+    return inbox.add_peer(rundir.connect_machine(rundir.run_directory(machine)), machine)
+
+
+def new_inbox(name: str) -> Inbox:
+    """Make the inbox of a server."""
+    return Inbox(MonotonicClock(), name)
+
+
+def serve_session(inbox: Inbox, session: Session) -> None:
+    """Serve a mounted tree in an inbox until it is unmounted.
+
+    Requests that are answered at once do not leave the inbox's sleep: they cost two system calls more than their own.
+    """
+    both = select.epoll()
+    both.register(session.fd, select.EPOLLIN)
+    watched = False
+
+    def sleep(inbox_fd: int, timeout_ms: int) -> None:
+        nonlocal watched
+        if not watched:
+            both.register(inbox_fd, select.EPOLLIN)
+            watched = True
+        kept = session.kept
+        while not session.closed:
+            ready = both.poll(None if timeout_ms < 0 else timeout_ms / 1000)
+            for fd, _ in ready:
+                if fd == session.fd:
+                    session.serve()
+            if len(ready) != 1 or ready[0][0] != session.fd or session.kept != kept:
+                break
+        if session.closed:
+            inbox.call_soon(_leave)
+
+    inbox.sleep_in(sleep)
+    try:
+        inbox.get()  # answers are handled inside; nobody sends us messages of other kinds
+    except _Unmounted:
+        both.close()
+
+
+class _Unmounted(Exception):
+    """The tree that is served is mounted nowhere any more."""
+
+
+def _leave() -> None:
+    raise _Unmounted
