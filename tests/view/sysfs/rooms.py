@@ -24,6 +24,15 @@ LOOK_S = 0.01
 EXIT_ENVIRONMENT = 3
 KERNEL_SOURCE = Path("/usr/src/linux-source-6.1.tar.xz")  # Debian has lsvmbus nowhere else
 LSVMBUS = "linux-source-6.1/tools/hv/lsvmbus"
+CONFIG = """\
+[[domain]]
+id = 0
+cpus = 2
+platforms = ["xen", "hyperv"]
+devices = ["heartbeat", "shutdown"]
+"""
+"""What the machines of these tests look like."""
+BUS = "/sys/bus/vmbus"
 
 
 def until(what: str, condition: Callable[[], Any], bound_s: float = BOUND_S) -> Any:
@@ -122,3 +131,16 @@ def lsvmbus() -> str:
         taken = subprocess.run(["tar", "-xJOf", KERNEL_SOURCE, "--occurrence=1", LSVMBUS], check=True, capture_output=True)
         kept.write_bytes(taken.stdout)
     return str(kept)
+
+
+def offered(machine: Any, device_class: str, instance: str | None = None) -> str:
+    """Offer a device; give its name, once it is on the bus."""
+    relid = machine.offer(device_class, instance)
+    found: str = until("it is on the bus", lambda: next((row["name"] for row in machine.devices() if row["relid"] == relid), ""))
+    return found
+
+
+def script(directory: Path, text: str) -> Path:
+    path = directory / "program.py"
+    path.write_text(text)
+    return path
