@@ -39,10 +39,11 @@ _PORT = struct.Struct("=i")
 
 def find_xenstored() -> str:
     """Give the path of the newest xenstored. EnvironmentLacksError names the packages."""
-    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored"))) or [path for path in [shutil.which("xenstored")] if path]
-    if not found:
+    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored")))
+    program = found[-1] if found else shutil.which("xenstored")
+    if program is None:
         raise EnvironmentLacksError(f"there is no xenstored ({PACKAGES})")
-    return found[-1]
+    return program
 
 
 class Xenstore(Fitting):
