@@ -33,3 +33,8 @@ class PacketType:
 PACKET_HEADER_BYTES: Final = 16
 PACKET_TRAILER_BYTES: Final = 8
 PACKET_PAYLOAD_BYTES_MAX: Final = 0xFFFF * 8 - PACKET_HEADER_BYTES  # its length counts eights in 16 bits
+
+
+def packet_bytes(payload_bytes: int) -> int:
+    """Give what a packet takes of its ring: descriptor, payload in eights, trailer."""
+    return PACKET_HEADER_BYTES + -(-payload_bytes // 8) * 8 + PACKET_TRAILER_BYTES

@@ -246,6 +246,8 @@ class Machine:
     VARIANT_LEAVES_DIRTY: Final = 128
     VARIANT_WORK_ALLOCATION_RETRIES: Final = 256
     VARIANT_WRONG_SIGNAL_WORD: Final = 512
+    VARIANT_RESCIND_QUEUE: Final = 1024
+    VARIANT_WORK_PER_CPU: Final = 2048
 
     @staticmethod
     def file(slot: int, field: int) -> int:

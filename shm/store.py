@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A record in a segment, replaced as a whole: its writer may die at any moment, and an heir reads the old one or the new one.
 
-    0 which half holds the record, and its length | 4096 half 0 | 4096 + HALF_BYTES half 1
+    0 which half holds the record, and its length | 4096 half 0 | 4096 + HALF_BYTES half 1 | CLAIMS
+
+Behind it lies a word a channel that its ring writes (channel_heir.c): what changes with every batch of packets.
 
 One writer. Readers are heirs: nobody reads while it is written.
 """
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 HALF_BYTES = 1 << 20
 HEAD_BYTES = 4096
-BYTES = HEAD_BYTES + 2 * HALF_BYTES
+CLAIMS = HEAD_BYTES + 2 * HALF_BYTES
+CLAIMS_COUNT = 256
+BYTES = CLAIMS + 8 * CLAIMS_COUNT
 _HALF_ONE = 1 << 63
 
 

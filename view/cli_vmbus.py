@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pvbus.actors.client import Machine
 
 DEVICE_COLUMNS = ("device", "relid", "class", "device_id", "driver", "opened")
-CHANNEL_COLUMNS = ("relid", "class", "instance_id", "state", "target_vp", "generation")
+CHANNEL_COLUMNS = ("relid", "class", "instance_id", "state", "target_vp", "monitor_id", "generation")
+LATENCY_US_MIN, LATENCY_US_MAX = 0.1, 6553.5  # 16 bits of 100 ns
 OPENED = "3\n"  # of the attribute state
 _CLASS_NAMES = {str(class_id): name for name, class_id in DEVICE_CLASSES.items()}
 
@@ -28,8 +29,13 @@ _CLASS_NAMES = {str(class_id): name for name, class_id in DEVICE_CLASSES.items()
 def add_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add the parsers; `verb(name, does)` makes one with --name and --json."""
     offer = verb("offer", "have the host offer a synthetic device; prints its relid")
-    offer.add_argument("device_class", metavar="CLASS", help=f"{', '.join(HOST_DEVICES)}, or the class's GUID")
+    classes = f"{', '.join(HOST_DEVICES)}; one that nobody answers: network, scsi, …; or a GUID"
+    offer.add_argument("device_class", metavar="CLASS", help=classes)
     offer.add_argument("--instance", metavar="GUID", help="the instance (default: a new one)")
+    offer.add_argument(
+        "--monitor-us", type=float, default=0, metavar="LATENCY",
+        help="give it a monitor: its driver signals by a trigger, which the host looks at every so many microseconds (to 6553)",
+    )  # fmt: skip
     rescind = verb("rescind", "have the host withdraw a device")
     rescind.add_argument("relid", type=int, metavar="RELID")
     devices = verb("devices", "list the devices of a domain's VMBus and their drivers")
@@ -40,13 +46,15 @@ def add_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 def offer(arguments: argparse.Namespace) -> int:
     """Offer a device; ValueError for a class or a GUID that is none."""
-    class_id, instance = _class(arguments.device_class), arguments.instance
+    class_id, instance, latency_us = _class(arguments.device_class), arguments.instance, arguments.monitor_us
+    if not (latency_us == 0 or LATENCY_US_MIN <= latency_us <= LATENCY_US_MAX):
+        raise ValueError(f"--monitor-us {latency_us:g}: {LATENCY_US_MIN} to {LATENCY_US_MAX} microseconds, or 0 for no monitor")
     if instance is not None:
         _guid("--instance", instance)
     with attach(arguments.name) as machine:
         _on_hyperv(machine, arguments.domain)
         try:
-            relid = machine.offer(str(class_id), instance, arguments.domain)
+            relid = machine.offer(str(class_id), instance, arguments.domain, monitor_latency_us=latency_us)
         except FileExistsError:
             raise ValueError(f"--instance {instance}: it is offered already") from None
     if arguments.json:
@@ -110,11 +118,11 @@ def device_row(device: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class(text: str) -> uuid.UUID:
-    """Read a class that the host has a device of."""
+    """Read a class that the host knows."""
     class_id = DEVICE_CLASSES.get(text)
     class_id = _guid("class", text) if class_id is None else class_id
-    if class_id not in {DEVICE_CLASSES[name] for name in HOST_DEVICES}:
-        raise ValueError(f"class {text!r}: the host has devices of {', '.join(HOST_DEVICES)} only")
+    if class_id not in DEVICE_CLASSES.values():
+        raise ValueError(f"class {text!r}: the host knows {', '.join(DEVICE_CLASSES)} only")
     return class_id
 
 
@@ -122,7 +130,7 @@ def _guid(what: str, text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        known = f"; the classes are {', '.join(HOST_DEVICES)}" if what == "class" else ""
+        known = f"; the classes are {', '.join(DEVICE_CLASSES)}" if what == "class" else ""
         raise ValueError(f"{what} {text!r} is no GUID{known}") from None
 
 

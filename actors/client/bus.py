@@ -10,6 +10,7 @@ import contextlib
 import errno
 import itertools
 import queue
+import select
 import threading
 import traceback
 from typing import TYPE_CHECKING
@@ -33,11 +34,14 @@ class BusConnection:
         self._sock = sock
         self._call_driver = call_driver
         self._on_gone = gone
+        self.on_uevent: Callable[[dict[str, str]], None] = lambda _variables: None  # in the reading thread: must not ask
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
         self._calls: queue.SimpleQueue[tuple[int, vm.CallDriver] | None] = queue.SimpleQueue()
         self._closed = False
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLHUP)
         self.gone = threading.Event()
         self._threads = [threading.Thread(target=target, name=name, daemon=True) for target, name in (
             (self._read, "pvbus-bus"), (self._work, "pvbus-driver"),
@@ -53,6 +57,17 @@ class BusConnection:
     def calls_here(self) -> bool:
         """Whether this is the thread that makes the driver's calls."""
         return threading.current_thread() is self._threads[1]
+
+    def hung_up(self) -> bool:
+        """Whether the bus has gone, heard of or not."""
+        try:
+            return self._closed or any(event & select.POLLHUP for _, event in self._poll.poll(0))
+        except OSError:
+            return True
+
+    def end_calls(self) -> None:
+        """Return when the driver's call that is under way, the last one, has ended."""
+        self._threads[1].join()
 
     def ask(self, message: Message, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Message, list[int]]:
         """Call the workqueue; give its answer and what came with it. OSError with its errno; EIO when it has gone, ETIMEDOUT."""
@@ -98,6 +113,8 @@ class BusConnection:
                 self._deliver(frame.request, frame.message, fds)
             elif isinstance(frame.message, vm.CallDriver):
                 self._calls.put((frame.request, frame.message))
+            elif isinstance(frame.message, vm.Uevent):
+                self.on_uevent(frame.message.env)
         self._closed = True
         self._calls.put(None)
         for waiting in tuple(self._waiting.values()):

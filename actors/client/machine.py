@@ -6,6 +6,7 @@ Everything here is a call on the machine's socket, or a look into its segments (
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -195,14 +196,23 @@ class Machine:
         """Connect to a domain's VMBus; one connection a domain and process. ENODEV without the platform."""
         found = self._buses.get(domain)
         if found is not None and found.closed:
-            found.close()  # its workqueue has died: its heir knows neither our drivers nor our channels
+            found.close()  # cut off, or its machine has stopped
             found = None
         if found is None:
-            reply, fds = self._ask(vm.ConnectBus(domain=domain))
-            if not isinstance(reply, vm.BusConnection) or len(fds) != 1:
-                raise ConnectionError(f"unexpected {type(reply).__name__}")
-            found = self._buses[domain] = Bus(socket.socket(fileno=fds[0]))
+            found = self._buses[domain] = Bus(lambda: self._connect_bus(domain))
         return found
+
+    def _connect_bus(self, domain: int) -> tuple[socket.socket, int]:
+        """Ask for a connection to the bus, on one of our own: who asks may be a thread that others wait for."""
+        with contextlib.ExitStack() as stack:
+            try:
+                own = stack.enter_context(rundir.connect_machine(self._path))
+                reply, fds = ask_blocking(own, vm.ConnectBus(domain=domain), (), CALL_TIMEOUT_S)
+            except (FileNotFoundError, ConnectionRefusedError, PeerGone):
+                raise MachineNotFoundError(f"machine {self.name!r} has stopped") from None
+        if not isinstance(reply, vm.BusConnection) or len(fds) != 1:
+            raise ConnectionError(f"unexpected {type(reply).__name__}")
+        return socket.socket(fileno=fds[0]), reply.generation
 
     def register_driver(self, driver: type[VmbusDriver] | VmbusDriver, domain: int = 0) -> VmbusDriver:
         """Mirror vmbus_driver_register in a domain: every device that nobody has is tried before this returns."""
@@ -216,9 +226,17 @@ class Machine:
         """List the devices of a domain's bus: name, relid, class_id, device_id, driver, attributes."""
         return self.bus(domain).devices()
 
-    def offer(self, device_class: str, instance: str | None = None, domain: int = 0) -> int:
-        """Have the host offer a synthetic device, by class name or GUID; give its relid. EINVAL, EEXIST, ENOSPC, ENODEV."""
-        reply, _ = self._ask(vm.Offer(domain=domain, class_id=device_class, instance_id=instance or str(uuid.uuid4())))
+    def offer(
+        self, device_class: str, instance: str | None = None, domain: int = 0, *, monitor_latency_us: float = 0
+    ) -> int:
+        """Have the host offer a synthetic device, by class name or GUID; give its relid. EINVAL, EEXIST, ENOSPC, ENODEV.
+
+        With a latency (up to 6553 us) it has a monitor: its driver signals by a trigger that the host looks at as often.
+        """
+        latency_100ns, instance = round(monitor_latency_us * 10), instance or str(uuid.uuid4())
+        reply, _ = self._ask(
+            vm.Offer(domain=domain, class_id=device_class, instance_id=instance, latency_100ns=latency_100ns)
+        )
         return getattr(reply, "value", 0)
 
     def rescind(self, relid: int, domain: int = 0) -> None:
@@ -246,6 +264,8 @@ class Machine:
         """
         if any(bus.calls_here for bus in self._buses.values()):
             raise OSError(errno.EDEADLK, "a driver's call waits for its own end")
+        for bus in self._buses.values():
+            bus.await_heir()
         if self._buses and self._settler is None:
             self._settler = Machine(self.name)
         # A driver's call that is waited for may itself call the machine: not behind us on the same connection.

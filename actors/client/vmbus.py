@@ -17,19 +17,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import threading
+import traceback
 import uuid
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pvbus.actors.client.bus import BusConnection
+from pvbus.actors.client.bus_link import BusLink
 from pvbus.actors.runtime import vmbus_messages as vm
+from pvbus.shm import monitor
 from pvbus.shm.memory import ChannelRing, Memory
+from pvbus.shm.monitor import MonitorPage
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
+
+    from pvbus.actors.client.bus import BusConnection
 
 Packet = tuple[int, int, bytes, bool]  # type, transaction id, payload, completion wanted
 
@@ -42,8 +48,10 @@ class VmbusChannel:
         self._device = device
         self._ring: ChannelRing | None = None
         self._door = self._host = -1
+        self._triggers: tuple[Memory, int, int] | None = None  # memory, page, our trigger
         self._lock = threading.Lock()
         self.ring_bytes = 0
+        self.hypercalls = self.triggers = 0
 
     @property
     def is_open(self) -> bool:
@@ -68,9 +76,11 @@ class VmbusChannel:
         if not isinstance(opened, vm.RingOpened) or len(fds) != 3:
             raise ConnectionError(f"unexpected {type(opened).__name__}")
         memory_fd, self._door, self._host = fds
-        memory = Memory(memory_fd, 2 * opened.ring_bytes)
+        monitored = opened.monitor_id >= 0
+        memory = Memory(memory_fd, 2 * opened.ring_bytes + (MonitorPage.BYTES if monitored else 0))
         os.close(memory_fd)
         self._ring = ChannelRing(memory, 0, opened.ring_bytes, opened.ring_bytes, opened.signal_always)
+        self._triggers = (memory, 2 * opened.ring_bytes, opened.monitor_id) if monitored else None
         self.ring_bytes = opened.ring_bytes
 
     def _open_ring(self) -> ChannelRing:
@@ -92,6 +102,12 @@ class VmbusChannel:
                 os.eventfd_write(self._door, 1)
 
     def _signal(self) -> None:
+        """Mirror vmbus_setevent: a trigger, if we have one and the host looks at it, or a hypercall."""
+        triggers = self._triggers
+        if triggers is not None and not monitor.trigger(*triggers):
+            self.triggers += 1
+            return
+        self.hypercalls += 1
         with self._lock:  # the bus may be closing it: the number is another file's then
             if self._host >= 0:
                 os.eventfd_write(self._host, 1)
@@ -204,54 +220,124 @@ class VmbusDriver:
 
 
 class Bus:
-    """A domain's bus, as an attached process uses it: register drivers, look at devices."""
+    """A domain's bus, as an attached process uses it: register drivers, look at devices.
 
-    def __init__(self, sock: socket.socket) -> None:
+    When its workqueue dies, every device is taken from its driver by `remove`; then the drivers are registered with the heir,
+    which has the same devices under other names, and probed anew. Nobody has to register twice.
+    """
+
+    def __init__(self, connect: Callable[[], tuple[socket.socket, int]]) -> None:
         self._drivers: dict[str, VmbusDriver] = {}
         self._devices: dict[tuple[str, str], VmbusDevice] = {}
-        self._connection = BusConnection(sock, self._call, self._gone)
+        self._registering: set[str] = set()
+        self._on_uevent: Callable[[dict[str, str]], None] = _ignore
+        self._on_death: Callable[[], None] = _ignore
+        self._on_heir: Callable[[], None] = _ignore
+        self._link = BusLink(
+            connect, self._call, died=self._died, let_go=self._let_go, come_back=self._come_back,
+        )  # fmt: skip
+
+    @property
+    def _connection(self) -> BusConnection:
+        return self._link.connection
 
     @property
     def closed(self) -> bool:
-        """Whether the bus has gone: its process has died, or we have left it. Another connection leads to its heir."""
-        return self._connection.closed
+        """Whether the bus has gone for good, or we have left it."""
+        return self._link.closed
 
     @property
     def calls_here(self) -> bool:
         """Whether the caller is a driver's probe, remove or shutdown."""
-        return self._connection.calls_here()
+        return self._link.calls_here()
 
-    def _gone(self) -> None:
+    def await_heir(self) -> None:
+        """Return when a workqueue's heir has every driver of this process. ETIMEDOUT."""
+        self._link.await_heir()
+
+    @property
+    def generation(self) -> int:
+        """Number the workqueue: the devices of another one are others, though they be called the same."""
+        return self._link.generation
+
+    def _died(self) -> None:
         for device in tuple(self._devices.values()):
             device.channel.wake()
+        self._on_death()
+
+    def _let_go(self) -> None:
+        for key, device in tuple(self._devices.items()):
+            try:
+                driver = self._drivers.get(key[0])
+                if driver is not None:
+                    driver.remove(device)
+            except OSError:
+                pass  # what a remove answers is ignored (B3.6)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                self._forget(key)
+
+    def _come_back(self, connection: BusConnection) -> None:
+        connection.on_uevent = self._on_uevent
+        self._on_heir()
+        for name, driver in tuple(self._drivers.items()):
+            if name in self._registering:
+                continue  # its caller hears what becomes of it
+            try:
+                connection.ask(vm.RegisterDriver(name=name, id_table=_table(driver)))
+            except OSError as error:
+                if connection.closed:  # another heir has it before it
+                    return
+                del self._drivers[name]
+                print(f"pvbus: driver {name} is not registered with the bus's heir: {error}", file=sys.stderr, flush=True)
 
     def register(self, driver: type[VmbusDriver] | VmbusDriver) -> VmbusDriver:
         """Mirror vmbus_driver_register: every device that nobody has is tried before this returns. EBUSY: the name is taken."""
         made = driver() if isinstance(driver, type) else driver
-        table = [(uuid.UUID(one) if isinstance(one, str) else one).bytes_le for one in made.id_table]
+        table = _table(made)
         if not made.name or not table:
             raise OSError(errno.EINVAL, f"{type(made).__name__} needs a name and an id_table")
         if made.name in self._drivers:
             raise OSError(errno.EBUSY, f"driver {made.name} is registered")
         self._drivers[made.name] = made
+        self._registering.add(made.name)
         try:
-            self._connection.ask(vm.RegisterDriver(name=made.name, id_table=table))
+            self._link.ask(vm.RegisterDriver(name=made.name, id_table=table))
         except BaseException:
             del self._drivers[made.name]
             raise
+        finally:
+            self._registering.discard(made.name)
         return made
 
     def unregister(self, driver: VmbusDriver | str) -> None:
         """Mirror vmbus_driver_unregister: `remove` is called for each of its devices before this returns. ENOENT."""
         name = driver if isinstance(driver, str) else driver.name
-        self._connection.ask(vm.UnregisterDriver(name=name))
+        self._link.ask(vm.UnregisterDriver(name=name))
         self._drivers.pop(name, None)
+
+    def device(self, name: str) -> dict[str, Any] | None:
+        """Describe one device, its attributes and its `number` among them; None: there is none of that name."""
+        reply, _ = self._link.ask(vm.ListDevices(name=name))
+        found: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", []) if name else []
+        return found[0] if found else None
+
+    def drivers(self) -> list[str]:
+        """List the names of the drivers, whichever process they are in; sorted."""
+        found: list[str] = []
+        while True:
+            reply, _ = self._link.ask(vm.ListDrivers(after=found[-1] if found else ""))
+            more: list[str] = getattr(reply, "data", {}).get("drivers", [])
+            found += more
+            if not more:
+                return found
 
     def devices(self) -> list[dict[str, Any]]:
         """List the devices with their attributes."""
         found: list[dict[str, Any]] = []
         while True:
-            reply, _ = self._connection.ask(vm.ListDevices(after=found[-1]["number"] if found else 0))
+            reply, _ = self._link.ask(vm.ListDevices(after=found[-1]["number"] if found else 0))
             more: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", [])
             found += more
             if not more:
@@ -259,16 +345,43 @@ class Bus:
         return [{key: value for key, value in device.items() if key != "number"} for device in found]
 
     def wait_gone(self, timeout_s: float | None = None) -> bool:
-        """Wait until the bus has gone, with its machine or without; whether it has."""
-        return self._connection.gone.wait(timeout_s)
+        """Wait until the bus has gone for good, with its machine or without; whether it has. An heir's coming is no end."""
+        return self._link.gone.wait(timeout_s)
 
     def read_attribute(self, device: str, name: str) -> str:
         """Read an attribute. ENODEV, ENOENT."""
-        return getattr(self._connection.ask(vm.ReadAttribute(device=device, name=name))[0], "text", "")
+        return getattr(self._link.ask(vm.ReadAttribute(device=device, name=name))[0], "text", "")
 
     def write_attribute(self, device: str, name: str, text: str) -> None:
         """Write an attribute. ENODEV, ENOENT, EACCES, EINVAL."""
-        self._connection.ask(vm.WriteAttribute(device=device, name=name, text=text))
+        self._link.ask(vm.WriteAttribute(device=device, name=name, text=text))
+
+    def read_bus(self, name: str) -> str:
+        """Read a file of the bus: drivers_autoprobe. ENOENT."""
+        return getattr(self._link.ask(vm.ReadBus(name=name))[0], "text", "")
+
+    def write_bus(self, name: str, text: str) -> None:
+        """Write drivers_autoprobe, or the name of a device to drivers_probe. ENOENT, ENODEV."""
+        self._link.ask(vm.WriteBus(name=name, text=text))
+
+    def write_driver(self, driver: str, name: str, text: str) -> None:
+        """Write the name of a device to `bind` or `unbind` of a driver. ENOENT, ENODEV, EBUSY, what its probe says."""
+        self._link.ask(vm.WriteDriver(driver=driver, name=name, text=text))
+
+    def write_uevent(self, devpath: str, text: str) -> None:
+        """Ask for a uevent about what stands at `devpath`, as a write to its file `uevent` does. ENODEV, EINVAL, ENOMEM."""
+        self._link.ask(vm.WriteUevent(devpath=devpath, text=text))
+
+    def listen(
+        self, on_uevent: Callable[[dict[str, str]], None], on_death: Callable[[], None], on_heir: Callable[[], None]
+    ) -> None:
+        """Have uevents from now on, from heirs as well: their variables, ACTION, DEVPATH and SUBSYSTEM first.
+
+        `on_uevent` and `on_death` are called where the socket is read and must not ask; `on_heir` may: a bus that has died is
+        up again, and what is on it has not been told.
+        """
+        self._on_uevent, self._on_death, self._on_heir = on_uevent, on_death, on_heir
+        self._connection.on_uevent = on_uevent
 
     def _call(self, call: vm.CallDriver) -> None:
         driver = self._drivers.get(call.driver)
@@ -300,13 +413,21 @@ class Bus:
 
     def forked(self) -> None:
         """In a forked child: connection, threads and drivers are the parent's; whoever wants a bus here connects anew."""
-        self._connection.forked()
+        self._link.forked()
         for device in self._devices.values():
             device.channel.forked()
 
     def close(self) -> None:
         """Leave: the bus removes our drivers, and closes their channels."""
-        self._connection.close()
+        self._link.close()
         for device in tuple(self._devices.values()):
             device.channel.close()
         self._devices.clear()
+
+
+def _table(driver: VmbusDriver) -> list[bytes]:
+    return [(uuid.UUID(one) if isinstance(one, str) else one).bytes_le for one in driver.id_table]
+
+
+def _ignore(*_: object) -> None:
+    """Hear nothing."""

@@ -203,6 +203,7 @@ class Hosts:
                 guest.frames.drop(message.frame)
             case vm.AttachChannel():
                 self._attach(host, message.relid, Doors(*received.fds))
+                self._monitor(host, message)
             case vm.DetachChannel():
                 self._drop_doors(host, message.relid)
             case vm.MemoryKnown():
@@ -220,6 +221,11 @@ class Hosts:
             with contextlib.suppress(PeerGone):
                 cpu.ask(vm.AttachDoor(relid=relid), _ignore, fds=(doors.drivers,))
 
+    def _monitor(self, host: Host, message: vm.AttachChannel) -> None:
+        page = host.host.frames.find(message.monitor_frame) if message.monitor_frame else None
+        if page is not None:
+            host.host.monitors.attach(message.relid, *page)
+
     def _rung(self, host: Host, relid: int, fd: int, _events: int) -> None:
         """A driver has signalled: what would be HvSignalEvent is done on its guest's behalf."""
         with contextlib.suppress(BlockingIOError):
@@ -232,6 +238,7 @@ class Hosts:
         if doors is None:
             return
         self._inbox.remove_fd(doors.hosts)
+        host.host.monitors.detach(relid)
         for _, cpu in self._cpus.of(host.domid):
             with contextlib.suppress(PeerGone):
                 cpu.tell(vm.DetachDoor(relid=relid))
@@ -259,6 +266,7 @@ class Hosts:
         """Do at once what would be done in the next turns: exits that nobody has heard of yet, timers that are due."""
         for host in self._hosts.values():
             host.host.on_exits()
+            host.host.look()
             for _ in range(TICKS_A_LOOK_MAX):
                 due = host.host.due_ns()
                 if due is None or due > self._inbox.clock.now_ns():
@@ -296,7 +304,7 @@ class Hosts:
         match message:
             case vm.Offer():
                 host = self._host(message.domain)
-                reply: Message | None = Done(value=host.host.offer(message.class_id, message.instance_id))
+                reply: Message | None = Done(value=host.host.offer(message.class_id, message.instance_id, message.latency_100ns))
             case vm.RescindOffer():
                 host = self._host(message.domain)
                 host.host.rescind(message.relid)

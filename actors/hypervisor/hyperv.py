@@ -20,6 +20,8 @@ from pvbus.actors.hypervisor.vmbus.channel import State
 from pvbus.actors.hypervisor.vmbus.echo import Echo
 from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.actors.hypervisor.vmbus.heartbeat import Heartbeat
+from pvbus.actors.hypervisor.vmbus.monitor import LATENCY_100NS_MAX, Monitors
+from pvbus.actors.hypervisor.vmbus.mute import Mute
 from pvbus.actors.hypervisor.vmbus.offers import event_connection
 from pvbus.actors.hypervisor.vmbus.server import Server
 from pvbus.actors.hypervisor.vmbus.shutdown import Shutdown
@@ -41,7 +43,7 @@ SERVICES: dict[uuid.UUID, Callable[[], Service]] = {
     DEVICE_CLASSES["heartbeat"]: Heartbeat,
     DEVICE_CLASSES["shutdown"]: Shutdown,
 }
-"""What the host can offer."""
+"""What the host has a device of; other classes that it knows are offered without one (mute.py)."""
 
 
 class Frames:
@@ -93,6 +95,7 @@ class HypervHost:
         self.frames = Frames(segment)
         self.synic = Synic(segment, vcpus, interrupt, clock=clock)
         self.server = Server(self._post, self.frames, self._raise_flag, vcpus)
+        self.monitors = Monitors(self.server, self.frames, self.synic.hv_signal_event)
         self._kept = kept
         self._make_ring = make_ring
         self._clock = clock
@@ -131,8 +134,11 @@ class HypervHost:
         for channel in self.server.offers:
             number = event_connection(channel.relid)
             self.synic.connect(number, ConnectionKind.EVENT, functools.partial(self._signalled, channel.relid), flags=1)
+        self.monitors.follow()
+        self.monitors.opened(self._clock())
 
     def _signalled(self, relid: int, _flag: int) -> None:
+        self.monitors.woken(relid, self._clock())
         self.signal(relid)
 
     def _on_event(self, _flag: int) -> None:
@@ -141,6 +147,7 @@ class HypervHost:
 
     def ring(self, relid: int) -> None:
         """A driver has rung a channel's doorbell: what its guest would do with a hypercall, in the way of its version."""
+        self.monitors.woken(relid, self._clock())
         if uses_interrupt_page(self.server.link.version):
             self.server.set_guest_signal(relid, wrong_word=self._wrong_signal_word)
             self.synic.hv_signal_event(EVENT_CONNECTION, 0)
@@ -178,19 +185,27 @@ class HypervHost:
 
     # ---- the host's own doing
 
-    def offer(self, class_text: str, instance_text: str) -> int:
-        """Offer a synthetic device; give its relid. EINVAL for a class that has none here."""
+    def offer(self, class_text: str, instance_text: str, latency_100ns: int = 0) -> int:
+        """Offer a synthetic device; give its relid. EINVAL for a class that has none here.
+
+        With a latency it has a monitor: the guest signals it by a trigger, as long as one is free and the host looks.
+        """
         class_id, instance_id = parse_class(class_text), parse_guid(instance_text)
-        relid = self.server.offer(class_id, instance_id, self._device_of_class(class_id))
+        if not 0 <= latency_100ns <= LATENCY_100NS_MAX:
+            raise HypercallError(errno.EINVAL, f"a latency of {latency_100ns} x 100 ns: at most {LATENCY_100NS_MAX}")
+        number = self.monitors.allocate() if latency_100ns else None
+        relid = self.server.offer(
+            class_id, instance_id, self._device_of_class(class_id), monitor_id=number,
+            latency_100ns=latency_100ns if number is not None else 0,
+        )  # fmt: skip
         self._connect_channels()
         self.keep()
         return relid
 
     def _device_of_class(self, class_id: uuid.UUID) -> Device:
-        service = SERVICES.get(class_id)
-        if service is None:
-            raise HypercallError(errno.EINVAL, f"class {class_id}: no synthetic device of it")
-        return Endpoint(service(), self._make_ring)
+        if class_id not in DEVICE_CLASSES.values():
+            raise HypercallError(errno.EINVAL, f"class {class_id} is none of {', '.join(DEVICE_CLASSES)}")
+        return Endpoint(SERVICES.get(class_id, Mute)(), self._make_ring, self.keep, (self._kept, store.CLAIMS))
 
     def rescind(self, relid: int) -> None:
         """Withdraw a device. ENOENT."""
@@ -227,22 +242,29 @@ class HypervHost:
                 "class": next((name for name, known in DEVICE_CLASSES.items() if known == channel.class_id), None),
                 "state": str(channel.state), "generation": channel.generation,
                 "target_vp": channel.opened.target_vp if channel.opened is not None else None,
+                "monitor_id": channel.monitor_id,
             }
             for channel in self.server.offers
         ]  # fmt: skip
 
     def due_ns(self) -> int | None:
         """When `tick` is wanted."""
-        return self.server.due_ns()
+        due = (self.server.due_ns(), self.monitors.due_ns())
+        return min((when for when in due if when is not None), default=None)
 
     def tick(self) -> None:
         """Do what is due. Kept is what may have changed: a busy echo, which has no state, costs an heir nothing."""
         waiting = len(self.server.outgoing)
+        self.monitors.look(self._clock())
         self.server.tick(self._clock())
         if len(self.server.outgoing) != waiting:
             self.keep()
         else:
             self._keep_devices()
+
+    def look(self) -> None:
+        """Look at every monitor page now, whatever the latencies: a machine that settles has no trigger left."""
+        self.monitors.look(self._clock(), all_due=True)
 
     # ---- heirs
 

@@ -26,12 +26,14 @@ VARIANTS = {  # what is switched on -> its bit in the machine's header, where ev
     "leaves-dirty": Machine.VARIANT_LEAVES_DIRTY,
     "work-allocation-retries": Machine.VARIANT_WORK_ALLOCATION_RETRIES,
     "wrong-signal-word": Machine.VARIANT_WRONG_SIGNAL_WORD,
+    "rescind-queue": Machine.VARIANT_RESCIND_QUEUE,
+    "work-per-cpu": Machine.VARIANT_WORK_PER_CPU,
 }
 PROFILES = {
     "linux-6.12": (),  # the answers as they were recorded
     "seed": (
         "driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair", "offers-stall",
-        "leaves-dirty", "work-allocation-retries", "wrong-signal-word",
+        "leaves-dirty", "work-allocation-retries", "wrong-signal-word", "rescind-queue", "work-per-cpu",
     ),
     "strict": ("strict-static-restriction",),
 }

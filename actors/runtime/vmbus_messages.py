@@ -66,10 +66,14 @@ class DropMemory(Message, frozen=True, kw_only=True):
 
 
 class AttachChannel(Message, frozen=True, kw_only=True):
-    """Wire a channel's doorbells. fds: the driver's (rung by event tasklets), the host's (rung by the driver)."""
+    """Wire a channel's doorbells. fds: the driver's (rung by event tasklets), the host's (rung by the driver).
+
+    `monitor_frame`: where the driver's page of triggers lies in the guest's memory; 0, it has none.
+    """
 
     fds_max: ClassVar[int | None] = 2
     relid: int
+    monitor_frame: int = 0
 
 
 class DetachChannel(Message, frozen=True, kw_only=True):
@@ -132,6 +136,7 @@ class Offer(Message, frozen=True, kw_only=True):
     domain: int
     class_id: str
     instance_id: str
+    latency_100ns: int = 0  # of its monitor; 0: it has none
 
 
 class RescindOffer(Message, frozen=True, kw_only=True):
@@ -168,9 +173,10 @@ class ConnectBus(Message, frozen=True, kw_only=True):
 
 
 class BusConnection(Message, frozen=True, kw_only=True):
-    """Answer ConnectBus. fds: the connection."""
+    """Answer ConnectBus. fds: the connection; to which birth of the workqueue it leads."""
 
     fds_max: ClassVar[int | None] = 1
+    generation: int = 0
 
 
 class BusUser(Message, frozen=True, kw_only=True):
@@ -223,6 +229,7 @@ class RingOpened(Message, frozen=True, kw_only=True):
     relid: int
     ring_bytes: int  # of each
     signal_always: bool = False  # protocol 0.13
+    monitor_id: int = -1  # its trigger, in the page behind both rings; -1: it has none
 
 
 class CloseRing(Message, frozen=True, kw_only=True):
@@ -241,10 +248,21 @@ class ModifyTarget(Message, frozen=True, kw_only=True):
 
 
 class ListDevices(Message, frozen=True, kw_only=True):
-    """Ask for devices with their attributes, those behind number `after`, as many as fit a frame; the reply is Report."""
+    """Ask for devices with their attributes, those behind number `after`, as many as fit a frame; the reply is Report.
+
+    `name`: for this one only, or for none.
+    """
 
     fds_max: ClassVar[int | None] = 0
     after: int = 0
+    name: str = ""
+
+
+class ListDrivers(Message, frozen=True, kw_only=True):
+    """Ask for the names of drivers, those that sort behind `after`, as many as fit a frame; the reply is Report."""
+
+    fds_max: ClassVar[int | None] = 0
+    after: str = ""
 
 
 class ReadAttribute(Message, frozen=True, kw_only=True):
@@ -271,6 +289,38 @@ class WriteAttribute(Message, frozen=True, kw_only=True):
     text: str
 
 
+class ReadBus(Message, frozen=True, kw_only=True):
+    """Read an attribute of the bus: drivers_autoprobe; the reply is AttributeText. ENOENT."""
+
+    fds_max: ClassVar[int | None] = 0
+    name: str
+
+
+class WriteBus(Message, frozen=True, kw_only=True):
+    """Write an attribute of the bus: drivers_autoprobe, or drivers_probe with a device's name. ENOENT, ENODEV."""
+
+    fds_max: ClassVar[int | None] = 0
+    name: str
+    text: str
+
+
+class WriteDriver(Message, frozen=True, kw_only=True):
+    """Write a device's name to a driver's `bind` or `unbind`. ENOENT, ENODEV, EBUSY, or what the driver's probe says."""
+
+    fds_max: ClassVar[int | None] = 0
+    driver: str
+    name: str
+    text: str
+
+
+class WriteUevent(Message, frozen=True, kw_only=True):
+    """Write to the file `uevent` of what stands at `devpath`: everybody hears the action. ENODEV, EINVAL, ENOMEM."""
+
+    fds_max: ClassVar[int | None] = 0
+    devpath: str
+    text: str
+
+
 # ---- workqueue -> user
 
 
@@ -286,7 +336,7 @@ class CallDriver(Message, frozen=True, kw_only=True):
 
 
 class Uevent(Message, frozen=True, kw_only=True):
-    """Tell what a uevent says: action, devpath and its variables."""
+    """Tell what a uevent says: action, devpath and its variables (those two among them), in their order."""
 
     fds_max: ClassVar[int | None] = 0
     action: str

@@ -29,10 +29,11 @@ DEADLINE_S = 20.0
 
 
 class Settling:
-    """One caller's wish."""
+    """One caller's wish. EAGAIN for one who has too many."""
 
     def __init__(self, supervisor: Supervisor, message: m.Settle, received: Received) -> None:
         self._supervisor, self._message, self._received = supervisor, message, received
+        supervisor.workqueues.settles.take(received.peer)
         self._rounds = self._pauses = 0
         self._progress: list[int] | None = None
 
@@ -99,5 +100,6 @@ class Settling:
         inbox.call_at(inbox.clock.now_ns() + PAUSE_NS, self.begin)
 
     def _answer(self, reply: Message) -> None:
+        self._supervisor.workqueues.settles.give(self._received.peer)
         with contextlib.suppress(PeerGone):  # nobody waits for it any more
             self._received.peer.reply(self._received.request, reply)

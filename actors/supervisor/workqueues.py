@@ -17,6 +17,7 @@ from pvbus.actors.runtime.supervision import Child, ChildSpec, State
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.actors.supervisor import limits
 from pvbus.actors.supervisor.opening import ignore
+from pvbus.actors.supervisor.quota import Quota
 
 if TYPE_CHECKING:
     from pvbus.actors.runtime.config import DomainConfig
@@ -26,6 +27,8 @@ ENTRY = "pvbus.actors.workqueue.process:WorkqueueProcess"
 CALL_DEADLINE_S = 20.0
 RETRY_NS = 2_000_000  # a workqueue that has died is started again in some 20 ms
 CONNECTS_MAX = 5_000
+CONNECTS_A_USER_MAX = 16  # a process needs one a domain, and one more when a workqueue has died
+SETTLES_A_USER_MAX = 16  # each has the whole machine asked in turns
 
 
 def on_hyperv(domains: tuple[DomainConfig, ...]) -> list[DomainConfig]:
@@ -39,6 +42,8 @@ class Workqueues:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._domains = {domain.id: domain for domain in on_hyperv(supervisor.config.domain)}
+        self._connects = Quota(CONNECTS_A_USER_MAX, "requests for a bus")
+        self.settles = Quota(SETTLES_A_USER_MAX, "requests to settle")
         self._work = {domid: _eventfd() for domid in self._domains}
         self._exits = {(domid, vcpu): _eventfd() for domid, domain in self._domains.items() for vcpu in range(domain.cpus)}
 
@@ -123,26 +128,42 @@ class Workqueues:
 
     # ---- users
 
-    def connect(self, message: vm.ConnectBus, received: Received, tries: int = CONNECTS_MAX) -> None:
-        """Give a user process a connection to a domain's bus. ENODEV without the platform; a bus that is reborn is waited for."""
+    def connect(self, message: vm.ConnectBus, received: Received) -> None:
+        """Give a user process a connection to a domain's bus. ENODEV without the platform; a bus that is reborn is waited for.
+
+        EAGAIN when too many requests of this user wait.
+        """
         if message.domain not in self._domains:
             raise OSError(errno.ENODEV, f"domain {message.domain} is not on the Hyper-V platform")
+        self._connects.take(received.peer)
+        try:
+            self._connect(message, received, CONNECTS_MAX)
+        except OSError:
+            self._connects.give(received.peer)
+            raise
+
+    def _reply(self, received: Received, reply: Message, fds: tuple[int, ...] = ()) -> None:
+        self._connects.give(received.peer)
+        received.peer.reply(received.request, reply, fds)
+
+    def _connect(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
         control = self._up(message.domain)
         if control is None:
             self._connect_later(message, received, tries)
             return
         limits.check_reserve(limits.RESERVE_FOR_USERS, self._work[message.domain])  # a slow bus may owe many an answer
         theirs, buses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        generation = self._supervisor.table[f"workqueue/{message.domain}"].restarts
 
         def connected(reply: Message, _fds: list[int]) -> None:
             with theirs:
                 if isinstance(reply, Done):
-                    received.peer.reply(received.request, vm.BusConnection(), (theirs.fileno(),))
+                    self._reply(received, vm.BusConnection(generation=generation), (theirs.fileno(),))
                 elif getattr(reply, "errno", 0) == errno.EPIPE:
                     self._connect_later(message, received, tries)
                 else:
                     text = getattr(reply, "text", "")
-                    received.peer.reply(received.request, Failure(errno=getattr(reply, "errno", errno.EIO), text=text))
+                    self._reply(received, Failure(errno=getattr(reply, "errno", errno.EIO), text=text))
 
         with buses:
             control.ask(vm.BusUser(pid=received.peer.pid), connected, CALL_DEADLINE_S, fds=(buses.fileno(),))
@@ -150,7 +171,7 @@ class Workqueues:
     def _connect_later(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
         if self._supervisor.stopping or tries == 0:
             text = f"domain {message.domain} has no workqueue"
-            received.peer.reply(received.request, Failure(errno=errno.EAGAIN, text=text))
+            self._reply(received, Failure(errno=errno.EAGAIN, text=text))
             return
         inbox = self._supervisor.inbox
         inbox.call_at(inbox.clock.now_ns() + RETRY_NS, lambda: self._connect_again(message, received, tries - 1))
@@ -158,9 +179,9 @@ class Workqueues:
     def _connect_again(self, message: vm.ConnectBus, received: Received, tries: int) -> None:
         try:
             if not received.peer.closed:
-                self.connect(message, received, tries)
+                self._connect(message, received, tries)
         except OSError as error:
-            received.peer.reply(received.request, failure_of(error))
+            self._reply(received, failure_of(error))
 
 
 def _eventfd() -> int:

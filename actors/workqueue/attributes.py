@@ -3,30 +3,28 @@
 
 A read takes one snapshot of the channel, its rings and the monitor pages (B2.1) and formats one field of it. The driver's is
 unlocked and may be torn between fields (B2.7); ours reads each ring once, and only while the channel is open: a ring that is
-being torn down reads as zeros (zoo 26, H7). Reads the monitor pages and nothing else; writes nothing.
-
-    monitor page    0 trigger state | 8 groups [4] {pending u32, armed u32} | 576 latency u16 [4][32]
-                    1088 parameters [4][32] {connection u32, flag u16, rsvd u16}
+being torn down reads as zeros (zoo 26, H7). Reads the monitor pages (shm/monitor.py) and nothing else; writes nothing.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, PAGE_BYTES, modalias
 from pvbus.actors.workqueue.channel import ChannelState
+from pvbus.shm import monitor
 from pvbus.shm.hyperv import Frame
+from pvbus.shm.monitor import MonitorPage
 
 if TYPE_CHECKING:
     from pvbus.actors.workqueue.bus import Device
     from pvbus.actors.workqueue.channel import Channel
     from pvbus.shm.memory import Memory
 
-GROUPS_AT, LATENCY_AT, PARAMETERS_AT = 8, 576, 1088
-GROUP_BITS = 32
-MONITOR_IDS = 128
+Triggers = Iterable[tuple["Memory", int]]
+"""Pages in which drivers have triggers of their own: each a part of the guest's one page."""
 
 VENDOR = 0x1414
 DEVICE_NUMBERS = {
@@ -81,18 +79,19 @@ class Snapshot(NamedTuple):
     cpu: int = 0
 
 
-def _monitor(memory: Memory, frame: int, monitor_id: int) -> Monitor:
-    if monitor_id >= MONITOR_IDS:
+def _monitor(memory: Memory, frame: int, monitor_id: int, triggers: Triggers = ()) -> Monitor:
+    if monitor_id >= MonitorPage.IDS:
         return Monitor()
-    page, group = frame * PAGE_BYTES, monitor_id // GROUP_BITS
+    page, pending = frame * PAGE_BYTES, 0
+    for where, at in ((memory, page), *triggers):
+        pending |= where.load64(at + MonitorPage.group(monitor_id), "mon.group") & 0xFFFFFFFF
     return Monitor(
-        pending=memory.load32(page + GROUPS_AT + 8 * group, "hv.monitor"),
-        latency=memory.load32(page + LATENCY_AT + 2 * (monitor_id & ~1), "hv.monitor") >> 16 * (monitor_id % 2) & 0xFFFF,
-        conn_id=memory.load32(page + PARAMETERS_AT + 8 * monitor_id, "hv.monitor"),
-    )
+        pending=pending, latency=monitor.latency_100ns(memory, page, monitor_id),
+        conn_id=monitor.connection_of(memory, page, monitor_id),
+    )  # fmt: skip
 
 
-def snapshot(channel: Channel | None, memory: Memory, rings: Rings | None) -> Snapshot:
+def snapshot(channel: Channel | None, memory: Memory, rings: Rings | None, triggers: Triggers = ()) -> Snapshot:
     """Mirror get_channel_info and vmbus_get_debug_info (B2.1, X15). No channel: all zeros. Not open: the rings are zeros (H7)."""
     if channel is None:
         return Snapshot()
@@ -102,7 +101,7 @@ def snapshot(channel: Channel | None, memory: Memory, rings: Rings | None) -> Sn
     return Snapshot(
         id=offer.relid, state=min(channel.state, ChannelState.OPENED), class_id=offer.class_id, device_id=offer.instance_id,
         monitor_id=offer.monitor_id, server=_monitor(memory, Frame.MONITOR, offer.monitor_id),
-        client=_monitor(memory, Frame.MONITOR + 1, offer.monitor_id), out=out, inbound=inbound, cpu=channel.target_vp,
+        client=_monitor(memory, Frame.MONITOR + 1, offer.monitor_id, triggers), out=out, inbound=inbound, cpu=channel.target_vp,
     )  # fmt: skip
 
 
@@ -159,7 +158,7 @@ CHANNEL_ATTRIBUTES: dict[str, Show] = {
     "read_avail": lambda s: f"{s.inbound.read_bytes_avail}\n",
     "write_avail": lambda s: f"{s.out.write_bytes_avail}\n",
     "monitor_id": lambda s: f"{s.monitor_id}\n",
-    "pending": lambda s: f"{s.client.pending >> s.monitor_id % GROUP_BITS & 1}\n",
+    "pending": lambda s: f"{s.client.pending}\n",     # of the whole group, as B2.8 has it
     "latency": lambda s: f"{s.client.latency}\n",
     "subchannel_id": lambda _: "0\n",
 }
@@ -177,9 +176,9 @@ def device_number(class_id: uuid.UUID) -> int:
     return DEVICE_NUMBERS.get(_CLASS_NAMES.get(class_id, ""), DEVICE_UNKNOWN)
 
 
-def all_of(device: Device, memory: Memory, rings: Rings | None) -> dict[str, str]:
+def all_of(device: Device, memory: Memory, rings: Rings | None, triggers: Triggers = ()) -> dict[str, str]:
     """Give every attribute of a device by name, those of today's kernels too; one snapshot for all of them."""
-    seen = snapshot(device.channel, memory, rings)
+    seen = snapshot(device.channel, memory, rings, triggers)
     texts = {name: form(seen) for name, form in ATTRIBUTES.items()}
     texts |= {
         "vendor": f"{VENDOR:#x}\n",

@@ -33,6 +33,7 @@ UEVENT_BYTES_MAX = 2048
 """Room for the variables of one uevent in the kernel."""
 
 PARENT = "/devices/VMBUS:00"
+BUS = "/bus/vmbus"
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +46,11 @@ class Driver:
     has_probe: bool = True
     has_remove: bool = True
     has_shutdown: bool = True
+
+    @property
+    def devpath(self) -> str:
+        """Where it stands in sysfs."""
+        return f"{BUS}/drivers/{self.name}"
 
 
 @dataclass(eq=False, slots=True)
@@ -92,11 +98,18 @@ def match(driver: Driver, device: Device) -> bool:
     return get_id(driver, device.channel.offer.class_id.bytes_le) is not None
 
 
-def uevent(device: Device, action: str, driver: Driver | None) -> list[str]:
-    """Mirror vmbus_uevent (B3.1), with what the kernel puts before it. ENOMEM: more than there is room for."""
-    variables = [f"ACTION={action}", f"DEVPATH={device.devpath}", "SUBSYSTEM=vmbus"]
+def uevent(device: Device, action: str, driver: Driver | None, synthetic: Sequence[str] = ()) -> list[str]:
+    """Mirror vmbus_uevent (B3.1), with what the kernel puts before it. ENOMEM: more than there is room for.
+
+    `synthetic`: what is said of one that a program has asked for.
+    """
+    variables = [f"ACTION={action}", f"DEVPATH={device.devpath}", "SUBSYSTEM=vmbus", *synthetic]
     variables += [f"DRIVER={driver.name}"] if driver is not None else []
-    variables.append("MODALIAS=" + modalias(device.channel.offer.class_id))
+    return checked([*variables, "MODALIAS=" + modalias(device.channel.offer.class_id)])
+
+
+def checked(variables: list[str]) -> list[str]:
+    """Give the variables of a uevent back. ENOMEM: more than there is room for."""
     if sum(len(text.encode()) + 1 for text in variables) > UEVENT_BYTES_MAX:
         raise failed(errno.ENOMEM)
     return variables
@@ -112,6 +125,7 @@ class Bus:
         self._channels, self._spawn, self._log, self._send_uevent = channels, spawn, log, send_uevent
         self.exists = False     # vmbus_exists (B1.2): discovery.py has found the ACPI device
         self.registered = False
+        self.autoprobe = True   # drivers_autoprobe: whether devices and drivers that are new are tried by themselves
         self.devices: dict[str, Device] = {}
         self.drivers: dict[str, Driver] = {}
         self._last_number = 0
@@ -126,7 +140,8 @@ class Bus:
         self.devices[device.name] = device
         self._emit(device, "add")
         self._log(f"child device {device.name} registered")
-        self._queue(device, self._bind(device))
+        if self.autoprobe:
+            self._queue(device, self._bind(device))
 
     def rescinded(self, channel: Channel) -> None:
         """Mirror vmbus_device_unregister (B7.7): remove, uevent, then the relid is released. Once a channel."""
@@ -134,6 +149,18 @@ class Bus:
             if device.channel is channel and not device.removed:
                 device.removed = True
                 self._queue(device, self._delete(device))
+
+    def after(self, channel: Channel, call: Callable[[], None]) -> None:
+        """Call when the device of a channel has done all that is queued with it; at once without a device."""
+        def steps() -> Steps[None]:
+            call()
+            yield Until(lambda: True)
+
+        device = next((one for one in self.devices.values() if one.channel is channel and not one.removed), None)
+        if device is None:
+            call()
+        else:
+            self._queue(device, steps())
 
     def _delete(self, device: Device) -> Steps[None]:
         yield from self._unbind(device)
@@ -162,6 +189,12 @@ class Bus:
         except OSError as error:
             self._log(f"{device.name}: no uevent {action}: {error}")
 
+    def _emit_driver(self, driver: Driver, action: str) -> None:
+        try:
+            self._send_uevent(checked([f"ACTION={action}", f"DEVPATH={driver.devpath}", "SUBSYSTEM=drivers"]))
+        except OSError as error:
+            self._log(f"driver {driver.name}: no uevent {action}: {error}")
+
     # --------------------------------------------------------------------------------------- bind and unbind
 
     def _bind(self, device: Device, only: Driver | None = None) -> Steps[None]:
@@ -172,6 +205,51 @@ class Bus:
                 continue
             if (yield from self._probe(driver, device)) == 0:
                 self._emit(device, "bind")
+
+    def attach(self, driver: Driver, device: Device) -> Steps[None]:
+        """Bind one device to one driver, as a write to its `bind` asks: ENODEV unless they match, EBUSY, what its probe says."""
+
+        def steps() -> Steps[None]:
+            if device.removed or self.drivers.get(driver.name) is not driver or not match(driver, device):
+                raise failed(errno.ENODEV)
+            if device.driver is not None:
+                raise failed(errno.EBUSY, f"{device.name} has driver {device.driver.name}")
+            if status := (yield from self._probe(driver, device)):
+                raise failed(status)
+            self._emit(device, "bind")
+
+        yield from self._in_turn(device, steps())
+
+    def detach(self, driver: Driver, device: Device) -> Steps[None]:
+        """Take a device from its driver, as a write to `unbind` asks: ENODEV when it is another's, or nobody's."""
+
+        def steps() -> Steps[None]:
+            if device.driver is not driver:
+                raise failed(errno.ENODEV)
+            yield from self._unbind(device)
+
+        yield from self._in_turn(device, steps())
+
+    def rescan(self, device: Device) -> Steps[None]:
+        """Find a driver for a device that has none, as a write to drivers_probe asks. That there is none is no failure."""
+        yield from self._in_turn(device, self._bind(device))
+
+    def _in_turn(self, device: Device, steps: Steps[None]) -> Steps[None]:
+        """Queue something with a device, wait until it is done, and have its error."""
+        ends: list[OSError | None] = []
+
+        def kept() -> Steps[None]:
+            try:
+                yield from steps
+            except OSError as error:
+                ends.append(error)
+            else:
+                ends.append(None)
+
+        self._queue(device, kept())
+        yield Until(lambda: bool(ends))
+        if ends[0] is not None:
+            raise ends[0]
 
     def _probe(self, driver: Driver, device: Device) -> Steps[int]:
         """Mirror vmbus_probe (B3.5)."""
@@ -220,7 +298,9 @@ class Bus:
         error = self._register_error(driver)
         if error is None:
             self.drivers[driver.name] = driver
-            yield from self._on_each(list(self.devices.values()), lambda device: self._bind(device, driver))
+            if self.autoprobe:
+                yield from self._on_each(list(self.devices.values()), lambda device: self._bind(device, driver))
+            self._emit_driver(driver, "add")
         try:
             yield from self._channels.connection.request_offers()
         except OSError as failure:
@@ -232,7 +312,7 @@ class Bus:
         table = list(driver.id_table)
         if not 0 < len(table) <= IDS_MAX or any(len(guid) != GUID_BYTES for guid in table) or not is_null_guid(table[-1]):
             return failed(errno.EINVAL, f"{driver.name}: a table of 16-byte GUIDs ends with a null GUID")
-        if not driver.name or "/" in driver.name or len(driver.name.encode()) > NAME_BYTES_MAX:
+        if driver.name in ("", ".", "..") or set(driver.name) & set("/\0\n") or len(driver.name.encode()) > NAME_BYTES_MAX:
             return failed(errno.EINVAL, f"{driver.name[:NAME_BYTES_MAX]!r} is no name of a driver")
         return failed(errno.EBUSY, f"driver {driver.name} is registered") if driver.name in self.drivers else None
 
@@ -243,6 +323,7 @@ class Bus:
             return
         del self.drivers[driver.name]
         yield from self._on_each(list(self.devices.values()), lambda device: self._unbind_from(device, driver))
+        self._emit_driver(driver, "remove")
 
     def _unbind_from(self, device: Device, driver: Driver) -> Steps[None]:
         if device.driver is driver:

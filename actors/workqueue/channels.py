@@ -49,6 +49,9 @@ class Devices(Protocol):
     def rescinded(self, channel: Channel) -> None:
         """Have its device removed, and then `Channels.release` it."""
 
+    def after(self, channel: Channel, call: Callable[[], None]) -> None:
+        """Call when nothing that its device has begun is left; at once if it has no device."""
+
 
 class Counters:
     """What came from the host and was of no use."""
@@ -61,8 +64,10 @@ class Channels:
     """All channels of a guest. `spawn` starts a waiting function that nobody waits for."""
 
     def __init__(
-        self, connection: Connection, requests: Requests, spawn: Callable[[Steps[Any]], None], log: Callable[[str], None]
-    ) -> None:
+        self, connection: Connection, requests: Requests, spawn: Callable[[Steps[Any]], None], log: Callable[[str], None], *,
+        rescind_queued: bool = False,
+    ) -> None:  # fmt: skip
+        self._rescind_queued = rescind_queued   # variant rescind-queue: H12
         self.connection, self._requests, self._spawn, self._log = connection, requests, spawn, log
         self.devices: Devices | None = None
         self.counters = Counters()
@@ -121,7 +126,10 @@ class Channels:
             self.counters.strangers += 1    # unknown, or the second one (zoo 14)
             return
         self._leaving[message.relid] = channel
-        self._take_away(channel)
+        if self._rescind_queued and self.devices is not None:
+            self.devices.after(channel, lambda: self._take_away(channel))   # behind a wait that only this would end
+        else:
+            self._take_away(channel)
 
     def _take_away(self, channel: Channel) -> None:
         channel.gone = True

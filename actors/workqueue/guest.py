@@ -18,6 +18,7 @@ from pvbus.actors.workqueue.discovery import Platform, Vmbus
 from pvbus.actors.workqueue.tasks import Outside, Tasks
 from pvbus.actors.workqueue.waits import Requests, Steps
 from pvbus.actors.workqueue.work import WorkRing
+from pvbus.actors.workqueue.work_per_cpu import PerCpuWorkRing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,19 +31,19 @@ ITEMS_A_TURN = 64
 
 
 class Guest:
-    """All of it. `stalls` and `leaves_dirty` switch the driver's defects H6 and H9 on."""
+    """All of it. `stalls`, `leaves_dirty` and `rescind_queued` switch the driver's defects H6, H9 and H12 on, `per_cpu` X19a."""
 
     def __init__(
         self, memory: Memory, outside: Outside, clock: Clock, timers: Timers, *, log: Callable[[str], None],
         send_uevent: Callable[[list[str]], None], platform: Platform | None = None, versions: Sequence[int] = SPOKEN,
-        stalls: bool = False, leaves_dirty: bool = False,
+        stalls: bool = False, leaves_dirty: bool = False, rescind_queued: bool = False, per_cpu: bool = False,
     ) -> None:  # fmt: skip
         self._log = log
-        self.ring = WorkRing(memory)
+        self.ring = PerCpuWorkRing(memory) if per_cpu else WorkRing(memory)
         self.tasks = Tasks(outside, clock, timers)
         self.requests = Requests()
         self.connection = Connection(memory, self.requests, log, versions=versions, stalls=stalls)
-        self.channels = Channels(self.connection, self.requests, self.spawn, log)
+        self.channels = Channels(self.connection, self.requests, self.spawn, log, rescind_queued=rescind_queued)
         self.bus = Bus(self.channels, self.spawn, log, send_uevent)
         self.vmbus = Vmbus(platform or Platform(), memory, self.channels, self.bus, log, leaves_dirty=leaves_dirty)
 

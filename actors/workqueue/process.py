@@ -7,6 +7,7 @@ removed and its channels closed. What waits runs in `Tasks`; nothing here blocks
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -27,8 +28,10 @@ from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.connection import Connection
 from pvbus.actors.workqueue.discovery import AcpiDevice, Platform, Resource, Vmbus
 from pvbus.actors.workqueue.rings import RingMemories, RingMemory
+from pvbus.actors.workqueue.sysfs import Sysfs
 from pvbus.actors.workqueue.tasks import Tasks
 from pvbus.actors.workqueue.work import WorkRing
+from pvbus.actors.workqueue.work_per_cpu import PerCpuWorkRing
 from pvbus.shm import hyperv
 from pvbus.shm.layout import Machine
 from pvbus.shm.memory import Memory
@@ -43,7 +46,10 @@ if TYPE_CHECKING:
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
+CALLS_A_USER_MAX = 256  # of one process that wait at a time: each of its threads makes one
+DRIVERS_A_USER_MAX = 256
 DEVICES_A_FRAME = 6  # with attributes of less than two KiB, an override and a driver's name of four each; a frame has 64
+DRIVERS_A_FRAME = 12  # a name has less than four KiB
 GIVEN_ANYWAY = (vm.GuestMemory, vm.DropMemory, vm.MemoryKnown)  # an heir is given the memory that there is when it comes
 WRITABLE = {"driver_override"}
 
@@ -60,21 +66,25 @@ class WorkqueueProcess(ProcessActor):
         self.inbox.clock = SharedClock(machine, Machine.CLOCK_OFFSET_NS)
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.work_doorbell = fds["work"]
-        self.work = WorkRing(self.memory)
         self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
         self.requests = waits.Requests()
         variants = machine.load32(Machine.VARIANTS)
+        per_cpu = bool(variants & Machine.VARIANT_WORK_PER_CPU)
+        self.work = PerCpuWorkRing(self.memory) if per_cpu else WorkRing(self.memory)
         self.connection = Connection(
             self.memory, self.requests, self._log,
             versions=arguments["versions"], target_vp=arguments["target_vp"],
             stalls=bool(variants & Machine.VARIANT_OFFERS_STALL),
         )  # fmt: skip
-        self.channels = Channels(self.connection, self.requests, self._spawn, self._log)
+        queued = bool(variants & Machine.VARIANT_RESCIND_QUEUE)
+        self.channels = Channels(self.connection, self.requests, self._spawn, self._log, rescind_queued=queued)
         self.bus = Bus(self.channels, self._spawn, self._log, self._uevent)
+        self.sysfs = Sysfs(self.bus, self._uevent)
         dirty = bool(variants & Machine.VARIANT_LEAVES_DIRTY)
         self.vmbus = Vmbus(_platform(arguments), self.memory, self.channels, self.bus, self._log, leaves_dirty=dirty)
         self.memories = RingMemories(self._memory_gone)
         self.users: set[Peer] = set()
+        self.calls: collections.Counter[Peer] = collections.Counter()  # of users, that wait
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
         self.items = 0  # of the work ring
@@ -128,7 +138,9 @@ class WorkqueueProcess(ProcessActor):
             case waits.WriteMsr(vp=vp, number=number, value=value):
                 self._hypercall(vm.WriteMsr(vp=vp, msr=number, value=value), answer)
             case waits.Listen(relid=relid):
-                self._hypercall(vm.AttachChannel(relid=relid), answer, self.opening[relid].doors)
+                memory = self.opening[relid]
+                message = vm.AttachChannel(relid=relid, monitor_frame=memory.monitor_frame)
+                self._hypercall(message, answer, memory.doors)
             case waits.Quiesce(relid=relid):
                 self._hypercall(vm.DetachChannel(relid=relid), answer)
             case waits.Synchronize():
@@ -185,11 +197,10 @@ class WorkqueueProcess(ProcessActor):
 
     def _uevent(self, variables: list[str]) -> None:
         """Tell every user process; those that do not listen drop it."""
-        action, devpath = variables[0].partition("@")[::2]
-        env = dict(line.partition("=")[::2] for line in variables[1:])
+        env = dict(line.partition("=")[::2] for line in variables)
         for user in tuple(self.users):
             with contextlib.suppress(PeerGone):
-                user.tell(vm.Uevent(action=action, devpath=devpath, env=env))
+                user.tell(vm.Uevent(action=env["ACTION"], devpath=env["DEVPATH"], env=env))
 
     # ---- messages
 
@@ -215,8 +226,12 @@ class WorkqueueProcess(ProcessActor):
 
     def _from_user(self, received: Received) -> Message | None:
         message = received.message
+        if self.calls[received.peer] >= CALLS_A_USER_MAX:
+            raise OSError(errno.EAGAIN, f"{CALLS_A_USER_MAX} calls of this process wait")
         match message:
             case vm.RegisterDriver():
+                if sum(driver.owner is received.peer for driver in self.bus.drivers.values()) >= DRIVERS_A_USER_MAX:
+                    raise OSError(errno.ENOSPC, f"{DRIVERS_A_USER_MAX} drivers of this process are registered")
                 driver = Driver(
                     message.name, [*message.id_table, NULL_GUID], received.peer, True, message.has_remove, message.has_shutdown
                 )
@@ -231,9 +246,17 @@ class WorkqueueProcess(ProcessActor):
                 device = self._device(message.device, received.peer)
                 self._run(received, self.channels.modify(device.channel, message.target_vp))
             case vm.ListDevices():
-                behind = [device for device in self.bus.devices.values() if device.number > message.after]
+                named = (device for device in self.bus.devices.values() if message.name in ("", device.name))
+                behind = [device for device in named if device.number > message.after]
                 few = sorted(behind, key=lambda device: device.number)[:DEVICES_A_FRAME]
                 return m.Report(data={"devices": [self._described(device) for device in few]})
+            case vm.ListDrivers():
+                names = sorted(name for name in self.bus.drivers if name > message.after)
+                return m.Report(data={"drivers": names[:DRIVERS_A_FRAME]})
+            case vm.ReadBus():
+                return vm.AttributeText(text=self.sysfs.read_bus(message.name))
+            case vm.WriteBus() | vm.WriteDriver() | vm.WriteUevent():
+                self._run(received, self.sysfs.write(message))
             case vm.ReadAttribute():
                 return vm.AttributeText(text=self._attribute(message.device, message.name))
             case vm.WriteAttribute():
@@ -263,7 +286,11 @@ class WorkqueueProcess(ProcessActor):
         yield from self.bus.register(driver)
 
     def _run(self, received: Received, steps: waits.Steps[Any], then: Callable[[], None] | None = None) -> None:
+        self.calls[received.peer] += 1
+
         def ended(outcome: Any) -> None:
+            self.calls[received.peer] -= 1
+            self.calls += collections.Counter()  # those that have none are forgotten
             if isinstance(outcome, OSError):
                 _answer(received, Failure(errno=outcome.errno or errno.EIO, text=outcome.strerror or ""))
             elif then is not None:
@@ -298,7 +325,8 @@ class WorkqueueProcess(ProcessActor):
         return ring.pages if ring is not None and isinstance(ring.pages, RingMemory) else None
 
     def _attributes(self, device: Device) -> dict[str, str]:
-        return attributes.all_of(device, self.memory, self._rings_of(device))
+        triggers = [memory.monitor for memory in self.memories.all.values() if memory.monitor is not None]
+        return attributes.all_of(device, self.memory, self._rings_of(device), triggers)
 
     def _attribute(self, name: str, attribute: str) -> str:
         texts = self._attributes(self._any_device(name))
@@ -320,7 +348,7 @@ class WorkqueueProcess(ProcessActor):
         device = self._device(message.device, received.peer)
         if device.channel.relid in self.opening:
             raise OSError(errno.EBUSY, f"{message.device} is being opened")
-        memory = self.memories.make(message.ring_bytes)
+        memory = self.memories.make(message.ring_bytes, monitored=device.channel.offer.monitor_allocated)
         relid = device.channel.relid
         self.opening[relid] = memory
 
@@ -334,10 +362,13 @@ class WorkqueueProcess(ProcessActor):
 
         def opened() -> None:
             always = uses_interrupt_page(self.connection.version)
-            reply = vm.RingOpened(relid=relid, ring_bytes=memory.ring_bytes, signal_always=always)
+            monitor = device.channel.offer.monitor_id if memory.monitor_frame else -1
+            reply = vm.RingOpened(
+                relid=relid, ring_bytes=memory.ring_bytes, signal_always=always, monitor_id=monitor
+            )  # fmt: skip
             _answer(received, reply, (memory.fd, *memory.doors))
 
-        given = vm.GuestMemory(frame=memory.first_frame, pages=memory.page_count)
+        given = vm.GuestMemory(frame=memory.first_frame, pages=memory.given_pages)
         # The socket keeps the order: the host knows the frames before the GPADL that names them is posted.
         self._ask_hypervisor(given, (memory.fd,), lambda _reply: None)
         self._run(received, steps(), opened)
@@ -356,11 +387,12 @@ class WorkqueueProcess(ProcessActor):
         """Go on with a hypervisor's heir: it is given all memory and doorbells, then what was asked of its forerunner."""
         self.hypervisor = self.inbox.add_peer(socket.socket(fileno=fd), "hypervisor")
         for memory in self.memories.all.values():
-            self._ask_hypervisor(vm.GuestMemory(frame=memory.first_frame, pages=memory.page_count), (memory.fd,), _ignore)
+            self._ask_hypervisor(vm.GuestMemory(frame=memory.first_frame, pages=memory.given_pages), (memory.fd,), _ignore)
         listening = {device.channel.relid: self._rings_of(device) for device in self.bus.devices.values()} | self.opening
         for relid, ring in listening.items():
             if ring is not None:
-                self._ask_hypervisor(vm.AttachChannel(relid=relid), ring.doors, _ignore)
+                again = vm.AttachChannel(relid=relid, monitor_frame=ring.monitor_frame)
+                self._ask_hypervisor(again, ring.doors, _ignore)
         self._tell_memory()
         orphans, self.orphans = self.orphans, []
         for message, fds, then in orphans:

@@ -20,10 +20,11 @@ from pvbus.shm.segment import sealed_memfd
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-FRAMES_A_CHANNEL = 0x1000
+RINGS_FRAMES_MAX = 0x1000
+FRAMES_A_CHANNEL = RINGS_FRAMES_MAX + 1  # and a page of triggers
 CHANNELS_MAX = 1024
 RING_PAGES_MIN = 2  # control page and one of data
-RING_BYTES_MAX = FRAMES_A_CHANNEL * PAGE // 2
+RING_BYTES_MAX = RINGS_FRAMES_MAX * PAGE // 2
 
 
 class Doors(NamedTuple):
@@ -34,18 +35,23 @@ class Doors(NamedTuple):
 
 
 class RingMemory:
-    """Both rings of one channel (`Pages` of channel.py, `Rings` of attributes.py)."""
+    """Both rings of one channel (`Pages` of channel.py, `Rings` of attributes.py), and its triggers if it is `monitored`."""
 
-    def __init__(self, first_frame: int, ring_bytes: int, released: Callable[[RingMemory], None]) -> None:
+    def __init__(
+        self, first_frame: int, ring_bytes: int, released: Callable[[RingMemory], None], *, monitored: bool = False
+    ) -> None:
         if ring_bytes % PAGE or not RING_PAGES_MIN * PAGE <= ring_bytes <= RING_BYTES_MAX:
             text = f"a ring of {ring_bytes} bytes: whole pages, {RING_PAGES_MIN * PAGE} to {RING_BYTES_MAX}"
             raise OSError(errno.EINVAL, text)
         self.first_frame, self.ring_bytes = first_frame, ring_bytes
         self._released = released
+        self.page_count = 2 * ring_bytes // PAGE
+        self.given_pages = self.page_count + monitored
+        self.monitor_frame = first_frame + self.page_count if monitored else 0
         with contextlib.ExitStack() as undo:  # the last descriptors may be among them
-            self.fd = sealed_memfd(f"pvbus-channel-{first_frame:#x}", 2 * ring_bytes)
+            self.fd = sealed_memfd(f"pvbus-channel-{first_frame:#x}", self.given_pages * PAGE)
             undo.callback(os.close, self.fd)
-            self._memory = Memory(self.fd, 2 * ring_bytes)
+            self._memory = Memory(self.fd, self.given_pages * PAGE)
             undo.callback(self._memory.close)
             drivers = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.callback(os.close, drivers)
@@ -53,13 +59,13 @@ class RingMemory:
             undo.pop_all()
 
     @property
-    def page_count(self) -> int:
-        """How many frames it has."""
-        return 2 * self.ring_bytes // PAGE
+    def monitor(self) -> tuple[Memory, int] | None:
+        """The page of its triggers, if it has one."""
+        return (self._memory, 2 * self.ring_bytes) if self.monitor_frame else None
 
     @property
     def frames(self) -> Sequence[int]:
-        """Their numbers, in order."""
+        """The numbers of the rings' frames, in order."""
         return range(self.first_frame, self.first_frame + self.page_count)
 
     @property
@@ -92,12 +98,12 @@ class RingMemories:
         self._released = released
         self.all: dict[int, RingMemory] = {}
 
-    def make(self, ring_bytes: int) -> RingMemory:
+    def make(self, ring_bytes: int, *, monitored: bool = False) -> RingMemory:
         """Make rings. EINVAL for a size that is none, ENOSPC, EMFILE."""
         for index in range(CHANNELS_MAX):
             frame = Frame.CHANNELS + index * FRAMES_A_CHANNEL
             if frame not in self.all:
-                self.all[frame] = RingMemory(frame, ring_bytes, self._gone)
+                self.all[frame] = RingMemory(frame, ring_bytes, self._gone, monitored=monitored)
                 return self.all[frame]
         raise OSError(errno.ENOSPC, f"{CHANNELS_MAX} channels have memory")
 

@@ -33,7 +33,7 @@ class WorkRing:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._held = False
+        self._held: int | None = None   # the entry whose message is being handled
         last = self._head() - 1 & 0xFFFFFFFF
         if self._memory.load32_acquire(Work.at(last, Work.STATE), "work.taken") & STATE_MASK == Work.TAKEN:
             self._free(last)    # our forerunner died between the two steps of `done`
@@ -43,23 +43,27 @@ class WorkRing:
 
     def take(self) -> bytes | None:
         """Give the payload of the next message, None if there is none. It must be `done` before the next one is taken."""
-        if self._held:
+        if self._held is not None:
             raise InvariantError("a work item is taken before the last one is done")
         for _ in range(DROPS_MAX):
-            head = self._head()
+            head = self._next()
             # SYNC(work_publish): the state before the message, which its producer has written first.
             state = self._memory.load32_acquire(Work.at(head, Work.STATE), "work_publish") & STATE_MASK
             if state in (Work.FREE, Work.CLAIMED):
                 return None
             payload = self._payload(head, repeated=state == Work.TAKEN)
             if payload is not None:
-                self._held = True
+                self._held = head
                 return payload
             self._drop(head)
         raise InvariantError(f"{DROPS_MAX} work items in a row hold no message")
 
     def _head(self) -> int:
         return self._memory.load32(Header.WORK_HEAD, "work.head")
+
+    def _next(self) -> int:
+        """Say which entry is taken next."""
+        return self._head()
 
     def _payload(self, head: int, *, repeated: bool) -> bytes | None:
         """Copy an entry, then look at the copy; None if it is not to be handled."""
@@ -90,10 +94,10 @@ class WorkRing:
 
     def done(self) -> None:
         """Give the entry back: its message has been handled."""
-        if not self._held:
+        if self._held is None:
             raise InvariantError("a work item is done that nobody has taken")
-        self._held = False
-        self._release(self._head())
+        held, self._held = self._held, None
+        self._release(held)
 
     def _drop(self, head: int) -> None:
         # Emptied first: TAKEN with a message in it would be repeated by an heir.

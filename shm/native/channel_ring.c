@@ -251,7 +251,7 @@ int64_t pv_channel_take(RingObject *self, const pv_packet *packet, char *payload
 int64_t pv_channel_release(RingObject *self)
 {
     uint32_t pending, write_index, before = self->published;
-    if (before == self->read_index)
+    if (before == self->read_index || self->held)
         return 0;
     /* SYNC(vmr_reuse): our copies before the index that lets the writer write there. */
     PV_STORE32(self->memory, self->in + PV_CONTROL(read_index), self->read_index, PV_RELEASE, "vmr_reuse");
@@ -305,6 +305,17 @@ static int64_t copy_across(RingObject *self, uint32_t *at, const pv_packet *pack
     return put(self, at, (const char *)&trailer, sizeof trailer);
 }
 
+/* Publish answers of at most `largest` bytes each, and give back what they answer; an heir sees which of it is done.  As finish. */
+static int64_t answer(RingObject *self, uint32_t write_index, uint32_t largest)
+{
+    int64_t r, signal;
+    if (largest > 0)
+        PV_TRY(r, pv_channel_claim(self, write_index));
+    PV_TRY(signal, finish(self, write_index, largest));
+    PV_TRY(r, pv_channel_release(self));
+    return signal;
+}
+
 /*
  * Send back up to `most` packets: as completions those that want one, the others in band; completions are dropped.  *taken counts
  * them; *full: one waits for room, which is asked for.  1 = signal.  What stops us is met again, and told, if nothing was taken.
@@ -312,7 +323,7 @@ static int64_t copy_across(RingObject *self, uint32_t *at, const pv_packet *pack
 int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *full)
 {
     uint32_t seen = self->read_index, write_index = self->write_index, largest = 0;
-    int64_t r = 1, released, signal = 0;
+    int64_t r = 1, answered, signal = 0;
     pv_packet packet;
     for (*taken = 0, *full = 0; *taken < most; ++*taken) {
         if (seen == self->read_index)
@@ -329,8 +340,8 @@ int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *ful
         if (packet.type != PV_PACKET_COMPLETION) {
             PV_TRY(r, room(self, write_index, bytes));
             if (r == 0) {
-                PV_TRY(r, finish(self, write_index, largest));
-                signal |= r;
+                PV_TRY(r, answer(self, write_index, largest));
+                signal |= r > 0;
                 largest = 0;
                 PV_TRY(r, await_room(self, bytes));
                 *full = r == 0;
@@ -343,10 +354,9 @@ int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *ful
         self->read_index = packet.next;
         r = 1;
     }
-    PV_TRY(released, finish(self, write_index, largest));
-    signal |= released;
+    PV_TRY(answered, answer(self, write_index, largest));
+    signal |= answered > 0;
     self->out_signals += (uint64_t)signal;
-    PV_TRY(released, pv_channel_release(self));
     return r < 0 && *taken == 0 ? r : signal;
 }
 

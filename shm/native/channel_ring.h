@@ -43,6 +43,9 @@ typedef struct {
     int signal_always;      /* protocol 0.13: whether the ring was empty does not matter */
     int signal_owed;        /* a read has made the room that the other side waits for */
     uint32_t broken;        /* impossible things that the other side has written; one ends all traffic */
+    int held;               /* what is read is not given back yet */
+    MemoryObject *claims;   /* NULL, or where the claim word is */
+    size_t claim_at;
     uint64_t full, out_signals, in_signals;
 } RingObject;
 
@@ -69,6 +72,17 @@ int64_t pv_channel_release(RingObject *self);
 int64_t pv_channel_echo(RingObject *self, int64_t most, int64_t *taken, int *full); /* 1 = as send */
 int64_t pv_channel_begin_read(RingObject *self);
 int64_t pv_channel_end_read(RingObject *self); /* 1 = not empty again */
+
+int64_t pv_channel_claim(RingObject *self, uint32_t write_index); /* channel_heir.c */
+
+PyObject *pv_channel_failed(int64_t error); /* its exception */
+int64_t pv_channel_usable(RingObject *self); /* before the ring is touched, and again after Python code may have run */
+PyObject *pv_channel_keep(RingObject *self, PyObject *args);
+PyObject *pv_channel_position(RingObject *self, PyObject *ignored);
+PyObject *pv_channel_hold(RingObject *self, PyObject *ignored);
+PyObject *pv_channel_give_back(RingObject *self, PyObject *args);
+PyObject *pv_channel_state(RingObject *self, PyObject *ignored);
+PyObject *pv_channel_get_broken(RingObject *self, void *closure);
 
 #define PV_CHANNEL_FIGURES 6
 int64_t pv_channel_figures(RingObject *self, size_t ring, uint64_t *out);

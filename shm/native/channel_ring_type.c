@@ -15,7 +15,7 @@
 
 static PyObject *buffer_too_small;
 
-static PyObject *failed(int64_t error)
+PyObject *pv_channel_failed(int64_t error)
 {
     if (error == PV_DEAD)
         return NULL;
@@ -24,7 +24,7 @@ static PyObject *failed(int64_t error)
 }
 
 /* Before the ring is touched, and again after Python code may have run. */
-static int64_t usable(RingObject *self)
+int64_t pv_channel_usable(RingObject *self)
 {
     if (self->memory->base == NULL) {
         PyErr_SetString(PyExc_ValueError, "the memory of this ring is closed");
@@ -83,7 +83,7 @@ static int as_id(PyObject *number, uint64_t *id)
 
 static int64_t send_batch(RingObject *self, pv_batch *batch)
 {
-    int64_t r = usable(self);
+    int64_t r = pv_channel_usable(self);
     return r < 0 ? r : pv_channel_send(self, batch);
 }
 
@@ -97,8 +97,8 @@ static PyObject *send_one(RingObject *self, PyObject *payload, PyObject *transac
     int64_t signal = send_batch(self, &batch);
     Py_DECREF(bytes);
     if (signal < 0)
-        return failed(signal);
-    return batch.sent == 0 ? failed(-EAGAIN) : PyLong_FromLongLong(signal);
+        return pv_channel_failed(signal);
+    return batch.sent == 0 ? pv_channel_failed(-EAGAIN) : PyLong_FromLongLong(signal);
 }
 
 static PyObject *ring_send(RingObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kwnames)
@@ -153,7 +153,7 @@ static PyObject *ring_send_many(RingObject *self, PyObject *const *args, Py_ssiz
         Py_DECREF(payloads[--batch.count]);
     PyMem_Free(payloads);
     Py_DECREF(sources);
-    return signal < 0 ? failed(signal) : Py_BuildValue("(nO)", batch.sent, signal ? Py_True : Py_False);
+    return signal < 0 ? pv_channel_failed(signal) : Py_BuildValue("(nO)", batch.sent, signal ? Py_True : Py_False);
 }
 
 /* ---- receiving */
@@ -215,7 +215,7 @@ static int64_t take_one(RingObject *self, uint32_t *write_index, int64_t left, P
         *taken = packet_tuple(&packet, &payload);
         if (*taken == NULL)
             return PV_DEAD;
-        r = usable(self);
+        r = pv_channel_usable(self);
         if (r == 0 && self->read_index == at)
             r = pv_channel_take(self, &packet, PyBytes_AsString(payload));
         else if (r == 0)
@@ -247,8 +247,8 @@ static PyObject *ring_recv(RingObject *self, PyObject *const *args, Py_ssize_t n
     int64_t bytes_max, r;
     if (arguments(args, n, kwnames, names, 0, 1, given) < 0 || limit(given[0], &bytes_max) < 0)
         return NULL;
-    if ((r = usable(self)) < 0 || (r = take_one(self, &write_index, bytes_max, &packet, &needed)) < 0)
-        return r == -ENOBUFS ? too_small(needed) : failed(r);
+    if ((r = pv_channel_usable(self)) < 0 || (r = take_one(self, &write_index, bytes_max, &packet, &needed)) < 0)
+        return r == -ENOBUFS ? too_small(needed) : pv_channel_failed(r);
     if (r == 0)
         Py_RETURN_NONE;
     if (pv_channel_release(self) == PV_DEAD) /* a ring that broke here says so at the next call */
@@ -267,7 +267,7 @@ static PyObject *ring_recv_many(RingObject *self, PyObject *const *args, Py_ssiz
     PyObject *list = PyList_New(0);
     if (list == NULL)
         return NULL;
-    r = usable(self);
+    r = pv_channel_usable(self);
     for (Py_ssize_t taken = 0; r == 0 && taken < packets; taken++) {
         PyObject *packet = NULL;
         uint32_t before = self->read_index;
@@ -286,14 +286,14 @@ static PyObject *ring_recv_many(RingObject *self, PyObject *const *args, Py_ssiz
         /* What stopped us is met again by the next call, if it is still there. */
         if (r == PV_DEAD && PyErr_ExceptionMatches(PyExc_MemoryError))
             PyErr_Clear();
-        if (PyErr_Occurred() || usable(self) == PV_DEAD || pv_channel_release(self) == PV_DEAD)
+        if (PyErr_Occurred() || pv_channel_usable(self) == PV_DEAD || pv_channel_release(self) == PV_DEAD)
             Py_CLEAR(list);
         return list;
     }
     if (r == 0)
         return list;
     Py_DECREF(list);
-    return r == -ENOBUFS ? too_small(needed) : failed(r);
+    return r == -ENOBUFS ? too_small(needed) : pv_channel_failed(r);
 }
 
 static PyObject *ring_echo(RingObject *self, PyObject *most)
@@ -302,26 +302,26 @@ static PyObject *ring_echo(RingObject *self, PyObject *most)
     int full = 0;
     if (packets == -1 && PyErr_Occurred())
         return NULL;
-    if ((r = usable(self)) < 0 || (r = pv_channel_echo(self, packets, &taken, &full)) < 0)
-        return failed(r);
+    if ((r = pv_channel_usable(self)) < 0 || (r = pv_channel_echo(self, packets, &taken, &full)) < 0)
+        return pv_channel_failed(r);
     return Py_BuildValue("(LNN)", (long long)taken, PyBool_FromLong((long)r), PyBool_FromLong(full));
 }
 
 static PyObject *ring_begin_read(RingObject *self, PyObject *ignored)
 {
     (void)ignored;
-    int64_t r = usable(self);
+    int64_t r = pv_channel_usable(self);
     if (r < 0 || (r = pv_channel_begin_read(self)) < 0)
-        return failed(r);
+        return pv_channel_failed(r);
     Py_RETURN_NONE;
 }
 
 static PyObject *ring_end_read(RingObject *self, PyObject *ignored)
 {
     (void)ignored;
-    int64_t r = usable(self);
+    int64_t r = pv_channel_usable(self);
     if (r < 0 || (r = pv_channel_end_read(self)) < 0)
-        return failed(r);
+        return pv_channel_failed(r);
     return PyBool_FromLong((long)r);
 }
 
@@ -331,35 +331,6 @@ static PyObject *ring_take_signal(RingObject *self, PyObject *ignored)
     int owed = self->signal_owed;
     self->signal_owed = 0;
     return PyBool_FromLong(owed);
-}
-
-/* ---- what inspectors see */
-
-static PyObject *ring_state(RingObject *self, PyObject *ignored)
-{
-    static const char *const names[] = {
-        "out_intr_mask", "out_read_index", "out_write_index", "out_read_bytes_avail", "out_write_bytes_avail", "out_pending_send_sz",
-        "in_intr_mask", "in_read_index", "in_write_index", "in_read_bytes_avail", "in_write_bytes_avail", "in_pending_send_sz",
-        "out_full", "out_signals", "in_signals", "broken"};
-    uint64_t figures[16] = {[12] = self->full, self->out_signals, self->in_signals, self->broken};
-    (void)ignored;
-    if (usable(self) == PV_DEAD || pv_channel_figures(self, self->out, figures) == PV_DEAD ||
-        pv_channel_figures(self, self->in, figures + PV_CHANNEL_FIGURES) == PV_DEAD)
-        return NULL;
-    PyObject *state = PyDict_New();
-    for (size_t i = 0; state != NULL && i < sizeof figures / sizeof figures[0]; i++) {
-        PyObject *value = PyLong_FromUnsignedLongLong(figures[i]);
-        if (value == NULL || PyDict_SetItemString(state, names[i], value) < 0)
-            Py_CLEAR(state);
-        Py_XDECREF(value);
-    }
-    return state;
-}
-
-static PyObject *ring_get_broken(RingObject *self, void *closure)
-{
-    (void)closure;
-    return PyLong_FromUnsignedLong(self->broken);
 }
 
 /* ---- the type */
@@ -397,6 +368,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void ring_dealloc(RingObject *self)
 {
     Py_CLEAR(self->memory);
+    Py_CLEAR(self->claims);
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
@@ -420,11 +392,16 @@ static PyMethodDef ring_methods[] = {
     PLAIN(begin_read, "begin_read(): ask for no signals while packets are read.  Mirrors hv_begin_read."),
     PLAIN(end_read, "end_read() -> True if there is something to read (again): begin anew.  Mirrors hv_end_read."),
     PLAIN(take_signal, "take_signal() -> True, once, if what was read has made the room that the other side waits for: signal it."),
-    PLAIN(state, "state() -> figures of both rings, under the names of the attributes; read one by one, so they may not fit together."),
+    {"keep", (PyCFunction)pv_channel_keep, METH_VARARGS,
+     "keep(memory, offset, heir): note there what echo() is about to answer; `heir`: what stands there is a forerunner's."},
+    {"position", (PyCFunction)pv_channel_position, METH_NOARGS, "position() -> (read_index, write_index, bytes of a ring), our own."},
+    {"hold", (PyCFunction)pv_channel_hold, METH_NOARGS, "hold(): what is read from now on stays in the ring until release()."},
+    {"release", (PyCFunction)pv_channel_give_back, METH_VARARGS, "release(read_index=None): give back what was read, or all before an index."},
+    {"state", (PyCFunction)pv_channel_state, METH_NOARGS, "state() -> figures of both rings, under the names of the attributes; read one by one, so they may not fit together."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef ring_getset[] = {
-    {"broken", (getter)ring_get_broken, NULL, "Impossible things seen; if not 0, all calls but state() answer EIO.", NULL},
+    {"broken", (getter)pv_channel_get_broken, NULL, "Impossible things seen; if not 0, all calls but state() answer EIO.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot ring_slots[] = {

@@ -194,6 +194,8 @@ enum { PV_FILE_FREE, PV_FILE_OPEN, PV_FILE_DEAD, PV_FILE_CLOSING }; /* closing: 
 #define PV_VARIANT_LEAVES_DIRTY 128u /* H9 */
 #define PV_VARIANT_WORK_ALLOCATION_RETRIES 256u /* H5 */
 #define PV_VARIANT_WRONG_SIGNAL_WORD 512u /* H11 */
+#define PV_VARIANT_RESCIND_QUEUE 1024u /* H12 */
+#define PV_VARIANT_WORK_PER_CPU 2048u /* B4.9, X19a */
 
 /* ---- a file's page (sealed memfd, mapped by its user): header, bitmap of bound ports, event ring ---- */
 struct pv_file_page {

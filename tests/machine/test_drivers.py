@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES
+from pvbus.tests.machine.vmbus_support import kill_and_wait_for_heir
 from pvbus.verify.drivers.heartbeat import Heartbeat
 from pvbus.verify.drivers.shutdown import E_FAIL, Shutdown
 from pvbus.view.pytest_plugin import environment
@@ -203,6 +204,20 @@ def test_a_driver_of_a_machine_that_stops_ends_and_says_why(pvbus_machine: Any) 
         assert pvbus_machine.process.wait(BOUND_S) == 0
     finally:
         driver.close()
+
+
+def test_a_driver_serves_the_heir_of_a_workqueue_without_being_started_again(
+    machine: Any, start: Callable[[str], Driver]
+) -> None:
+    driver = start("heartbeat")
+    assert driver.line().endswith("heartbeat 1")
+    for _ in range(2):
+        kill_and_wait_for_heir(machine, "workqueue/0")
+        assert driver.line().endswith("heartbeat 1")    # the host begins anew with a channel that is opened anew
+
+    machine.advance(PERIOD_S)
+    assert driver.line().endswith("heartbeat 2")
+    assert driver_of(machine, "heartbeat") == "heartbeat"
 
 
 def test_a_driver_without_a_bus_says_so(pvbus_boot: Any) -> None:

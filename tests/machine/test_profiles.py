@@ -73,7 +73,7 @@ def duplicate(machine: Any) -> tuple[Any, int]:
     ('profile = "strict"\nvariants = ["double-close"]\n', "strict", ["double-close", "strict-static-restriction"]),
     (SEED, "seed", [
         "driver-wakeup-order", "duplicate-drops-ports", "leak-on-enomem", "double-close", "one-tasklet-pair", "offers-stall",
-        "leaves-dirty", "work-allocation-retries", "wrong-signal-word",
+        "leaves-dirty", "work-allocation-retries", "wrong-signal-word", "rescind-queue", "work-per-cpu",
     ]),
 ])
 def test_status_names_the_profile_and_what_is_switched_on(

@@ -28,7 +28,6 @@ from pvbus.tests.machine.vmbus_support import (
     wait_until,
 )
 
-BURST = 64
 STOP_S_MAX = 3.0  # a child that does not stop is killed after five
 KILLS = 3
 
@@ -103,7 +102,7 @@ def test_a_driver_process_killed_in_its_probe_has_refused(machine: Any) -> None:
 
 
 @pytest.mark.checklist("B4.1", "H12")
-def test_a_killed_workqueue_has_an_heir_and_drivers_register_again(machine: Any) -> None:
+def test_a_killed_workqueue_has_an_heir_that_has_every_driver_again(machine: Any) -> None:
     machine.offer("echo")
     driver = drive(machine)
     channel = driver.channel
@@ -111,7 +110,7 @@ def test_a_killed_workqueue_has_an_heir_and_drivers_register_again(machine: Any)
     machine.settle()
     before = guests(machine)
 
-    for _ in range(KILLS):
+    for turn in range(KILLS):
         poll = select.poll()
         poll.register(channel.fileno(), select.POLLIN)
         kill_and_wait_for_heir(machine, "workqueue/0")
@@ -120,9 +119,9 @@ def test_a_killed_workqueue_has_an_heir_and_drivers_register_again(machine: Any)
         for call, argument in ((channel.send, b"x"), (channel.send_many, [b"x"]), (channel.recv, None), (channel.recv_many, 1)):
             with pytest.raises(OSError) as gone:
                 call(argument)
-            assert gone.value.errno == errno.EIO
-        driver = drive(machine)
-        assert [call for call, _ in driver.calls] == ["probe"]
+            assert gone.value.errno in (errno.EIO, errno.ENOTCONN)  # closed by now
+        machine.settle()
+        assert [call for call, _ in driver.calls] == ["probe", "remove"] * (turn + 1) + ["probe"]
         channel = driver.channel
         echo(channel, 100)
 
@@ -232,7 +231,7 @@ def receive_rest(traffic: Traffic) -> None:
 
 
 def test_a_hypervisor_killed_under_traffic_goes_on_with_the_channel(machine: Any) -> None:
-    """What a host had read and not answered is lost with it, at most a batch a death; all else comes once, and in order."""
+    """Every packet is answered once, and in order."""
     machine.offer("echo")
     driver = drive(machine)
     channel = driver.channel
@@ -250,9 +249,7 @@ def test_a_hypervisor_killed_under_traffic_goes_on_with_the_channel(machine: Any
         traffic.got += [packet[1] for packet in more]
         machine.settle()
 
-    assert traffic.got == sorted(set(traffic.got))
-    lost = traffic.sent - len(traffic.got)
-    assert 0 <= lost <= BURST * KILLS
+    assert traffic.got == list(range(traffic.sent))
     echo(channel, 100)
     assert [call for call, _ in driver.calls] == ["probe"]
     assert [one["state"] for one in machine.channels()] == ["open"]
@@ -295,7 +292,7 @@ def offer_surely(machine: Any) -> int:
 
 def test_what_was_offered_outlives_workqueue_and_hypervisor_together(machine: Any) -> None:
     relids = [machine.offer("echo") for _ in range(3)]
-    drive(machine)
+    driver = drive(machine)
     for victims in (("workqueue/0", "hypervisor"), ("hypervisor", "workqueue/0")):
         pids = [process(machine, name)["pid"] for name in victims]
         births = {name: process(machine, name)["restarts"] for name in victims}
@@ -304,7 +301,7 @@ def test_what_was_offered_outlives_workqueue_and_hypervisor_together(machine: An
         relids.append(offer_surely(machine))  # waits for an heir that knows of the others
 
         wait_until("both are back", lambda: all(process(machine, one)["restarts"] > births[one] for one in victims))  # noqa: B023
-        driver = drive(machine)
+        machine.settle()
         assert sorted(device.relid for device in driver.devices.values()) == relids
         for device in driver.devices.values():
             echo(device.channel, 20)

@@ -108,14 +108,15 @@ class Echo:
 class Guest:
     """Connection, channels and bus over a segment, and the host that they talk to."""
 
-    def __init__(self, *, versions: tuple[int, ...] = SPOKEN, deliver: bool = True, stalls: bool = False) -> None:
+    def __init__(self, *, versions: tuple[int, ...] = SPOKEN, deliver: bool = True, stalls: bool = False,
+                 rescind_queued: bool = False) -> None:
         self.memory = anonymous(BYTES)
         self.clock, self.timers = ManualClock(), Timers()
         self.log: list[str] = []
         self.uevents: list[list[str]] = []
         self.guest = guest.Guest(
             self.memory, self, self.clock, self.timers, log=self.log.append, send_uevent=self.uevents.append,
-            versions=versions, stalls=stalls,
+            versions=versions, stalls=stalls, rescind_queued=rescind_queued,
         )  # fmt: skip
         self.tasks, self.requests = self.guest.tasks, self.guest.requests
         self.connection, self.channels, self.bus = self.guest.connection, self.guest.channels, self.guest.bus

@@ -185,7 +185,7 @@ def test_what_today_s_kernels_show_besides() -> None:
     below = {name.rpartition("/")[2]: text for name, text in texts.items() if name.startswith(f"channels/{relid}/")}
     assert below == {
         "cpu": "1\n", "state": "3\n", "in_mask": "0\n", "out_mask": "1\n", "read_avail": "8\n", "write_avail": "61440\n",
-        "monitor_id": "37\n", "pending": "1\n", "latency": "200\n", "subchannel_id": "0\n",
+        "monitor_id": "37\n", "pending": "2147483682\n", "latency": "200\n", "subchannel_id": "0\n",
     }  # fmt: skip
     guest.bus.override(device, "echo\n")
     assert attributes.all_of(device, guest.memory, None)["driver_override"] == "echo\n"

@@ -227,6 +227,7 @@ def test_uevents_tell_add_bind_unbind_and_remove_with_modalias_and_driver() -> N
 
     head = ["DEVPATH=/devices/VMBUS:00/vmbus_0_1", "SUBSYSTEM=vmbus"]
     assert guest.uevents == [
+        ["ACTION=add", "DEVPATH=/bus/vmbus/drivers/echo", "SUBSYSTEM=drivers"],
         ["ACTION=add", *head, ECHO_MODALIAS],
         ["ACTION=bind", *head, "DRIVER=echo", ECHO_MODALIAS],
         ["ACTION=unbind", *head, "DRIVER=echo", ECHO_MODALIAS],
@@ -294,6 +295,40 @@ def test_a_rescind_while_probe_waits_for_its_open_ends_both_and_the_device_goes(
     assert f"probe failed for device vmbus_0_1 ({errno.ENODEV})" in guest.log
     assert guest.server.offers.get(relid) is None
     assert guest.clock.now_ns() == 0
+    guest.check_at_rest()
+
+
+@pytest.mark.checklist("H12")
+def test_behind_a_probe_that_waits_for_its_open_a_queued_rescind_waits_for_the_time_out() -> None:
+    guest = Guest(rescind_queued=True).connected()
+    opening(guest)
+    guest.run(guest.bus.register(driver("echo", ECHO)))
+    relid = guest.offer(device=Echo(None))
+    guest.server.rescind(relid)
+    guest.deliver()
+    assert guest.bus.devices["vmbus_0_1"].working       # for an answer that the host will never give
+
+    assert guest.pass_time()
+    guest.deliver()
+    assert guest.clock.now_ns() == 5_000_000_000
+    assert f"probe failed for device vmbus_0_1 ({errno.ETIMEDOUT})" in guest.log
+    assert guest.bus.devices == {}
+    assert guest.server.offers.get(relid) is None
+    guest.check_at_rest()
+
+
+@pytest.mark.checklist("H12")
+@pytest.mark.parametrize("queued", [False, True])
+def test_where_nothing_waits_a_queued_rescind_is_as_good_as_another(queued: bool) -> None:
+    guest = Guest(rescind_queued=queued).connected()
+    opening(guest)
+    guest.run(guest.bus.register(driver("echo", ECHO)))
+    for _ in range(3):
+        relid = guest.offer(device=Echo())
+        guest.server.rescind(relid)
+        guest.deliver()
+
+    assert (guest.bus.devices, guest.clock.now_ns()) == ({}, 0)
     guest.check_at_rest()
 
 

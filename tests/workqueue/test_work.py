@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The work ring, its native producer against its consumer: order, laps, repeats, voids, and heirs of either side."""
 
+import random
 import struct
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import pytest
 
 from pvbus.actors.runtime.inbox import InvariantError
 from pvbus.actors.workqueue.work import WorkRing
+from pvbus.actors.workqueue.work_per_cpu import PerCpuWorkRing
 from pvbus.shm import _core_explored
 from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
@@ -76,6 +78,53 @@ def test_messages_of_two_cpus_come_in_the_order_of_their_claims_over_many_laps()
 
     assert got == sent
     assert cpus.memory.load32(Header.WORK_HEAD) == cpus.memory.load32(TAIL) == 5 * Work.ENTRIES
+
+
+@pytest.mark.checklist("B4.9", "X19a")
+def test_a_workqueue_of_2012_keeps_the_order_of_each_cpu_and_none_between_them() -> None:
+    cpus = Cpus()
+    ring = PerCpuWorkRing(cpus.memory)
+    for vp, name in ((1, b"offer.."), (1, b"second."), (0, b"rescind"), (1, b"third..")):
+        cpus.message(vp, name)
+
+    assert drain(ring) == [b"rescind", b"offer..", b"second.", b"third.."]      # the offer was there first
+    assert ring.voids == 2      # what was done before its time: the head came by later
+    assert cpus.memory.load32(Header.WORK_HEAD) == cpus.memory.load32(TAIL) == 4
+
+
+@pytest.mark.checklist("B4.9", "X19a")
+def test_nothing_is_lost_or_doubled_where_cpus_take_turns_over_many_laps() -> None:
+    cpus, dice = Cpus(), random.Random(7)
+    ring = PerCpuWorkRing(cpus.memory)
+    sent: dict[int, list[bytes]] = {0: [], 1: []}
+    got: list[bytes] = []
+
+    for i in range(4 * Work.ENTRIES):
+        vp = dice.randrange(2)
+        sent[vp].append(struct.pack("<II", vp, i))
+        cpus.message(vp, sent[vp][-1])
+        if dice.random() < 0.02:
+            got += drain(ring)
+    got += drain(ring)
+
+    for vp, payloads in sent.items():
+        assert [payload for payload in got if payload[0] == vp] == payloads
+
+
+@pytest.mark.parametrize("ring_type", [WorkRing, PerCpuWorkRing])
+def test_an_heir_repeats_the_item_that_its_forerunner_was_at_and_no_other(ring_type: type[WorkRing]) -> None:
+    cpus = Cpus()
+    for vp, name in ((1, b"1st"), (0, b"2nd"), (1, b"3rd")):
+        cpus.message(vp, name)
+    ring = ring_type(cpus.memory)
+    ring.take()
+    ring.done()
+    begun = ring.take()
+
+    heirs = drain(ring_type(cpus.memory))
+
+    assert begun in heirs
+    assert len(heirs) == 2
 
 
 @pytest.mark.checklist("H5", "B4.4")

@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import stat
+import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
+_REFUSED = {
+    abi.CREATE: errno.EACCES,
+    **dict.fromkeys(
+        (abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.UNLINK, abi.RMDIR, abi.RENAME, abi.LINK, abi.RENAME2), errno.EPERM
+    ),
+}
+"""What nobody may do in a tree of devices, and the answer of sysfs to it."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 
 
@@ -84,6 +92,7 @@ class Session:
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
         self._next_handle = 1
+        self._born_s = int(time.time())
         self._waiting: dict[int, Request] = {}
         self._operations: dict[int, Callable[[Request, memoryview], None]] = {
             abi.LOOKUP: self._lookup, abi.FORGET: self._forget, abi.BATCH_FORGET: self._batch_forget,
@@ -127,7 +136,7 @@ class Session:
         _, opcode, unique, nodeid, uid, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
         operation = self._operations.get(opcode)
         if operation is None:
-            self.answer(unique, errno.ENOSYS)
+            self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
             return
         request = Request(self, unique, opcode, nodeid, uid, pid)
         try:
@@ -206,7 +215,7 @@ class Session:
         nodeid = self._id_of(node)
         self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
         head = abi.ENTRY_OUT_HEAD.pack(nodeid, 0, 0, 0, 0, 0)  # nothing is cached: what it is may change
-        request.reply(head + node.attributes().pack(node.inode or nodeid))
+        request.reply(head + self._packed(node, nodeid))
 
     def _forget(self, request: Request, body: memoryview) -> None:
         self._forget_one(request.nodeid, abi.FORGET_IN.unpack_from(body)[0])
@@ -228,7 +237,14 @@ class Session:
 
     def _attributes(self, request: Request) -> bytes:
         node = self._node(request.nodeid)
-        return abi.ATTR_OUT_HEAD.pack(0, 0, 0) + node.attributes().pack(node.inode or request.nodeid)
+        return abi.ATTR_OUT_HEAD.pack(0, 0, 0) + self._packed(node, request.nodeid)
+
+    def _packed(self, node: Node, nodeid: int) -> bytes:
+        """Give what stat shows; what has no time of its own is as old as we are."""
+        attributes = node.attributes()
+        if not attributes.time_s:
+            attributes = attributes._replace(time_s=self._born_s)
+        return attributes.pack(node.inode or nodeid)
 
     def _getattr(self, request: Request, _body: memoryview) -> None:
         request.reply(self._attributes(request))

@@ -22,6 +22,7 @@ from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import EnvironmentLacksError, Room, sweep
 from pvbus.view.run.seccomp import SeccompFrontend
+from pvbus.view.run.sysfs import Sysfs
 from pvbus.view.run.xenstore import Xenstore
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
 }
 """What is put in place for each --frontend."""
 FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
+    lambda _: Sysfs(),
     lambda arguments: Xenstore() if arguments.xenstore else None,
 ]
 """What else there is: each gives a fitting, or None if the arguments do not ask for it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory /dev/xen of a run, and what /sys has of its devices.
+"""The directory /dev/xen of a run.
 
 `XenDevices` serves the directory; another fitting that has a node for it (privcmd, gntdev) puts it into `nodes`.
 """
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from pvbus.view.fuse.node import Node
     from pvbus.view.run.room import Room
 
-MISC_MAJOR = 10
-MINOR = 125  # what a misc device gets that asks for any: the kernel counts down from 127
-NAME = "xen!evtchn"  # a slash is a ! in /sys
-
 
 class XenDevices(Fitting):
     """/dev/xen through FUSE."""
@@ -42,10 +38,9 @@ class XenDevices(Fitting):
         """What makes the nodes of /dev/xen, by their names; called in the server's process."""
 
     def prepare(self, room: Room) -> None:
-        """Mount /dev/xen; make the device's directory in /sys."""
+        """Mount /dev/xen."""
         self.mount_fuse("/dev/xen")
         room.devices = self
-        add_to_sys(room)
 
     def serve(self, room: Room) -> None:
         """Answer for every open file."""
@@ -53,12 +48,3 @@ class XenDevices(Fitting):
         machine = connect(inbox, room.machine)
         tree = Directory({name: make(inbox, machine, room) for name, make in self.nodes.items()})
         serve_session(inbox, Session(self.fds[0], tree))
-
-
-def add_to_sys(room: Room) -> None:
-    """Make /sys/class/misc/xen!evtchn and the device that it points to."""
-    device = room.sys_entry(f"devices/virtual/misc/{NAME}/uevent").parent
-    (device / "uevent").write_text(f"MAJOR={MISC_MAJOR}\nMINOR={MINOR}\nDEVNAME=xen/evtchn\n", encoding="ascii")
-    (device / "dev").write_text(f"{MISC_MAJOR}:{MINOR}\n", encoding="ascii")
-    (device / "subsystem").symlink_to("../../../../class/misc")
-    room.sys_entry(f"class/misc/{NAME}").symlink_to(f"../../devices/virtual/misc/{NAME}")

@@ -74,9 +74,11 @@ class Room:
                 below = list(_mounted_below("/sys"))
                 old = os.open("/sys", os.O_PATH | os.O_DIRECTORY)
                 try:
-                    mount.mount("overlay", "/sys", "overlay", 0, f"lowerdir={staged}:/sys")
+                    mount.mount("overlay", "/sys", "overlay", 0, f"lowerdir={staged}:{_kernels_sys()}")
                     for path in below:
                         mount.bind(f"/proc/self/fd/{old}/{path}", f"/sys/{path}")
+                    for path in list(_mounted_below(str(staged))):
+                        mount.bind(str(staged / path), f"/sys/{path}")
                 finally:
                     os.close(old)
         mount.unmount(STAGE)
@@ -89,6 +91,17 @@ def _lacking(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentLacksError(f"the kernel does not give it {what}: {error.strerror}") from error
+
+
+def _kernels_sys() -> str:
+    """Give the kernel's own /sys: as our network namespace has it, or, where a container refuses that, as it was."""
+    own = Path(STAGE, "kernel")
+    own.mkdir()
+    try:
+        mount.mount("sysfs", str(own), "sysfs")
+    except PermissionError:
+        return "/sys"
+    return str(own)
 
 
 def _own_dev() -> None:

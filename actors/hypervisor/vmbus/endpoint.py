@@ -4,6 +4,11 @@
 A service (echo.py, heartbeat.py, shutdown.py) knows packets only. While something of it waits for room in the ring nothing more
 is read, and what a timer sends is dropped, so at most one batch of answers is held; the guest signals when it has made room. A
 ring in which the guest has written something impossible is left alone from then on: that channel is broken, no other notices.
+
+A hypervisor that dies loses no packet and answers none twice. What a service has answered is given back to the guest only when
+its state is kept; before the first answer goes out, the state from before the batch is kept with the place where the answers
+begin. So an heir that finds a batch half answered answers it anew, and leaves out as many bytes of answers as lie there. An echo,
+which has no state, goes by the ring's claim word instead.
 """
 
 from __future__ import annotations
@@ -11,12 +16,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import msgspec
+
 from pvbus.actors.runtime.vmbus_facts import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
+from pvbus.shm.channel_ring import packet_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pvbus.actors.hypervisor.vmbus.channel import Handle, RingPages
+    from pvbus.shm.memory import Memory
 
 IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION = 6, 7, 9, 0xB
 HOST_TAKES = frozenset({IN_BAND, TRANSFER_PAGES, GPA_DIRECT, COMPLETION})
@@ -58,6 +67,18 @@ class Ring(Protocol):
     def take_signal(self) -> bool:
         """Whether the guest waits for the room that was made: signal it."""
 
+    def keep(self, memory: Memory, offset: int, heir: bool, /) -> None:
+        """Note there what `echo` answers; `heir`: a forerunner did."""
+
+    def position(self) -> tuple[int, int, int]:
+        """Give where we read, where we write, and the size of a ring."""
+
+    def hold(self) -> None:
+        """Give back nothing of what is read from now on."""
+
+    def release(self, read_index: int | None = None, /) -> None:
+        """Give back what was read, or all before an index."""
+
 
 class Service(Protocol):
     """What a device does, without rings."""
@@ -87,12 +108,33 @@ class Service(Protocol):
         """Go on from there."""
 
 
-class Endpoint:
-    """A Device (channel.py) made of a service and a way to map rings."""
+class Kept(NamedTuple):
+    """What an heir needs: a service's state, up to where that has read, where it writes, and whether answers are going out."""
 
-    def __init__(self, service: Service, make_ring: Callable[[RingPages], Ring]) -> None:
+    state: bytes
+    read_index: int
+    write_index: int
+    answering: bool
+
+
+def nothing_to_keep() -> None:
+    """Be the `keep` of an endpoint that has no heir."""
+
+
+class Endpoint:
+    """A Device (channel.py) made of a service and a way to map rings.
+
+    `keep` stores what `save` gives; `claims` is where the claim words of all channels lie.
+    """
+
+    def __init__(
+        self, service: Service, make_ring: Callable[[RingPages], Ring], keep: Callable[[], None] = nothing_to_keep,
+        claims: tuple[Memory, int] | None = None,
+    ) -> None:  # fmt: skip
         self.service = service
-        self._make_ring = make_ring
+        self._make_ring, self._keep, self._claims = make_ring, keep, claims
+        self._before: Kept | None = None    # while a batch is being answered
+        self._said_bytes = 0                # of its answers: a forerunner has sent so many already
         self._ring: Ring | None = None
         self._handle: Handle | None = None
         self._unsent: deque[Packet] = deque()
@@ -114,13 +156,22 @@ class Endpoint:
 
     def on_opened(self) -> None:
         """Send what comes first, and answer what the guest has written before it opened."""
+        self._claim(heir=False)
         self._pump()
+
+    def _claim(self, *, heir: bool) -> None:
+        if self._ring is not None and self._handle is not None and self._claims is not None and self.service.echoes:
+            memory, offset = self._claims
+            try:
+                self._ring.keep(memory, offset + 8 * self._handle.relid, heir)
+            except OSError as error:
+                self.fault = str(error)
 
     def on_close(self) -> bool:
         """Let the rings go at once."""
         if self._ring is not None:
             self.service.on_close()
-        self._ring, self._handle = None, None
+        self._ring, self._handle, self._before, self._said_bytes = None, None, None, 0
         self._unsent.clear()
         return True
 
@@ -151,14 +202,36 @@ class Endpoint:
             self._pump()
 
     def save(self) -> bytes:
-        """Give the service's state."""
-        return self.service.save()
+        """Give what an heir needs; nothing for an echo, whose claim word says all."""
+        if self.service.echoes or self._ring is None:
+            return b""
+        return msgspec.msgpack.encode(self._before or self._now(self._ring, answering=False))
+
+    def _now(self, ring: Ring, *, answering: bool) -> Kept:
+        read_index, write_index, _ = ring.position()
+        return Kept(self.service.save(), read_index, write_index, answering)
 
     def restore(self, state: bytes) -> None:
-        """Go on: nothing is sent anew, but what lies in the ring is read."""
+        """Go on: what lies in the ring is read, and answered if it was not; the guest is signalled, as nobody may have."""
         self._unsent.clear()
-        self.service.restore(state)
+        ring, handle = self._ring, self._handle
+        if ring is None or handle is None:
+            return
+        if state:
+            self._take_over(ring, msgspec.msgpack.decode(state, type=Kept))
+        else:
+            self._claim(heir=True)
         self._pump()
+        handle.signal()
+
+    def _take_over(self, ring: Ring, kept: Kept) -> None:
+        self.service.restore(kept.state)
+        _, write_index, size = ring.position()
+        self._said_bytes = (write_index - kept.write_index) % size if kept.answering else 0
+        try:
+            ring.release(kept.read_index)
+        except (OSError, ValueError) as error:
+            self.fault = str(error)
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -194,12 +267,18 @@ class Endpoint:
 
     def _answer(self, ring: Ring) -> tuple[int, bool]:
         """Have the service answer a batch; give how many packets it had, and whether to signal."""
+        before = self._now(ring, answering=True)
+        ring.hold()
         packets = [Packet(*packet) for packet in ring.recv_many(BATCH_PACKETS_MAX)]
         self.received += len(packets)
         strange = [packet.type for packet in packets if packet.type not in HOST_TAKES]
         if strange:
             raise ValueError(f"packets of types {strange}")
-        self._unsent.extend(self.service.on_packets(packets) if packets else ())
+        if packets:
+            self._before = before
+            self._unsent.extend(self.service.on_packets(packets))
+            if self._unsent:
+                self._keep()    # as it was before: the answers are about to go out
         return len(packets), self._send(ring)
 
     def _echo(self, ring: Ring) -> tuple[int, bool]:
@@ -213,10 +292,18 @@ class Endpoint:
         must_signal = False
         while self._unsent:
             packet = self._unsent[0]
+            if self._said_bytes > 0:
+                self._said_bytes -= packet_bytes(len(packet.payload))
+                self._unsent.popleft()
+                continue
             try:
                 must_signal = bool(ring.send(packet.payload, packet.transaction, packet.completion, packet.type)) or must_signal
             except BlockingIOError:
                 break
             self._unsent.popleft()
             self.sent += 1
+        if self._before is not None and not self._unsent:
+            self._before, self._said_bytes = None, 0
+            self._keep()
+            ring.release()
         return must_signal

@@ -80,6 +80,7 @@ def offer_message(channel: Channel) -> OfferChannel:
     """Describe a channel to the guest."""
     return OfferChannel(
         class_id=channel.class_id, instance_id=channel.instance_id, relid=channel.relid, flags=channel.flags,
-        mmio_mb=channel.mmio_mb, user_data=channel.user_data, monitor_id=channel.monitor_id or 0,
-        monitor_allocated=channel.monitor_id is not None, dedicated=True, connection=event_connection(channel.relid),
+        latency_100ns=channel.latency_100ns, mmio_mb=channel.mmio_mb, user_data=channel.user_data,
+        monitor_id=channel.monitor_id or 0, monitor_allocated=channel.monitor_id is not None, dedicated=True,
+        connection=event_connection(channel.relid),
     )  # fmt: skip

@@ -372,7 +372,7 @@ class Server:
 
     def offer(
         self, class_id: uuid.UUID, instance_id: uuid.UUID, device: Device, *, flags: int = 0, user_data: bytes = b"",
-        monitor_id: int | None = None,
+        monitor_id: int | None = None, latency_100ns: int = 0,
     ) -> int:  # fmt: skip
         """Offer a device; give its relid. EEXIST: that instance is offered; ENOSPC: too many channels.
 
@@ -380,7 +380,7 @@ class Server:
         """
         wire.OfferChannel(class_id=class_id, instance_id=instance_id, relid=0, flags=flags, user_data=user_data).encode(V5_3)
         channel = self.offers.add(class_id, instance_id)
-        channel.flags, channel.user_data, channel.monitor_id = flags, user_data, monitor_id
+        channel.flags, channel.user_data, channel.monitor_id, channel.latency_100ns = flags, user_data, monitor_id, latency_100ns
         self.devices[channel.relid] = device
         if channel.state is State.CLIENT_RELEASED and self.link.offers_requested:
             self._offer(channel)

@@ -3,8 +3,8 @@
 
 The process calls `take` after each message, signal and tick and stores the bytes (`SNAPSHOT_BYTES_MAX` bound them) before it
 takes the next; the heir calls `restore` on a fresh server with devices made anew. An heir whose record is older than the last
-thing said says it again: OFFERs and results that nobody waits for are dropped by a guest. What a device had taken out of a ring
-and not answered is lost with it; the rings themselves lie in the guest's memory.
+thing said says it again: OFFERs and results that nobody waits for are dropped by a guest. The rings lie in the guest's memory;
+what was read there and not answered, and what was answered and not given back, is endpoint.py's concern.
 """
 
 from __future__ import annotations

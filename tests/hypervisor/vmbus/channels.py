@@ -19,6 +19,7 @@ from pvbus.actors.hypervisor.vmbus.integration import (
 )
 from pvbus.actors.runtime import vmbus_wire as wire
 from pvbus.actors.runtime.vmbus_facts import STATUS_SUCCESS
+from pvbus.shm.memory import Memory
 from pvbus.tests.hypervisor.vmbus.rig import ECHO, INSTANCE, Pages, Rig
 
 
@@ -72,6 +73,19 @@ class MemoryRing:
         """Unmask, look again."""
         self.masked = False
         return bool(self.to_host)
+
+    def keep(self, memory: Memory, offset: int, heir: bool, /) -> None:
+        """Nobody inherits a queue."""
+
+    def position(self) -> tuple[int, int, int]:
+        """Stand still: an heir finds nothing that was sent and not kept."""
+        return 0, 0, 1 << 20
+
+    def hold(self) -> None:
+        """What is read is gone at once."""
+
+    def release(self, read_index: int | None = None, /) -> None:
+        """It is gone."""
 
     def take_signal(self) -> bool:
         """Whether the guest waits for room."""

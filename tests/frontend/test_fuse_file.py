@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FUSE file: where it differs from the driver, what it does with segments, stopped files and its own death."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from pvbus.tests.contract.support import wait_until
+from pvbus.tests.frontend.support import driver, run, started
+from pvbus.view.pytest_plugin import BootedMachine
+
+FUSE_SEES = {
+    "unknown ioctl": "ENOTTY",
+    "read under SA_RESTART": "EINTR",
+    "SIGIO": False,
+    "a regular file": True,
+    "read of an empty ring to NULL": "EFAULT",
+    "read of an overflowed ring": "EFBIG",
+    "poll of an overflowed ring": select.POLLERR,
+    "read of an overflowed ring to NULL": "EFAULT",
+    "read of 3 bytes to NULL": "EFAULT",
+    "write of 3 bytes from NULL": "EFAULT",
+    "private mapping": "mapped",
+}
+
+
+def test_the_fuse_file_differs_from_the_driver_in_what_is_listed(pvbus_shared_machine: BootedMachine) -> None:
+    done = run(sys.executable, "-m", "pvbus.tests.frontend.deviations", str(driver()), name=pvbus_shared_machine.name)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == FUSE_SEES
+
+
+INSIDE = """\
+import os, sys, json, struct, errno
+from pvbus.tests.frontend.deviations import *
+DeviceFile.driver = Driver(sys.argv[1])
+"""
+
+
+def inside(machine: BootedMachine, code: str) -> str:
+    """Run Python code in the namespaces; give what it prints."""
+    done = run(sys.executable, "-c", INSIDE + code, str(driver()), name=machine.name)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.checklist("A12.3")
+def test_readv_is_a_read_a_segment_up_to_the_first_short_one(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+answers = []
+for first, second, events in [(8, 8, 4), (8, 8, 3), (6, 6, 4), (4, 4, 1), (0, 8, 2), (3, 8, 2), (4096, 8, 3), (2, 2, 2)]:
+    a, b = opened(os.O_RDWR | os.O_NONBLOCK), opened()
+    for _ in range(events):
+        port = a.bind_unbound_port(0)
+        b.notify(b.bind_interdomain(0, port))
+    machine.settle()
+    at = ctypes.create_string_buffer(16384)
+    answers.append(DeviceFile.driver.call("readv", a.fd, at, ctypes.c_ulong(first), ctypes.c_ulong(second)))
+print(json.dumps(answers))
+"""
+    answers = json.loads(inside(pvbus_shared_machine, "from pvbus.actors.client import attach\nmachine = attach()\n" + code))
+
+    assert answers == [16, 12, 4, 4, 8, 0, 12, 0]
+
+
+@pytest.mark.checklist("A12.3")
+def test_writev_is_a_write_a_segment_up_to_the_first_short_one(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+a = opened()
+at = ctypes.create_string_buffer(16384)
+sizes = [(4, 4), (6, 4), (0, 8), (3, 4), (4096, 4), (4100, 4)]
+print(json.dumps([DeviceFile.driver.call("writev", a.fd, at, *map(ctypes.c_ulong, pair)) for pair in sizes]))
+"""
+    assert json.loads(inside(pvbus_shared_machine, code)) == [8, 4, 8, 0, 4100, 4096]
+
+
+def file_process(machine: BootedMachine, opener: int) -> int:
+    """Give the process of the file that a process has opened."""
+    status = machine.machine.status()
+    (file,) = [entry for entry in status["files"] if entry["opener_pid"] == opener]
+    (process,) = [entry for entry in status["processes"] if entry["name"] == file["file"]]
+    return int(process["pid"])
+
+
+def test_two_clients_on_two_files_do_not_wait_for_each_other(pvbus_shared_machine: BootedMachine) -> None:
+    code = INSIDE + """
+a, _, b, at_b = pair()
+print(os.getpid(), flush=True)
+child = os.fork()
+if child == 0:
+    c = opened()
+    print(os.getpid(), flush=True)
+    os.read(0, 3)
+    threading.Thread(target=lambda: print("bound", c.bind_unbound_port(0) > 0, flush=True)).start()
+    sys.exit()
+os.read(0, 3)
+for _ in range(100):
+    b.notify(at_b)
+    a.write(a.read(4))
+print("went on", flush=True)
+os.waitpid(child, 0)
+"""
+    with started(sys.executable, "-c", code, str(driver()), name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        stopped = file_process(pvbus_shared_machine, int(process.stdout.readline()))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            process.stdin.write("go\ngo\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "went on\n"
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert process.stdout.readline() == "bound True\n"
+        process.communicate(timeout=20)
+
+    assert process.returncode == 0
+
+
+def test_the_death_of_the_server_is_an_error_to_its_clients(pvbus_shared_machine: BootedMachine) -> None:
+    code = INSIDE + """
+a, _, _, _ = pair()
+print("reads", flush=True)
+print(name_of(lambda: a.read(4)), name_of(lambda: a.notify(1)), name_of(lambda: a.poll(1, 0)), name_of(opened))
+"""
+    title = f"pvbus: evtchn/{pvbus_shared_machine.name}".encode()
+    with started(sys.executable, "-c", code, str(driver()), name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reads\n"
+        (server,) = [
+            int(entry.name) for entry in Path("/proc").iterdir()
+            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(title)
+        ]  # fmt: skip
+        os.kill(server, signal.SIGKILL)
+        answers, errors = process.communicate(timeout=20)
+
+    read, notify, poll, opened = answers.split()
+    assert {read, notify, opened} <= {"ECONNABORTED", "ENOTCONN"}
+    assert int(poll) & select.POLLERR
+    assert "the server of evtchn has died" in errors
+    wait_until(lambda: pvbus_shared_machine.machine.status()["files"] == [], "the files are released")
+
+
+def test_the_death_of_a_files_process_is_an_error_to_its_clients_only(pvbus_shared_machine: BootedMachine) -> None:
+    code = INSIDE + """
+a, _, b, at_b = pair()
+print(os.getpid(), flush=True)
+child = os.fork()
+if child == 0:
+    c = opened()
+    print(os.getpid(), flush=True)
+    print(name_of(lambda: c.read(4)), name_of(lambda: c.bind_unbound_port(0)), c.poll(0xffff) & 8, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+b.notify(at_b)
+print(len(a.read(4)), flush=True)
+"""
+    with started(sys.executable, "-c", code, str(driver()), name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.kill(file_process(pvbus_shared_machine, int(process.stdout.readline())), signal.SIGKILL)
+        answers, _ = process.communicate(timeout=20)
+
+    assert answers.split() == [errno.errorcode[errno.EIO]] * 2 + [str(select.POLLERR), "4"]

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pvbus run`: whose machine, whose exit code, whose signals; and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pvbus.actors.runtime import rundir
+from pvbus.tests.contract.support import wait_until
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.view.pytest_plugin import BootedMachine
+
+PVBUS = f"{sys.executable} -P -m pvbus.supervisor"
+USER = 1234
+
+
+def machines() -> set[str]:
+    """Give the run directories that there are."""
+    return {found.name for found in rundir.list_machines()}
+
+
+def test_without_a_machine_one_is_booted_for_the_commands_life() -> None:
+    before = machines()
+
+    done = run("sh", "-c", f"ls /dev/xen; {PVBUS} status | head -1; exit 7")
+
+    assert done.returncode == 7
+    device, status = done.stdout.splitlines()
+    assert device == "evtchn"
+    assert " is ready, run " in status
+    assert done.stderr == ""
+    assert machines() == before
+
+
+def test_the_device_has_its_place_in_sys_and_the_rest_is_the_hosts(pvbus_shared_machine: BootedMachine) -> None:
+    words = (
+        "cat '/sys/class/misc/xen!evtchn/uevent'; cat '/sys/class/misc/xen!evtchn/dev';"
+        "readlink -f '/sys/class/misc/xen!evtchn/subsystem'; ls -d /sys/kernel /dev/null /dev/pts; echo x > /dev/null"
+    )
+
+    done = run("sh", "-c", words, name=pvbus_shared_machine.name)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "MAJOR=10", "MINOR=125", "DEVNAME=xen/evtchn", "10:125", "/sys/class/misc", "/dev/null", "/dev/pts", "/sys/kernel",
+    ]  # fmt: skip
+
+
+def test_the_host_sees_nothing_of_it(pvbus_shared_machine: BootedMachine) -> None:
+    def seen() -> tuple[str, list[str], bool]:
+        return Path("/proc/self/mountinfo").read_text(), sorted(os.listdir("/dev")), Path("/sys/class/misc/xen!evtchn").exists()
+
+    before = seen()
+    with started("sh", "-c", "test -e /dev/xen/evtchn && echo there; read line", name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        during = seen()
+        process.communicate("\n", timeout=RUN_S_MAX)
+
+    assert during == before
+    assert seen() == before
+
+
+def test_a_machine_that_runs_is_used_and_reached_from_inside(pvbus_shared_machine: BootedMachine) -> None:
+    done = run("sh", "-c", f"echo $PVBUS_MACHINE; {PVBUS} ports --domain 1 --json", name=pvbus_shared_machine.name, options=["--domain", "1"])
+
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == pvbus_shared_machine.name
+    assert '"ports": []' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["sh", "-c", "kill -KILL $$"], 128 + signal.SIGKILL, ""),
+        (["there-is-no-such-command"], 127, "there is no command 'there-is-no-such-command'"),
+        (["/etc"], 126, "'/etc' cannot be executed"),
+    ],
+)
+def test_the_exit_code_is_the_commands(pvbus_shared_machine: BootedMachine, words: list[str], code: int, said: str) -> None:
+    done = run(*words, name=pvbus_shared_machine.name)
+
+    assert done.returncode == code
+    assert said in done.stderr
+
+
+def test_signals_are_passed_on(pvbus_shared_machine: BootedMachine) -> None:
+    words = "trap 'echo usr1' USR1; trap 'echo term; exit 9' TERM; echo ready; while :; do sleep 0.02; done"
+    with started("sh", "-c", words, name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "usr1\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=RUN_S_MAX)[0] == "term\n"
+
+    assert process.returncode == 9
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
+
+
+def test_what_the_command_leaves_running_ends_with_it(pvbus_shared_machine: BootedMachine) -> None:
+    done = run("sh", "-c", "setsid sleep 1000 > /dev/null & echo $!", name=pvbus_shared_machine.name)
+
+    assert done.returncode == 0
+    assert not alive(int(done.stdout))
+
+
+@pytest.mark.parametrize("own_machine", [False, True])
+def test_a_run_that_is_killed_leaves_nothing_behind(pvbus_shared_machine: BootedMachine, own_machine: bool) -> None:
+    before = machines()
+    words = "setsid sleep 1000 > /dev/null & echo $$ $!; read line"
+    name = f"killed-{os.getpid()}" if own_machine else pvbus_shared_machine.name
+    with started("sh", "-c", words, name=name) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(machines()) == len(before) + own_machine
+        process.kill()
+        process.communicate(timeout=RUN_S_MAX)
+
+    wait_until(lambda: not any(alive(pid) for pid in pids), "the command's processes are gone")
+    wait_until(lambda: machines() == before, "the machine is gone")
+
+
+def test_the_servers_of_a_run_end_with_it(pvbus_shared_machine: BootedMachine) -> None:
+    ends = {f"pvbus: {title}/{pvbus_shared_machine.name}".encode() for title in ("run", "evtchn")}
+
+    def left() -> list[str]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and (entry / "cmdline").read_bytes().rstrip(b"\0 ") in ends:
+                    found.append(entry.name)
+        return found
+
+    run("true", name=pvbus_shared_machine.name)
+
+    assert left() == []
+
+
+def test_an_unknown_domain_is_a_usage_error_that_names_it(pvbus_shared_machine: BootedMachine) -> None:
+    done = run("true", name=pvbus_shared_machine.name, options=["--domain", "77"])
+
+    assert done.returncode == 2
+    assert "--domain 77: machine" in done.stderr
+
+
+def in_private_mounts(
+    script: str, *words: str, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell script as root in a mount namespace of its own, and then the words that it ends with ("$@")."""
+    need_namespaces()
+    if os.geteuid():
+        not_shown("a system that lacks something", "only root can take it away for a test")
+    wrapped = ["unshare", "-m", "sh", "-ec", script, "sh", *words]
+    return subprocess.run(
+        wrapped, capture_output=True, text=True, check=False, timeout=RUN_S_MAX, env=environ or environment(),
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('mount -t tmpfs none /dev && "$@"', "there is no /dev/fuse: load the kernel module fuse"),
+        ('mount --bind /dev/null /dev/fuse && "$@"', "Invalid argument"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(pvbus_shared_machine: BootedMachine, script: str, said: str) -> None:
+    done = in_private_mounts(script, *command("true", name=pvbus_shared_machine.name))
+
+    assert done.returncode == 3
+    assert done.stderr.startswith("pvbus run: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+AS_USER = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--", "sh", "-ec", '"$@"', "sh"]
+
+
+def users_python() -> str:
+    """Give a Python that an ordinary user can execute: ours may lie in root's home."""
+    if shutil.which("setpriv") is None:
+        not_shown("an ordinary user", "install util-linux")
+    for python in (sys.executable, "/usr/bin/python3"):
+        looks = [*AS_USER, python, "-c", "import pvbus.shm._core, msgspec, psutil"]
+        if subprocess.run(looks, env=with_packages(), capture_output=True, check=False).returncode == 0:
+            return python
+    not_shown("an ordinary user", "no Python that such a one can execute has what pvbus needs")
+
+
+def with_packages() -> dict[str, str]:
+    """Give an environment in which another Python finds our packages."""
+    given = environment()
+    places = [given.get("PYTHONPATH", ""), *(place for place in sys.path if place.endswith("-packages"))]
+    return given | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def test_an_ordinary_user_runs_in_a_user_namespace() -> None:
+    python = users_python()
+    # /dev/fuse is crw-rw-rw- on a usual system; where it is not, such a one stands for it.
+    script = f"""
+        mount -t tmpfs none /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse
+        export HOME=/mnt/home XDG_RUNTIME_DIR=/mnt/run; mkdir -m 700 /mnt/home /mnt/run; chown {USER} /mnt/home /mnt/run
+        exec "$@"
+    """
+    pvbus = f"{python} -P -m pvbus.supervisor"
+    words = f"id -u; ls /dev/xen; {pvbus} status | head -1 | cut -d' ' -f2-3; {pvbus} virq 3; exec 3<> /dev/xen/evtchn; exit 6"
+
+    done = in_private_mounts(script, *AS_USER, *pvbus.split(), "run", "--", "sh", "-c", words, environ=with_packages())
+
+    assert done.returncode == 6, done.stderr
+    assert done.stdout.splitlines() == ["0", "evtchn", "is ready,"]
+    assert "nobody can hear it" in done.stderr
+
+
+def test_a_run_is_short() -> None:
+    begin = time.monotonic()
+    run("true")
+
+    assert time.monotonic() - begin < RUN_S_MAX / 4

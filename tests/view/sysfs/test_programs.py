@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that know nothing of us, in `pvbus run`: they find the devices, hear of them, and read what is so.
+
+Each needs its Debian package, and says so in the warnings where that is missing. udevadm, systemd-hwdb, systemd-udevd:
+`udev`; lsvmbus: `linux-source-6.1`; pyudev: `python3-pyudev`; `waagent`; DPDK: `librte-bus-vmbus23` and, for a closer look,
+`librte-net-netvsc23`; `driverctl`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES, modalias
+from pvbus.tests.machine.vmbus_support import Recorder, echo
+from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
+from pvbus.tests.view.sysfs.rooms import BOUND_S, EXIT_ENVIRONMENT, Listener, Room, lsvmbus, until
+from pvbus.view.pytest_plugin import environment
+
+CONFIG = """\
+[[domain]]
+id = 0
+cpus = 2
+platforms = ["xen", "hyperv"]
+devices = ["heartbeat", "shutdown"]
+"""
+BUS = "/sys/bus/vmbus"
+README = Path(__file__).resolve().parents[3] / "README.md"
+HWDB = Path("/usr/lib/udev/hwdb.d/20-vmbus-class.hwdb")
+ECHO_MODALIAS = modalias(DEVICE_CLASSES["echo"])
+PYUDEV_LISTS = """
+import pyudev
+for device in pyudev.Context().list_devices(subsystem="vmbus"):
+    print(device.sys_name, device.attributes.asstring("class_id"), device.driver, device.parent.sys_name, device.parent.subsystem,
+          device.properties["MODALIAS"])
+"""
+PYUDEV_LISTENS = """
+import pyudev
+monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="{source}")
+monitor.filter_by("vmbus")
+monitor.start()
+print("listens", flush=True)
+while True:
+    device = monitor.poll()
+    print(device.action, device.device_path, device.properties["MODALIAS"], flush=True)
+"""
+WAAGENT = """
+from azurelinuxagent.common.osutil.default import DefaultOSUtil
+for found in DefaultOSUtil._enumerate_device_id():
+    print(*found)
+"""
+DPDK = """
+import ctypes
+eal = ctypes.CDLL("librte_eal.so.23", mode=ctypes.RTLD_GLOBAL)
+words = "scan --no-huge --no-pci --no-shconf --no-telemetry -l 0 -m 16 -d librte_bus_vmbus.so.23 --log-level=*:debug".split()
+arguments = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+raise SystemExit(eal.rte_eal_init(len(words), arguments) < 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def pvbus_config() -> str:
+    return CONFIG
+
+
+@pytest.fixture(scope="module")
+def room(pvbus_shared_machine: Any) -> Iterator[Room]:
+    made = Room(pvbus_shared_machine.machine)
+    yield made
+    made.close()
+    assert made.process.returncode == 0
+
+
+@pytest.fixture
+def machine(pvbus_shared_machine: Any) -> Iterator[Any]:
+    """The machine, its bus as it was at the start."""
+    machine = pvbus_shared_machine.machine
+    yield machine
+    for row in machine.channels():
+        if row["relid"] > len(HOST_DEVICES) - 1:
+            machine.rescind(row["relid"])
+    until("what was offered has gone", lambda: len(machine.devices()) == 2)
+
+
+def offered(machine: Any, device_class: str, instance: str | None = None) -> str:
+    """Offer a device; give its name, once it is on the bus."""
+    relid = machine.offer(device_class, instance)
+    found: str = until("it is on the bus", lambda: next((row["name"] for row in machine.devices() if row["relid"] == relid), ""))
+    return found
+
+
+def script(directory: Path, text: str) -> Path:
+    path = directory / "program.py"
+    path.write_text(text)
+    return path
+
+
+# ---- who lists
+
+
+def test_lsvmbus_lists_the_devices_as_in_a_guest(room: Room, machine: Any) -> None:
+    python, tool = program("python3", "python3"), lsvmbus()
+    echo_name = offered(machine, "echo")
+    network_name = offered(machine, "network", "11111111-2222-3333-4444-555555555555")
+
+    plain, once, twice = (room.must(f"{python} {tool} {flag}") for flag in ("", "-v", "-vv"))
+
+    assert plain.splitlines() == [
+        "VMBUS ID  1: [Heartbeat]", "VMBUS ID  2: [Operating system shutdown]", "VMBUS ID  3: Unknown",
+        "VMBUS ID  4: Synthetic network adapter",
+    ]  # fmt: skip
+    assert "VMBUS ID  1: Class_ID = {57164f39-9115-4e78-ab55-382f3bd5422d} - [Heartbeat]\n\tRel_ID=1, target_cpu=0\n" in once
+    assert (
+        "VMBUS ID  4: Class_ID = {f8615163-df3e-46c5-913f-f2d2f965ed0e} - Synthetic network adapter\n"
+        "\tDevice_ID = {11111111-2222-3333-4444-555555555555}\n"
+        f"\tSysfs path: {BUS}/devices/{network_name}\n\tRel_ID=4, target_cpu=0\n"
+    ) in twice
+    assert f"{BUS}/devices/{echo_name}\n" in twice
+
+
+def test_udevadm_info_shows_a_device_its_attributes_and_its_parent(room: Room, machine: Any) -> None:
+    program("udevadm", "udev")
+    machine.register_driver(Recorder("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
+
+    known = room.must(f"udevadm info {BUS}/devices/vmbus_0_1")
+    walked = room.must(f"udevadm info -a {BUS}/devices/vmbus_0_1")
+    machine.unregister_driver("heart")
+
+    for line in ("P: /devices/VMBUS:00/vmbus_0_1", "U: vmbus", "V: heart", "E: SUBSYSTEM=vmbus", "E: DRIVER=heart"):
+        assert f"{line}\n" in known
+    assert f"E: MODALIAS={modalias(DEVICE_CLASSES['heartbeat'])}\n" in known
+    assert 'ATTR{class_id}=="{57164f39-9115-4e78-ab55-382f3bd5422d}"' in walked
+    assert 'ATTR{channels/1/cpu}=="0"' in walked
+    assert 'DRIVER=="heart"' in walked
+    assert 'SUBSYSTEMS=="acpi"' in walked
+    assert "V: " not in room.must(f"udevadm info {BUS}/devices/vmbus_0_1")
+
+
+def test_pyudev_finds_the_devices(room: Room, machine: Any, tmp_path: Path) -> None:
+    python = system_python("pyudev", "python3-pyudev")
+    name = offered(machine, "echo")
+
+    said = room.must(f"{python} {script(tmp_path, PYUDEV_LISTS)}").splitlines()
+
+    heartbeat = DEVICE_CLASSES["heartbeat"]
+    assert said[0] == f"vmbus_0_1 {{{heartbeat}}} None VMBUS:00 acpi {modalias(heartbeat)}"
+    assert said[2] == f"{name} {{{DEVICE_CLASSES['echo']}}} None VMBUS:00 acpi {ECHO_MODALIAS}"
+
+
+def test_waagent_finds_the_instances(room: Room, machine: Any, tmp_path: Path) -> None:
+    python = system_python("azurelinuxagent", "waagent")
+    disk = "00000000-0001-8899-0000-000000000000"
+    name = offered(machine, "ide", disk)
+
+    said = room.must(f"{python} {script(tmp_path, WAAGENT)}").splitlines()
+
+    assert sorted(said) == sorted([
+        f"vmbus_0_1 {HOST_DEVICES['heartbeat']}", f"vmbus_0_2 {HOST_DEVICES['shutdown']}", f"{name} {disk}",
+    ])  # fmt: skip
+
+
+def test_dpdk_finds_a_network_device_and_no_driver_of_its_own_for_it(room: Room, machine: Any, tmp_path: Path) -> None:
+    if not list(Path("/usr/lib").glob("*/librte_bus_vmbus.so.23")):
+        not_tested("there is no librte_bus_vmbus; it is in the package librte-bus-vmbus23")
+    python, instance = program("python3", "python3"), str(uuid.uuid4())
+    name = offered(machine, "network", instance)
+    offered(machine, "echo")
+
+    said = room.must(f"{python} {script(tmp_path, DPDK)}")
+
+    assert re.findall(r"Adding vmbus device (\S+)", said) == [name]
+    if "net_netvsc" in said:  # librte-net-netvsc23: it looks closer
+        assert f"VMBUS device {instance} on NUMA socket 0" in said
+        assert "Not managed by UIO driver" in said
+
+
+def test_the_database_of_systemd_knows_our_classes_by_the_modalias_that_we_give(room: Room, machine: Any) -> None:
+    program("systemd-hwdb", "udev")
+    if not HWDB.exists():
+        not_tested(f"there is no {HWDB}; it is in the package udev")
+    patterns = set(re.findall(r"^(vmbus:[0-9a-f]{32})\*?$", HWDB.read_text(), re.MULTILINE))
+    ours = {modalias(class_id): name for name, class_id in DEVICE_CLASSES.items()}
+
+    assert len(patterns) >= 18
+    assert patterns <= set(ours)
+    name = offered(machine, "network")
+    assert room.must(f"systemd-hwdb query $(cat {BUS}/devices/{name}/modalias)").startswith("ID_MODEL_FROM_DATABASE=")
+    assert "Heartbeat" in room.must(f"systemd-hwdb query $(cat {BUS}/devices/vmbus_0_1/modalias)")
+
+
+def test_libudev_takes_the_tree_because_it_is_told_to(room: Room) -> None:
+    program("udevadm", "udev")
+    asked = f"udevadm info {BUS}/devices/vmbus_0_1"
+
+    assert room.do(asked)[0] == 0
+    assert room.do(f"env -u SYSTEMD_DEVICE_VERIFY_SYSFS {asked} 2> /dev/null")[0] != 0
+
+
+def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None:
+    assert room.must("cat /sys/class/net/lo/ifindex") == "1\n"
+    assert "Read-only file system" in room.do("echo 1400 > /sys/class/net/lo/mtu")[1]
+    assert "Read-only file system" in room.do(f"{program('udevadm', 'udev')} trigger")[1]
+    below = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith("/sys/")]
+    assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
+
+
+# ---- who listens
+
+
+def test_both_monitors_hear_add_change_and_remove_with_the_modalias(room: Room, machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    python = system_python("pyudev", "python3-pyudev")
+    listens = script(tmp_path, PYUDEV_LISTENS.format(source="kernel"))
+    udevadm = Listener(room, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", "--property", ready="KERNEL - ")
+    pyudev = Listener(room, tmp_path, "pyudev", python, str(listens), ready="listens")
+
+    name = offered(machine, "echo")
+    path = f"/devices/VMBUS:00/{name}"
+    pyudev.until(f"add {path} {ECHO_MODALIAS}\n")
+    room.must(f"udevadm trigger --action=change --sysname-match={name}")
+    pyudev.until(f"change {path} {ECHO_MODALIAS}\n")
+    machine.rescind(next(row["relid"] for row in machine.devices() if row["name"] == name))
+    pyudev.until(f"remove {path} {ECHO_MODALIAS}\n")
+
+    events = udevadm.until("ACTION=remove\n").split("\n\n")
+    udevadm.until("SEQNUM=")
+    pyudev.stop()
+    udevadm.stop()
+    said = {re.search(r"ACTION=(\w+)", event)[1]: event for event in events if "ACTION=" in event}  # type: ignore[index]
+    assert set(said) == {"add", "change", "remove"}
+    for event in said.values():
+        assert f"DEVPATH={path}\nSUBSYSTEM=vmbus\n" in event
+        assert f"MODALIAS={ECHO_MODALIAS}\n" in event + "\n" or event is said["remove"]  # its last lines may still come
+    assert "SYNTH_UUID=0" in said["change"]
+
+
+def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    udevd = program("systemd-udevd", "udev")
+    own = Room(machine)  # a daemon of its own, and /run/udev
+    try:
+        own.must("mkdir -p /run/udev && mount -t tmpfs none /run/udev")
+        own.must(f"{udevd} --daemon")
+        listener = Listener(own, tmp_path, "udev", "udevadm", "monitor", "--udev", "--property", ready="UDEV - ")
+
+        name = offered(machine, "network")
+        listener.until(f"MODALIAS={modalias(DEVICE_CLASSES['network'])}\n")
+        own.must(f"udevadm trigger --action=add --sysname-match={name} --settle")
+
+        assert "E: ID_MODEL_FROM_DATABASE=Microsoft Hyper-V" in own.must(f"udevadm info {BUS}/devices/{name}")
+        assert "ID_MODEL_FROM_DATABASE=" in listener.until(f"/devices/VMBUS:00/{name} (vmbus)")
+    finally:
+        own.close()
+
+
+# ---- what is read is so
+
+
+@pytest.mark.checklist("B2.3", "B2.5")
+def test_an_attribute_changes_under_traffic_and_is_stable_at_rest(room: Room, machine: Any) -> None:
+    name = offered(machine, "echo")
+    driver = machine.register_driver(Recorder("traffic"))
+    until("it is bound", lambda: driver.devices)
+    files = [f"{BUS}/devices/{name}/{side}_{index}_index" for side in ("in", "out") for index in ("read", "write")]
+
+    def look() -> list[int]:
+        return [int(line) for line in room.must(f"cat {' '.join(files)}").split()]
+
+    before = look()
+    echo(driver.channel, 50)
+    machine.settle()
+    after = look()
+
+    assert all(new != old for new, old in zip(after, before, strict=True)), (before, after)
+    assert look() == look() == after
+    assert room.must(f"cat {BUS}/devices/{name}/state") == "3\n"
+    machine.unregister_driver("traffic")
+    assert room.must(f"cat {BUS}/devices/{name}/state {files[0]}") == "2\n0\n"
+
+
+def test_a_value_is_read_anew_from_the_start_of_an_open_file(room: Room, machine: Any) -> None:
+    python = program("python3", "python3")
+    opened = f'import os; f = os.open("{BUS}/drivers_autoprobe", os.O_RDWR)'
+    twice = 'print(os.read(f, 9), os.write(f, b"0"), os.pread(f, 9, 0)); os.write(f, b"1")'
+
+    assert room.must(f"{python} -c '{opened}; {twice}'") == "b'1\\n' 1 b'0\\n'\n"
+
+
+# ---- who changes something
+
+
+def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    machine.register_driver(Recorder("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
+    driver = f"{BUS}/drivers/heart"
+    listener = Listener(room, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
+
+    assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == "../../../bus/vmbus/drivers/heart\n"
+    assert room.do(f"echo vmbus_0_1 > {driver}/unbind") == (0, "")
+    assert room.do(f"ls -d {driver}/vmbus_0_1 {BUS}/devices/vmbus_0_1/driver")[0] != 0
+    assert "No such device" in room.do(f"echo vmbus_0_1 > {driver}/unbind")[1]
+    assert "No such device" in room.do(f"echo vmbus_0_2 > {driver}/bind")[1]
+    assert room.do(f"echo vmbus_0_1 > {driver}/bind") == (0, "")
+    assert "Device or resource busy" in room.do(f"echo vmbus_0_1 > {driver}/bind")[1]
+    machine.unregister_driver("heart")
+    assert room.do(f"ls -d {driver}")[0] != 0
+    heard = listener.until("remove   /bus/vmbus/drivers/heart (drivers)")
+    listener.stop()
+    assert re.findall(r"\] (\w+) .*vmbus_0_1 ", heard) == ["unbind", "bind", "unbind"]
+
+
+def test_a_bind_that_waits_for_its_probe_keeps_nobody_from_looking(room: Room, machine: Any, tmp_path: Path) -> None:
+    probing, may_end = threading.Event(), threading.Event()
+
+    class Slow(Recorder):
+        def probe(self, device: Any, matched_id: uuid.UUID) -> None:
+            probing.set()
+            assert may_end.wait(BOUND_S)
+
+    room.must(f"echo 0 > {BUS}/drivers_autoprobe")
+    machine.register_driver(Slow("slow", (DEVICE_CLASSES["heartbeat"],)))
+    room.must(f"{{ echo vmbus_0_1 > {BUS}/drivers/slow/bind; echo $? > {tmp_path}/bound; }} &")
+    assert probing.wait(BOUND_S)
+
+    assert room.must(f"cat {BUS}/devices/vmbus_0_1/id") == "1\n"
+    assert "vmbus_0_1" in room.must(f"ls -l {BUS}/drivers/slow {BUS}/devices/")
+    assert not (tmp_path / "bound").exists() or not (tmp_path / "bound").read_text()
+    may_end.set()
+    until("it is bound", lambda: (tmp_path / "bound").exists() and (tmp_path / "bound").read_text() == "0\n")
+    machine.unregister_driver("slow")
+    room.must(f"echo 1 > {BUS}/drivers_autoprobe")
+
+
+def test_driverctl_gives_a_device_to_another_driver(room: Room, machine: Any) -> None:
+    driverctl = program("driverctl", "driverctl")
+    machine.register_driver(Recorder("first", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
+
+    listed = room.must(f"{driverctl} -b vmbus list-devices")
+    room.must(f"{driverctl} -b vmbus --nosave --noprobe set-override vmbus_0_1 none")
+
+    assert listed == "vmbus_0_1 first\nvmbus_0_2 (none)\n"
+    assert room.must(f"{driverctl} -b vmbus list-overrides") == "vmbus_0_1 (none)\n"
+    room.must(f"{driverctl} -b vmbus --nosave unset-override vmbus_0_1")
+    assert room.must(f"{driverctl} -b vmbus list-devices") == "vmbus_0_1 first\nvmbus_0_2 (none)\n"
+    machine.unregister_driver("first")
+
+
+def test_what_sysfs_refuses_is_refused_as_there(room: Room) -> None:
+    device = f"{BUS}/devices/vmbus_0_1"
+
+    for command, why in (
+        (f"echo 1 > {device}/id", "Permission denied"), (f"cat {BUS}/uevent", "Permission denied"),
+        (f"touch {BUS}/new", "Permission denied"), (f"mkdir {BUS}/new", "Operation not permitted"),
+        (f"rm {BUS}/uevent", "Operation not permitted"), (f"ln -s x {BUS}/new", "Operation not permitted"),
+        (f"echo frob > {device}/uevent", "Invalid argument"), (f"echo vmbus_0_9 > {BUS}/drivers_probe", "No such device"),
+        (f"ls {BUS}/devices/vmbus_0_9", "No such file or directory"),
+        (f"ls {BUS}/devices/$'\\xff\\n'", "No such file or directory"),
+        (f"echo $'\\xff' > {BUS}/drivers_probe", "Invalid argument"),
+    ):  # fmt: skip
+        code, said = room.do(f"({command}) 2>&1")
+        assert (code != 0, why in said) == (True, True), (command, code, said)
+
+
+def test_the_event_channel_device_stands_among_the_misc_devices(room: Room, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    here = "/sys/class/misc/xen!evtchn"
+    listener = Listener(room, tmp_path, "misc", "udevadm", "monitor", "--kernel", "--property", ready="KERNEL - ")
+
+    number = room.must(f"cat '{here}/dev'").strip()
+    room.must(f"echo add > '{here}/uevent'")
+
+    assert re.fullmatch(r"10:\d+", number)
+    assert room.must(f"cat '{here}/uevent'") == f"MAJOR=10\nMINOR={number[3:]}\nDEVNAME=xen/evtchn\n"
+    links = room.must(f"readlink -f '{here}/subsystem' /sys/dev/char/{number}")
+    assert links == "/sys/class/misc\n/sys/devices/virtual/misc/xen!evtchn\n"
+    listener.until("DEVPATH=/devices/virtual/misc/xen!evtchn\nSUBSYSTEM=misc\n")
+    listener.stop()
+
+
+def test_the_host_s_own_tree_is_left_alone(room: Room) -> None:
+    assert room.must(f"ls {BUS}/devices") == "vmbus_0_1\nvmbus_0_2\n"
+
+    outside = Path(BUS, "devices")
+    assert not outside.exists() or "vmbus_0_1" not in {path.name for path in outside.iterdir()}
+    assert room.must("ls /sys/class/net") == "lo\n"  # of the room's own network namespace
+
+
+def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: Path) -> None:
+    setpriv = program("setpriv", "util-linux")
+    if os.geteuid():
+        pytest.skip("every room of this run is one of an ordinary user")
+    own = Room(machine, setpriv, "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin")  # as good as an ordinary user's
+    try:
+        assert own.must("cat /proc/self/uid_map").split() != ["0", "0", "4294967295"]
+        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
+        assert own.must(f"cat {BUS}/devices/vmbus_0_2/id") == "2\n"
+        own.must(f"echo change > {BUS}/devices/vmbus_0_2/uevent")
+        listener.until("change   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        assert own.must(f"{sys.executable} -m pvbus.supervisor offer echo") == "3\n"  # $PVBUS_MACHINE leads to the machine
+        listener.until("add      /devices/VMBUS:00/vmbus_0_")
+        listener.stop()
+    finally:
+        own.close()
+
+
+def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(pvbus_boot: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
+    booted = pvbus_boot(CONFIG)
+    until("the bus is up", lambda: len(booted.machine.devices()) == 2)
+    own = Room(booted.machine)
+    try:
+        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
+        own.must(f"cat {BUS}/devices/vmbus_0_1/id")
+
+        booted.machine.shutdown()
+        booted.process.wait(BOUND_S)
+
+        listener.until("remove   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
+        assert own.do(f"cat {BUS}/devices/vmbus_0_1/id 2> /dev/null") == (1, "")
+        assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
+    finally:
+        own.close()
+
+
+def test_the_commands_of_the_readme_work_as_a_newcomer_types_them() -> None:
+    program("udevadm", "udev")
+    typed = re.findall(r"^\.venv/bin/pvbus run -- (lsvmbus .*|udevadm info .*)$", README.read_text(), re.MULTILINE)
+    places = [str(Path(lsvmbus()).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    with tempfile.TemporaryDirectory(prefix="pvt-", dir="/tmp") as root:  # where no machine runs, and short
+        environ = environment() | {"PATH": os.pathsep.join(places), "XDG_RUNTIME_DIR": root}
+        said = [
+            subprocess.run(
+                [sys.executable, "-m", "pvbus.supervisor", "run", "--", *command.split()],
+                check=False, capture_output=True, text=True, env=environ, timeout=BOUND_S,
+            )
+            for command in typed
+        ]  # fmt: skip
+
+    if said[0].returncode == EXIT_ENVIRONMENT:
+        not_tested(said[0].stderr)
+    assert [done.returncode for done in said] == [0, 0], said
+    assert re.findall(r"^VMBUS ID  \d: Class_ID = .* - (.*)$", said[0].stdout, re.MULTILINE) == [
+        "[Heartbeat]", "[Operating system shutdown]", "Unknown",
+    ]  # fmt: skip
+    assert "looking at device '/devices/VMBUS:00/vmbus_0_1'" in said[1].stdout
