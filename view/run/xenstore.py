@@ -63,6 +63,9 @@ class Xenstore(Fitting):
             raise EnvironmentLacksError(f"xenstored runs in domain 0, not in domain {room.domain}")
         STATE.mkdir(mode=0o700)
         (STATE / "run").mkdir()
+        (STATE / "capabilities").write_text("control_d\n", encoding="ascii")  # this is the domain of the toolstack
+        for name in ("privcmd", "xenbus"):
+            (STATE / name).symlink_to(f"/dev/xen/{name}")
         self.page = os.open(STATE / "xsd_kva", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.page, PAGE_BYTES)
         self.told, tell = socket.socketpair()
