@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import not_shown, run, started
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, environment, need_namespaces, not_shown, run, started
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 
 PAIRS = 300
 LSEVTCHN = "/usr/lib/xen-4.17/bin/lsevtchn"
 XENSTORED = "/usr/lib/xen-4.17/bin/xenstored"
+README = Path(__file__).resolve().parents[2] / "README.md"
+README_LINES = [line for line in README.read_text(encoding="utf-8").splitlines() if "pvbus run --xenstore" in line]
 
 
 def need(path: str, package: str) -> None:
@@ -102,6 +106,22 @@ def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: Boo
 
         until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE, "xenstored ends with its run")
         until(lambda: pvbus_shared_machine.machine.ports(0) == [], "its ports are free")
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+@pytest.mark.parametrize(
+    ("line", "said"), list(zip(README_LINES, ["", 'b\\n.*a = "b"\\n', r" +1: VCPU 0: Interdomain.*Virtual IRQ 3.*"], strict=True))
+)
+def test_the_commands_of_the_readme_do_what_it_says(line: str, said: str) -> None:
+    words = shlex.split(line, comments=True)
+    need_namespaces()
+
+    done = subprocess.run(
+        [*COMMAND, *words[2:]], env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(said, done.stdout, re.DOTALL), done.stdout
 
 
 @pytest.mark.usefixtures("xenstore_tools")

@@ -39,10 +39,11 @@ _PORT = struct.Struct("=i")
 
 def find_xenstored() -> str:
     """Give the path of the newest xenstored. EnvironmentLacksError names the packages."""
-    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored"))) or [path for path in [shutil.which("xenstored")] if path]
-    if not found:
+    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored")))
+    program = found[-1] if found else shutil.which("xenstored")
+    if program is None:
         raise EnvironmentLacksError(f"there is no xenstored ({PACKAGES})")
-    return found[-1]
+    return program
 
 
 class Xenstore(Fitting):
@@ -62,6 +63,9 @@ class Xenstore(Fitting):
             raise EnvironmentLacksError(f"xenstored runs in domain 0, not in domain {room.domain}")
         STATE.mkdir(mode=0o700)
         (STATE / "run").mkdir()
+        (STATE / "capabilities").write_text("control_d\n", encoding="ascii")  # this is the domain of the toolstack
+        for name in ("privcmd", "xenbus"):
+            (STATE / name).symlink_to(f"/dev/xen/{name}")
         self.page = os.open(STATE / "xsd_kva", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.page, PAGE_BYTES)
         self.told, tell = socket.socketpair()
