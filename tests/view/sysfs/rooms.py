@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shlex
@@ -56,11 +57,13 @@ class Room:
         self._left = b""
         try:
             self.do("true")
-        except EOFError as error:
+        except (EOFError, BrokenPipeError):
+            assert self.process.stdout is not None
+            said = self._left + self.process.stdout.read()
             code = self.process.wait(BOUND_S)
             self.close()
             if code == EXIT_ENVIRONMENT:
-                not_tested(f"{error}")
+                not_tested(said.decode().strip())
             raise
 
     def do(self, command: str, bound_s: float = BOUND_S) -> tuple[int, str]:
@@ -76,6 +79,7 @@ class Room:
             assert select.select([self.process.stdout], [], [], left_s)[0], f"{command!r} is silent; so far {said!r}"
             piece = os.read(self.process.stdout.fileno(), 65536)
             if not piece:
+                self._left = said
                 raise EOFError(said.decode())
             said += piece
         text, _, code = said.decode().rpartition("::")
@@ -91,7 +95,8 @@ class Room:
         """Leave it: the shell sees the end of its input."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait(BOUND_S)
         self.process.stdout.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, modalias
-from pvbus.tests.view.sysfs.lacking import program, system_python
+from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
 from pvbus.tests.view.sysfs.rooms import BOUND_S, BUS, CONFIG, Listener, Room, offered, script, until
 
 ECHO_MODALIAS = modalias(DEVICE_CLASSES["echo"])
@@ -22,6 +22,8 @@ monitor.start()
 print("listens", flush=True)
 while True:
     device = monitor.poll()
+    if device is None:
+        continue    # the real kernel has said something about a device of another kind
     print(device.action, device.device_path, device.properties["MODALIAS"], flush=True)
 """
 
@@ -41,16 +43,15 @@ def test_both_monitors_hear_add_change_and_remove_with_the_modalias(room: Room, 
     machine.rescind(next(row["relid"] for row in machine.devices() if row["name"] == name))
     pyudev.until(f"remove {path} {ECHO_MODALIAS}\n")
 
-    events = udevadm.until("ACTION=remove\n").split("\n\n")
-    udevadm.until("SEQNUM=")
+    alias = f"MODALIAS={ECHO_MODALIAS}\n"
+    events = udevadm.until(f"ACTION=remove\nDEVPATH={path}\nSUBSYSTEM=vmbus\n{alias}").split("\n\n")
     pyudev.stop()
     udevadm.stop()
-    said = {re.search(r"ACTION=(\w+)", event)[1]: event for event in events if "ACTION=" in event}  # type: ignore[index]
+    ours = [event for event in events if f"DEVPATH={path}\n" in event]
+    said = {re.search(r"ACTION=(\w+)", event)[1]: event for event in ours}  # type: ignore[index]
     assert set(said) == {"add", "change", "remove"}
-    for event in said.values():
-        assert f"DEVPATH={path}\nSUBSYSTEM=vmbus\n" in event
-        assert f"MODALIAS={ECHO_MODALIAS}\n" in event + "\n" or event is said["remove"]  # its last lines may still come
-    assert "SYNTH_UUID=0" in said["change"]
+    assert f"ACTION=add\nDEVPATH={path}\nSUBSYSTEM=vmbus\n{alias}" in said["add"]
+    assert f"ACTION=change\nDEVPATH={path}\nSUBSYSTEM=vmbus\nSYNTH_UUID=0\n{alias}" in said["change"]
 
 
 def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_path: Path) -> None:
@@ -58,7 +59,8 @@ def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_pa
     udevd = program("systemd-udevd", "udev")
     own = Room(machine)  # a daemon of its own, and /run/udev
     try:
-        own.must("mkdir -p /run/udev && mount -t tmpfs none /run/udev")
+        if own.do("mkdir -p /run/udev && mount -t tmpfs none /run/udev")[0]:
+            not_tested("there is no /run/udev, and nobody here may make one")
         own.must(f"{udevd} --daemon")
         listener = Listener(own, tmp_path, "udev", "udevadm", "monitor", "--udev", "--property", ready="UDEV - ")
 
@@ -67,7 +69,7 @@ def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_pa
         own.must(f"udevadm trigger --action=add --sysname-match={name} --settle")
 
         assert "E: ID_MODEL_FROM_DATABASE=Microsoft Hyper-V" in own.must(f"udevadm info {BUS}/devices/{name}")
-        assert "ID_MODEL_FROM_DATABASE=" in listener.until(f"/devices/VMBUS:00/{name} (vmbus)")
+        listener.until("ID_MODEL_FROM_DATABASE=Microsoft Hyper-V")
     finally:
         own.close()
 
@@ -107,3 +109,11 @@ def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(
         assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
     finally:
         own.close()
+
+
+def test_where_no_room_can_be_made_that_is_said_and_nothing_is_held_to_be_tested(machine: Any) -> None:
+    for wait in ("", "read line; "):    # it ends before we have said a word, and behind the first
+        with pytest.warns(UserWarning, match="NOT TESTED: there is no /dev/fuse"), pytest.raises(pytest.skip.Exception):
+            Room(machine, "sh", "-c", f"{wait}echo there is no /dev/fuse; exit 3")
+    with pytest.raises((EOFError, BrokenPipeError)):
+        Room(machine, "sh", "-c", "exit 1")
