@@ -110,7 +110,8 @@ print("went on", flush=True)
 os.waitpid(child, 0)
 """
     with started(sys.executable, "-c", code, str(driver()), name=pvbus_shared_machine.name) as process:
-        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdin is not None
         process.stdout.readline()
         stopped = file_process(pvbus_shared_machine, int(process.stdout.readline()))
         os.kill(stopped, signal.SIGSTOP)

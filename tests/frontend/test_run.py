@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pvbus.actors.runtime import rundir
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
 from pvbus.view.pytest_plugin import BootedMachine
 
 PVBUS = f"{sys.executable} -P -m pvbus.supervisor"
@@ -31,11 +30,11 @@ def machines() -> set[str]:
 def test_without_a_machine_one_is_booted_for_the_commands_life() -> None:
     before = machines()
 
-    done = run("sh", "-c", f"ls /dev/xen; {PVBUS} status | head -1; exit 7")
+    done = run("sh", "-c", f"ls /dev/xen/evtchn; {PVBUS} status | head -1; exit 7")
 
     assert done.returncode == 7
     device, status = done.stdout.splitlines()
-    assert device == "evtchn"
+    assert device == "/dev/xen/evtchn"
     assert " is ready, run " in status
     assert done.stderr == ""
     assert machines() == before
@@ -51,13 +50,14 @@ def test_the_device_has_its_place_in_sys_and_the_rest_is_the_hosts(pvbus_shared_
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "MAJOR=10", "MINOR=125", "DEVNAME=xen/evtchn", "10:125", "/sys/class/misc", "/dev/null", "/dev/pts", "/sys/kernel",
+        "MAJOR=10", "MINOR=127", "DEVNAME=xen/evtchn", "10:127", "/sys/class/misc", "/dev/null", "/dev/pts", "/sys/kernel",
     ]  # fmt: skip
 
 
 def test_the_host_sees_nothing_of_it(pvbus_shared_machine: BootedMachine) -> None:
     def seen() -> tuple[str, list[str], bool]:
-        return Path("/proc/self/mountinfo").read_text(), sorted(os.listdir("/dev")), Path("/sys/class/misc/xen!evtchn").exists()
+        devices = sorted(map(str, Path("/dev").iterdir()))
+        return Path("/proc/self/mountinfo").read_text(), devices, Path("/sys/class/misc/xen!evtchn").exists()
 
     before = seen()
     with started("sh", "-c", "test -e /dev/xen/evtchn && echo there; read line", name=pvbus_shared_machine.name) as process:
@@ -71,7 +71,9 @@ def test_the_host_sees_nothing_of_it(pvbus_shared_machine: BootedMachine) -> Non
 
 
 def test_a_machine_that_runs_is_used_and_reached_from_inside(pvbus_shared_machine: BootedMachine) -> None:
-    done = run("sh", "-c", f"echo $PVBUS_MACHINE; {PVBUS} ports --domain 1 --json", name=pvbus_shared_machine.name, options=["--domain", "1"])
+    words = f"echo $PVBUS_MACHINE; {PVBUS} ports --domain 1 --json"
+
+    done = run("sh", "-c", words, name=pvbus_shared_machine.name, options=["--domain", "1"])
 
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == pvbus_shared_machine.name
@@ -197,11 +199,11 @@ def users_python() -> str:
     """Give a Python that an ordinary user can execute: ours may lie in root's home."""
     if shutil.which("setpriv") is None:
         not_shown("an ordinary user", "install util-linux")
+    looks = ("-c", "import pvbus.shm._core, msgspec, psutil")
     for python in (sys.executable, "/usr/bin/python3"):
-        looks = [*AS_USER, python, "-c", "import pvbus.shm._core, msgspec, psutil"]
-        if subprocess.run(looks, env=with_packages(), capture_output=True, check=False).returncode == 0:
+        if subprocess.run([*AS_USER, python, *looks], env=with_packages(), capture_output=True, check=False).returncode == 0:
             return python
-    not_shown("an ordinary user", "no Python that such a one can execute has what pvbus needs")
+    return not_shown("an ordinary user", "no Python that such a one can execute has what pvbus needs")
 
 
 def with_packages() -> dict[str, str]:
@@ -220,17 +222,10 @@ def test_an_ordinary_user_runs_in_a_user_namespace() -> None:
         exec "$@"
     """
     pvbus = f"{python} -P -m pvbus.supervisor"
-    words = f"id -u; ls /dev/xen; {pvbus} status | head -1 | cut -d' ' -f2-3; {pvbus} virq 3; exec 3<> /dev/xen/evtchn; exit 6"
+    words = f"id -u; ls /dev/xen/evtchn; {pvbus} status | head -1 | cut -d' ' -f2-3; {pvbus} virq 3; exec 3<> /dev/xen/evtchn; exit 6"
 
     done = in_private_mounts(script, *AS_USER, *pvbus.split(), "run", "--", "sh", "-c", words, environ=with_packages())
 
     assert done.returncode == 6, done.stderr
-    assert done.stdout.splitlines() == ["0", "evtchn", "is ready,"]
+    assert done.stdout.splitlines() == ["0", "/dev/xen/evtchn", "is ready,"]
     assert "nobody can hear it" in done.stderr
-
-
-def test_a_run_is_short() -> None:
-    begin = time.monotonic()
-    run("true")
-
-    assert time.monotonic() - begin < RUN_S_MAX / 4

@@ -37,7 +37,8 @@ def test_ten_thousand_rounds_between_two_processes_lose_nothing(pvbus_shared_mac
 @BOTH
 def test_a_virq_reaches_a_client(pvbus_shared_machine: BootedMachine, linking: str) -> None:
     with started(str(xenevtchn_client(linking)), "virq", name=pvbus_shared_machine.name) as process:
-        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdin is not None
         assert process.stdout.readline() == "bound\n"
         pvbus_shared_machine.machine.raise_virq(VIRQ)
         rest, _ = process.communicate("go\n", timeout=20)

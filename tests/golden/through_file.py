@@ -3,7 +3,8 @@
 
     python -m pvbus.tests.golden.through_file DRIVER.so CPUS ABI SCENARIO…
 
-prints a JSON object: for each scenario what was compared and how it differed. The machine, $PVBUS_MACHINE, is only asked to settle.
+prints a JSON object: for each scenario what was compared and how it differed. The machine,
+$PVBUS_MACHINE, is only asked to settle.
 What a front end may answer otherwise stands in DEVIATIONS, and is counted.
 """
 

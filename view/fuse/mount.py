@@ -138,12 +138,12 @@ def read_memory(pid: int, address: int, size: int) -> bytes:
     if _libc.process_vm_readv(pid, _ours_at, 1, _theirs_at, 1, 0) != size:
         number = ctypes.get_errno()
         raise OSError(number if number not in (0, errno.ESRCH) else errno.EFAULT, "the caller's memory")
-    return _buffer[:size]
+    return ctypes.string_at(_buffer, size)
 
 
 def write_memory(pid: int, address: int, data: bytes) -> None:
     """Write into the memory of the process that a thread belongs to, as far as it can be written."""
-    _buffer[: len(data)] = data
+    ctypes.memmove(_buffer, data, len(data))
     _ours.length = _theirs.length = len(data)
     _theirs.base = address
     _libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0)

@@ -117,8 +117,9 @@ def serve_session(inbox: Inbox, session: Session) -> None:
             both.register(inbox_fd, select.EPOLLIN)
             watched = True
         kept = session.kept
+        timeout_s = None if timeout_ms < 0 else timeout_ms / 1000
         while not session.closed:
-            ready = both.poll(None if timeout_ms < 0 else timeout_ms / 1000)
+            ready = both.poll(timeout_s, 2)
             for fd, _ in ready:
                 if fd == session.fd:
                     session.serve()

@@ -146,7 +146,7 @@ def _mounted_below(directory: str) -> Iterator[str]:
 
 def sweep(spared: frozenset[int] = frozenset()) -> None:
     """Kill every process of this mount namespace but ourselves and those spared, and wait until they are gone."""
-    ours = os.stat("/proc/self/ns/mnt").st_ino
+    ours = Path("/proc/self/ns/mnt").stat().st_ino
     deadline_s = time.monotonic() + SWEEP_S_MAX
     while left := [pid for pid in _pids_in(ours) if pid != os.getpid() and pid not in spared]:
         if time.monotonic() > deadline_s:
@@ -164,6 +164,6 @@ def _pids_in(namespace: int) -> list[int]:
     found = []
     for entry in os.scandir("/proc"):
         with contextlib.suppress(OSError):  # not ours to look at, or gone; a zombie has no namespaces any more
-            if entry.name.isdecimal() and os.stat(f"/proc/{entry.name}/ns/mnt").st_ino == namespace:
+            if entry.name.isdecimal() and Path(entry.path, "ns/mnt").stat().st_ino == namespace:
                 found.append(int(entry.name))
     return found
