@@ -95,6 +95,20 @@ def test_lsevtchn_sees_the_ports_of_a_python_client(pvbus_shared_machine: Booted
 
 
 @pytest.mark.usefixtures("xenstore_tools")
+def test_when_xenstored_dies_who_waits_for_it_hears_an_error(machine_name: str) -> None:
+    script = "echo ready; xenstore-watch /seen >/dev/null; echo over; xenstore-read /a || echo refused"
+    with started("sh", "-c", script, name=machine_name, options=["--xenstore"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored").kill()
+
+        said, complaints = process.communicate(timeout=20)
+
+    assert said == "over\nrefused\n"
+    assert "pvbus run: xenstored has died" in complaints
+
+
+@pytest.mark.usefixtures("xenstore_tools")
 def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: BootedMachine) -> None:
     name = pvbus_shared_machine.name
     with started("sh", "-c", "echo ready; exec sleep 60", name=name, options=["--xenstore"]) as process:

@@ -76,7 +76,9 @@ class Xenstore(Fitting):
         def node(inbox: Inbox, machine: Peer, room: Room) -> XenbusDevice:
             tell_fd, page_fd = devices.fds[at : at + 2]
             page = Memory(page_fd, PAGE_BYTES)
-            return XenbusDevice(inbox, machine, room.domain, page, lambda port: _say(tell_fd, port))
+            device = XenbusDevice(inbox, machine, room.domain, page, lambda port: _say(tell_fd, port))
+            inbox.add_fd(tell_fd, select.EPOLLIN, lambda _: _watch_daemon(inbox, tell_fd, device))
+            return device
 
         devices.nodes["xenbus"] = node
 
@@ -87,7 +89,6 @@ class Xenstore(Fitting):
             said = self.told.recv(_PORT.size)
         except TimeoutError:
             said = b""
-        self.told.close()
         port = _PORT.unpack(said)[0] if said else -1
         if port <= 0:
             raise EnvironmentLacksError(f"xenbus has no event channel: {os.strerror(-port) if said else 'no answer'}")
@@ -111,12 +112,18 @@ class Xenstore(Fitting):
             env={**os.environ, **room.environment, "XENSTORED_RUNDIR": str(STATE / "run"), "XENSTORED_ROOTDIR": str(STATE)},
         )  # fmt: skip
         room.daemons[self.daemon.pid] = "xenstored"
-        self._await_answer()
+        ended = os.pidfd_open(self.daemon.pid)
+        try:
+            assert self.told is not None
+            with self.told:
+                socket.send_fds(self.told, [b"xenstored"], [ended])  # who waits for its answer then hears of its end
+            self._await_answer(ended)
+        finally:
+            os.close(ended)
 
-    def _await_answer(self) -> None:
+    def _await_answer(self, ended: int) -> None:
         """Read the root of the store, through the device and the event channel."""
         assert self.daemon is not None
-        ended = os.pidfd_open(self.daemon.pid)
         fd = os.open(XENBUS, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.write(fd, _HEADER.pack(_READ, 1, 0, 2) + b"/\0")
@@ -131,8 +138,21 @@ class Xenstore(Fitting):
             os.read(fd, 4096)
         finally:
             os.close(fd)
-            os.close(ended)
 
 
 def _say(fd: int, port: int) -> None:
     os.write(fd, _PORT.pack(port))
+
+
+def _watch_daemon(inbox: Inbox, told: int, device: XenbusDevice) -> None:
+    """In the server: take the descriptor of xenstored's process, and end every wait for it when it ends."""
+    with socket.socket(fileno=os.dup(told)) as receiver:
+        _, fds, _, _ = socket.recv_fds(receiver, 64, 1)
+    inbox.remove_fd(told)
+    for pidfd in fds:
+
+        def ended(_events: int, pidfd: int = pidfd) -> None:
+            inbox.remove_fd(pidfd)
+            device.end()  # the run says why, unless it is its own end
+
+        inbox.add_fd(pidfd, select.EPOLLIN, ended)

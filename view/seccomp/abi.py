@@ -156,7 +156,7 @@ _ours_at, _theirs_at = ctypes.pointer(_ours), ctypes.pointer(_theirs)
 
 
 def read_memory(tid: int, address: int, size: int) -> bytes | None:
-    """Copy `size` bytes, 16,384 at most, out of a process; None for a bad pointer. OSError for a process that may not be looked into."""
+    """Copy `size` bytes, 16,384 at most, out of a process; None for a bad pointer. OSError: it may not be looked into."""
     _theirs.base = address
     _ours.length = _theirs.length = size
     copied = _libc.process_vm_readv(tid, _ours_at, 1, _theirs_at, 1, 0)
