@@ -66,11 +66,11 @@ def run(*words: str, name: str | None = None, options: Sequence[str] = ()) -> su
     )  # fmt: skip
 
 
-def started(*words: str, name: str | None = None) -> subprocess.Popen[str]:
+def started(*words: str, name: str | None = None, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start a run, and talk to it."""
     need_namespaces()
     return subprocess.Popen(
-        command(*words, name=name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(*words, name=name, options=options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(),
     )  # fmt: skip
 
@@ -89,14 +89,14 @@ def compiled(source: Path, *options: str) -> Path:
     return target
 
 
-def xenevtchn_client(linking: str) -> Path:
-    """Give the client of libxenevtchn, "dynamic" or "static"; skip loudly without the library."""
+def xenevtchn_client(linking: str, source: str = "xenevtchn_client.c") -> Path:
+    """Give a client of libxenevtchn, "dynamic" or "static"; skip loudly without the library."""
     if not Path("/usr/include/xenevtchn.h").exists():
         not_shown("clients of libxenevtchn", "install Debian's package libxen-dev")
     libraries = ["-lxenevtchn", "-lpthread"]
     if linking == "static":
         libraries = ["-static", "-lxenevtchn", "-lxentoolcore", "-lxentoollog", "-lpthread"]
-    return compiled(HERE / "xenevtchn_client.c", *libraries)
+    return compiled(HERE / source, *libraries)
 
 
 def driver() -> Path:

@@ -57,6 +57,7 @@ class Running(NamedTuple):
 
     command: subprocess.Popen[bytes]
     servers: dict[int, str]
+    daemons: dict[int, str]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,17 +110,21 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         room.place_sys()
         for fitting in fittings:
             fitting.start(room)
-        servers |= room.daemons
         started = _start(command, room)
-        return started if isinstance(started, int) else _wait(Running(started, servers))
+        return started if isinstance(started, int) else _wait(Running(started, servers, room.daemons))
     finally:
         for pid in room.daemons:  # they may have a mount namespace of their own, where the guard does not look
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            _reap(pid)
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
-        for pid in {guard, *servers, *room.daemons}:
-            with contextlib.suppress(ChildProcessError):  # its end has been heard of already
-                os.waitpid(pid, 0)
+        for pid in (guard, *servers):
+            _reap(pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # its end has been heard of already
+        os.waitpid(pid, 0)
 
 
 def _guard(room: Room) -> tuple[int, int]:
@@ -171,10 +176,11 @@ def _wait(running: Running) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(command.pid, caught.si_signo)
             continue
-        for pid, title in list(running.servers.items()):
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
-                del running.servers[pid]
-                print(f"pvbus run: the server of {title} has died; its files answer with errors", file=sys.stderr)
+        for group, what in ((running.servers, "the server of {}"), (running.daemons, "{}")):
+            for pid, title in list(group.items()):
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
+                    del group[pid]
+                    print(f"pvbus run: {what.format(title)} has died; its files answer with errors", file=sys.stderr)
         code = command.poll()
         if code is not None:
             return code if code >= 0 else EXIT_SIGNALLED - code

@@ -3,25 +3,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from pvbus.tests.run.support import in_run, running
+from pvbus.tests.frontend.support import command, run, started, xenevtchn_client
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import bpf
 
 SECCOMP = ["--frontend", "seccomp"]
+ONE_DOMAIN = '[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n'
 ANY = bpf.ARCHITECTURES["x86_64"]
+
+
+@pytest.fixture
+def machine_name(pvbus_shared_machine: BootedMachine) -> str:
+    return pvbus_shared_machine.name
+
+
+def client(linking: str = "dynamic") -> str:
+    return str(xenevtchn_client(linking, "xen_client.c"))
+
+
+@contextlib.contextmanager
+def holding(machine: str) -> Iterator[subprocess.Popen[str]]:
+    """Have a client hold a port for the length of a with block."""
+    process = started(client(), "hold", name=machine, options=SECCOMP)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 def decide(number: int, *arguments: int, audit: int = ANY.audit) -> int:
@@ -63,56 +85,48 @@ def test_calls_of_another_architecture_are_let_through() -> None:
     assert decide(ANY.openat, audit=0x40000003) == bpf.ALLOW
 
 
-@pytest.mark.parametrize("linking", ["dynamic", "static"])
-@pytest.mark.parametrize("what", ["tour", "signals", "ping-pong", "readers"])
-def test_a_client_of_libxenevtchn_finds_the_device(
-    machine_name: str, compiled: Callable[[str], Path], linking: str, what: str
-) -> None:
-    rounds = {"dynamic": "3000", "static": "300"}[linking]
-
-    done = in_run(machine_name, SECCOMP, str(compiled(linking)), what, rounds)
-
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
-
-
-@pytest.mark.parametrize("what", ["tour", "ping-pong", "readers"])
-def test_the_same_client_finds_the_fuse_file(machine_name: str, compiled: Callable[[str], Path], what: str) -> None:
-    done = in_run(machine_name, [], str(compiled("dynamic")), what, "1000")
+@pytest.mark.checklist("A9.9", "A12.3", "A12.10", "A12.11")
+@pytest.mark.parametrize(
+    ("linking", "what"),
+    [("dynamic", "tour"), ("dynamic", "signals"), ("dynamic", "ping-pong"), ("dynamic", "readers"), ("static", "tour")],
+)
+def test_a_client_of_libxenevtchn_finds_the_device(machine_name: str, linking: str, what: str) -> None:
+    done = run(client(linking), what, "3000", name=machine_name, options=SECCOMP)
 
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
-def test_a_killed_client_is_a_release(pvbus_shared_machine: BootedMachine, compiled: Callable[[str], Path]) -> None:
+def test_a_killed_client_is_a_release(pvbus_shared_machine: BootedMachine) -> None:
     machine = pvbus_shared_machine.machine
-    with running(pvbus_shared_machine.name, SECCOMP, str(compiled("dynamic")), "hold") as run:
-        port = int(_line(run))
+    with holding(pvbus_shared_machine.name) as held:
+        port = int(_line(held))
         assert [one["port"] for one in machine.ports(0) if one["file"] != "kernel"] == [port]
-        assert any("xen_client" in file["name"] or "dynamic" in file["name"] for file in machine.status()["files"])
+        assert any(file["name"].startswith("evtchn:xen_client") for file in machine.status()["files"])
 
-        _child_of(run, "hold").kill()
+        _child_of(held, "hold").kill()
 
         until(lambda: machine.status()["files"] == [], "the file of a killed client is released")
-        assert run.wait(10) == 128 + signal.SIGKILL
+        assert held.wait(10) == 128 + signal.SIGKILL
 
 
-def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str, compiled: Callable[[str], Path]) -> None:
-    with running(machine_name, SECCOMP, str(compiled("dynamic")), "hold") as run:
-        _line(run)
+def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str) -> None:
+    with holding(machine_name) as held:
+        _line(held)
 
-        _child_of(run, "pvbus: seccomp").kill()
+        _child_of(held, "pvbus: seccomp").kill()
 
-        assert _line(run) == "error!!"
+        assert _line(held) == "error!!"
 
 
-def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any, compiled: Callable[[str], Path]) -> None:
-    booted = pvbus_boot('[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n')
-    with running(booted.name, SECCOMP, str(compiled("dynamic")), "hold") as run:
-        _line(run)
+def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any) -> None:
+    booted = pvbus_boot(ONE_DOMAIN)
+    with holding(booted.name) as held:
+        _line(held)
         pid = next(row["pid"] for row in booted.machine.status()["processes"] if row["name"].startswith("file/0."))
 
         os.kill(pid, signal.SIGKILL)
 
-        assert _line(run) == "error!!"
+        assert _line(held) == "error!!"
 
 
 def test_programs_that_never_heard_of_it_go_on_as_ever(machine_name: str, tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_programs_that_never_heard_of_it_go_on_as_ever(machine_name: str, tmp_pa
         f"open({str(tmp_path / 'evtchn')!r}, 'w').write('mine')\n"
     )
 
-    done = in_run(machine_name, SECCOMP, sys.executable, "-c", script)
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
 
     assert (done.returncode, done.stdout) == (0, "fine\n")
     assert len(done.stderr) == 1 + 3 + 5 + 4099
@@ -146,12 +160,14 @@ def test_however_the_path_is_put_it_leads_to_the_device(machine_name: str) -> No
         "print([stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in files], [os.get_inheritable(fd) for fd in files])\n"
     )
 
-    done = in_run(machine_name, SECCOMP, sys.executable, "-c", script)
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
 
     assert done.stdout == "[True, True, True] [False, False, False]\n", done.stderr
 
 
-def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(pvbus_shared_machine: BootedMachine) -> None:
+def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(
+    pvbus_shared_machine: BootedMachine, machine_name: str
+) -> None:
     script = (
         "import os, resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
@@ -159,10 +175,59 @@ def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(pvbus_
         "except OSError as error: print(error.errno)\n"
     )
 
-    done = in_run(pvbus_shared_machine.name, SECCOMP, sys.executable, "-c", script)
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
 
     assert done.stdout == "24\n", done.stderr
     assert pvbus_shared_machine.machine.status()["files"] == []
+
+
+def test_when_the_machine_stops_its_device_answers_eio_and_all_else_goes_on(pvbus_boot: Any) -> None:
+    booted = pvbus_boot(ONE_DOMAIN)
+    script = (
+        "import fcntl, os, struct, sys\n"
+        "def errno_of(call, *arguments):\n"
+        "    try: return call(*arguments)\n"
+        "    except OSError as error: return error.errno\n"
+        "fd, one = os.open('/dev/xen/evtchn', os.O_RDWR), struct.pack('=I', 1)\n"
+        "print(fcntl.ioctl(fd, 0x44502, bytearray(4)), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(*[errno_of(fcntl.ioctl, fd, request, one) for request in (0x44504, 0x44502)], errno_of(os.read, fd, 4),\n"
+        "      errno_of(os.open, '/dev/xen/evtchn', os.O_RDWR), open('/proc/self/comm').read().strip())\n"
+    )
+    with started(sys.executable, "-c", script, name=booted.name, options=SECCOMP) as process:
+        assert _line(process) == "1"
+        booted.machine.shutdown()
+        until(lambda: booted.process.poll() is not None, "the machine has stopped")
+
+        said, _ = process.communicate("go\n", timeout=20)
+
+    assert said == f"5 5 b'' 5 {Path(sys.executable).name[:15]}\n"
+
+
+def test_threads_of_a_program_call_at_the_same_time(machine_name: str) -> None:
+    script = (
+        "import fcntl, os, struct, threading\n"
+        "fds = [os.open('/dev/xen/evtchn', os.O_RDWR) for _ in range(4)]\n"
+        "ports = [[] for _ in fds]\n"
+        "def work(at):\n"
+        "    for _ in range(20):\n"
+        "        port = fcntl.ioctl(fds[at], 0x44502, bytearray(4))\n"
+        "        assert fcntl.ioctl(fds[at], 0x44504, bytearray(struct.pack('=I', port))) == 0\n"
+        "        ports[at].append(port)\n"
+        "threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "print(sorted(sum(ports, [])) == list(range(1, 81)))\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_run_within_such_a_run_says_what_stands_against_it(machine_name: str) -> None:
+    done = run(*command("true", name=machine_name, options=SECCOMP), name=machine_name, options=SECCOMP)
+
+    assert (done.returncode, done.stderr) == (3, "pvbus run: no seccomp user notification: Device or resource busy\n")
 
 
 def _line(run: subprocess.Popen[str]) -> str:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Debian's xenstored and lsevtchn in a run: unmodified, over the machine's event channels."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.view.support import until
+from pvbus.view.pytest_plugin import BootedMachine
+
+PAIRS = 300
+LSEVTCHN = "/usr/lib/xen-4.17/bin/lsevtchn"
+XENSTORED = "/usr/lib/xen-4.17/bin/xenstored"
+README = Path(__file__).resolve().parents[2] / "README.md"
+README_LINES = [line for line in README.read_text(encoding="utf-8").splitlines() if "pvbus run --xenstore" in line]
+
+
+def need(path: str, package: str) -> None:
+    if not Path(path).exists():
+        not_shown(f"what {path} makes of it", f"install Debian's package {package}")
+
+
+@pytest.fixture
+def machine_name(pvbus_shared_machine: BootedMachine) -> str:
+    return pvbus_shared_machine.name
+
+
+@pytest.fixture
+def xenstore_tools() -> None:
+    need(XENSTORED, "xen-utils-4.17")
+    need("/usr/bin/xenstore-read", "xenstore-utils")
+
+
+def _upcalls(booted: BootedMachine) -> int:
+    return sum(int(cpu["upcalls"]) for cpu in booted.machine.status()["domains"][0]["vcpus"])
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+@pytest.mark.parametrize("frontend", ["fuse", "seccomp"])
+def test_xenstored_answers_over_the_event_channel(pvbus_shared_machine: BootedMachine, frontend: str) -> None:
+    pairs = {"fuse": PAIRS, "seccomp": 30}[frontend]
+    script = (
+        f"i=0; while [ $i -lt {pairs} ]; do xenstore-write /pvbus/$i value-$i && xenstore-read /pvbus/$i; i=$((i+1)); done\n"
+        "xenstore-rm /pvbus; xenstore-exists /pvbus || echo gone"
+    )
+    before = _upcalls(pvbus_shared_machine)
+
+    done = run("sh", "-c", script, name=pvbus_shared_machine.name, options=["--xenstore", "--frontend", frontend])
+
+    assert done.stdout.splitlines() == [f"value-{number}" for number in range(pairs)] + ["gone"], done.stderr
+    assert _upcalls(pvbus_shared_machine) - before >= 4 * pairs  # a request and an answer, a write and a read
+    assert pvbus_shared_machine.machine.ports(0) == []
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_a_watch_sees_what_another_user_writes(machine_name: str) -> None:
+    script = (
+        "xenstore-watch -n 2 /seen > /dev/shm/pvbus-test-watch-$$ & w=$!\n"
+        "while ! grep -q seen /dev/shm/pvbus-test-watch-$$; do :; done\n"
+        "xenstore-write /seen/it now; wait $w; cat /dev/shm/pvbus-test-watch-$$; rm /dev/shm/pvbus-test-watch-$$"
+    )
+
+    done = run("timeout", "20", "sh", "-c", script, name=machine_name, options=["--xenstore"])
+
+    assert done.stdout.split() == ["/seen", "/seen/it"], done.stderr
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_lsevtchn_prints_the_port_table(pvbus_shared_machine: BootedMachine) -> None:
+    done = run(LSEVTCHN, name=pvbus_shared_machine.name, options=["--xenstore"])
+
+    rows = [re.sub(r"\s+", " ", row).strip() for row in done.stdout.splitlines()]
+    assert rows == [
+        "1: VCPU 0: Interdomain (Connected) - Remote Domain 0, Port 3",
+        "2: VCPU 0: Virtual IRQ 3",
+        "3: VCPU 0: Interdomain (Connected) - Remote Domain 0, Port 1",
+    ], done.stderr
+
+
+def test_lsevtchn_sees_the_ports_of_a_python_client(pvbus_shared_machine: BootedMachine) -> None:
+    need(LSEVTCHN, "xen-utils-4.17")
+    with pvbus_shared_machine.machine.open_evtchn() as file:
+        port = file.bind_unbound_port(0)
+
+        done = run(LSEVTCHN, name=pvbus_shared_machine.name, options=[])
+
+    assert done.stdout.split() == f"{port}: VCPU 0: Interdomain (Waiting connection) - Remote Domain 0".split()
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_when_xenstored_dies_who_waits_for_it_hears_an_error(machine_name: str) -> None:
+    script = "echo ready; xenstore-watch /seen >/dev/null; echo over; xenstore-read /a || echo refused"
+    with started("sh", "-c", script, name=machine_name, options=["--xenstore"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored").kill()
+
+        said, complaints = process.communicate(timeout=20)
+
+    assert said == "over\nrefused\n"
+    assert "pvbus run: xenstored has died" in complaints
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: BootedMachine) -> None:
+    name = pvbus_shared_machine.name
+    with started("sh", "-c", "echo ready; exec sleep 60", name=name, options=["--xenstore"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        daemon = next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored")
+        process.kill()
+        process.wait(10)
+
+        until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE, "xenstored ends with its run")
+        until(lambda: pvbus_shared_machine.machine.ports(0) == [], "its ports are free")
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+@pytest.mark.parametrize(
+    ("line", "said"), list(zip(README_LINES, ["", 'b\\n.*a = "b"\\n', r" +1: VCPU 0: Interdomain.*Virtual IRQ 3.*"], strict=True))
+)
+def test_the_commands_of_the_readme_do_what_it_says(line: str, said: str) -> None:
+    words = shlex.split(line, comments=True)
+    need_namespaces()
+
+    done = subprocess.run(
+        [*COMMAND, *words[2:]], env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(said, done.stdout, re.DOTALL), done.stdout
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_xenstored_runs_in_domain_0_only(pvbus_boot: object) -> None:
+    booted = pvbus_boot('[[domain]]\nid = 0\n\n[[domain]]\nid = 1\nplatforms = ["xen"]\n')  # type: ignore[operator]
+
+    done = run("true", name=booted.name, options=["--xenstore", "--domain", "1"])
+
+    assert (done.returncode, done.stderr) == (3, "pvbus run: xenstored runs in domain 0, not in domain 1\n")
+    assert not Path("/dev/.xenstored").exists()
