@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import run, started, xenevtchn_client
+from pvbus.tests.frontend.support import command, run, started, xenevtchn_client
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import bpf
 
 SECCOMP = ["--frontend", "seccomp"]
+ONE_DOMAIN = '[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n'
 ANY = bpf.ARCHITECTURES["x86_64"]
 
 
@@ -118,7 +119,7 @@ def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str) -> No
 
 
 def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any) -> None:
-    booted = pvbus_boot('[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n')
+    booted = pvbus_boot(ONE_DOMAIN)
     with holding(booted.name) as held:
         _line(held)
         pid = next(row["pid"] for row in booted.machine.status()["processes"] if row["name"].startswith("file/0."))
@@ -178,6 +179,55 @@ def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(
 
     assert done.stdout == "24\n", done.stderr
     assert pvbus_shared_machine.machine.status()["files"] == []
+
+
+def test_when_the_machine_stops_its_device_answers_eio_and_all_else_goes_on(pvbus_boot: Any) -> None:
+    booted = pvbus_boot(ONE_DOMAIN)
+    script = (
+        "import fcntl, os, struct, sys\n"
+        "def errno_of(call, *arguments):\n"
+        "    try: return call(*arguments)\n"
+        "    except OSError as error: return error.errno\n"
+        "fd, one = os.open('/dev/xen/evtchn', os.O_RDWR), struct.pack('=I', 1)\n"
+        "print(fcntl.ioctl(fd, 0x44502, bytearray(4)), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(*[errno_of(fcntl.ioctl, fd, request, one) for request in (0x44504, 0x44502)], errno_of(os.read, fd, 4),\n"
+        "      errno_of(os.open, '/dev/xen/evtchn', os.O_RDWR), open('/proc/self/comm').read().strip())\n"
+    )
+    with started(sys.executable, "-c", script, name=booted.name, options=SECCOMP) as process:
+        assert _line(process) == "1"
+        booted.machine.shutdown()
+        until(lambda: booted.process.poll() is not None, "the machine has stopped")
+
+        said, _ = process.communicate("go\n", timeout=20)
+
+    assert said == f"5 5 b'' 5 {Path(sys.executable).name[:15]}\n"
+
+
+def test_threads_of_a_program_call_at_the_same_time(machine_name: str) -> None:
+    script = (
+        "import fcntl, os, struct, threading\n"
+        "fds = [os.open('/dev/xen/evtchn', os.O_RDWR) for _ in range(4)]\n"
+        "ports = [[] for _ in fds]\n"
+        "def work(at):\n"
+        "    for _ in range(20):\n"
+        "        port = fcntl.ioctl(fds[at], 0x44502, bytearray(4))\n"
+        "        assert fcntl.ioctl(fds[at], 0x44504, bytearray(struct.pack('=I', port))) == 0\n"
+        "        ports[at].append(port)\n"
+        "threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "print(sorted(sum(ports, [])) == list(range(1, 81)))\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_run_within_such_a_run_says_what_stands_against_it(machine_name: str) -> None:
+    done = run(*command("true", name=machine_name, options=SECCOMP), name=machine_name, options=SECCOMP)
+
+    assert (done.returncode, done.stderr) == (3, "pvbus run: no seccomp user notification: Device or resource busy\n")
 
 
 def _line(run: subprocess.Popen[str]) -> str:

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import not_shown, run, started
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, environment, need_namespaces, not_shown, run, started
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 
 PAIRS = 300
 LSEVTCHN = "/usr/lib/xen-4.17/bin/lsevtchn"
 XENSTORED = "/usr/lib/xen-4.17/bin/xenstored"
+README = Path(__file__).resolve().parents[2] / "README.md"
+README_LINES = [line for line in README.read_text(encoding="utf-8").splitlines() if "pvbus run --xenstore" in line]
 
 
 def need(path: str, package: str) -> None:
@@ -91,6 +95,20 @@ def test_lsevtchn_sees_the_ports_of_a_python_client(pvbus_shared_machine: Booted
 
 
 @pytest.mark.usefixtures("xenstore_tools")
+def test_when_xenstored_dies_who_waits_for_it_hears_an_error(machine_name: str) -> None:
+    script = "echo ready; xenstore-watch /seen >/dev/null; echo over; xenstore-read /a || echo refused"
+    with started("sh", "-c", script, name=machine_name, options=["--xenstore"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored").kill()
+
+        said, complaints = process.communicate(timeout=20)
+
+    assert said == "over\nrefused\n"
+    assert "pvbus run: xenstored has died" in complaints
+
+
+@pytest.mark.usefixtures("xenstore_tools")
 def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: BootedMachine) -> None:
     name = pvbus_shared_machine.name
     with started("sh", "-c", "echo ready; exec sleep 60", name=name, options=["--xenstore"]) as process:
@@ -102,6 +120,22 @@ def test_when_the_run_is_killed_xenstored_ends_with_it(pvbus_shared_machine: Boo
 
         until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE, "xenstored ends with its run")
         until(lambda: pvbus_shared_machine.machine.ports(0) == [], "its ports are free")
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+@pytest.mark.parametrize(
+    ("line", "said"), list(zip(README_LINES, ["", 'b\\n.*a = "b"\\n', r" +1: VCPU 0: Interdomain.*Virtual IRQ 3.*"], strict=True))
+)
+def test_the_commands_of_the_readme_do_what_it_says(line: str, said: str) -> None:
+    words = shlex.split(line, comments=True)
+    need_namespaces()
+
+    done = subprocess.run(
+        [*COMMAND, *words[2:]], env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(said, done.stdout, re.DOTALL), done.stdout
 
 
 @pytest.mark.usefixtures("xenstore_tools")

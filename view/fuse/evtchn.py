@@ -21,7 +21,7 @@ from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
 from pvbus.view.fuse.caller import READ, WRITE, Callers
-from pvbus.view.fuse.mount import read_memory, write_memory
+from pvbus.view.fuse.mount import write_memory
 from pvbus.view.fuse.node import Handle, Node, error
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class OpenFile(Handle):
         data: bytes | None = b""
         if size:
             try:
-                data = read_memory(request.pid, argument, size)
+                data = self.device.callers.memory(request.pid, argument, size)
             except OSError as failed:
                 if failed.errno != errno.EFAULT:
                     raise

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
+from pvbus.view.fuse.follow import IN_A_ROW, follow
 from pvbus.view.fuse.node import Handle, Node, error
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Session:
         self.kept = 0
         """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
         os.set_blocking(fd, False)
+        self._caller = self._in_a_row = 0
         self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
         self._buffers = [self._buffer]
         self._view = memoryview(self._buffer)
@@ -138,6 +140,12 @@ class Session:
         if operation is None:
             self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
             return
+        if pid != self._caller:
+            self._caller, self._in_a_row = pid, 0
+        self._in_a_row += 1
+        if self._in_a_row == IN_A_ROW:
+            self._in_a_row = 0
+            follow(pid)
         request = Request(self, unique, opcode, nodeid, uid, pid)
         try:
             operation(request, self._view[abi.IN_HEADER_BYTES : size])

@@ -20,7 +20,7 @@ from pvbus.view.fuse import mount
 from pvbus.view.run import boot
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
-from pvbus.view.run.room import EnvironmentLacksError, Room, sweep
+from pvbus.view.run.room import Room, sweep
 from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
 from pvbus.view.run.xenstore import Xenstore
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-EXIT_ENVIRONMENT = 3
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
@@ -57,19 +56,15 @@ class Running(NamedTuple):
 
     command: subprocess.Popen[bytes]
     servers: dict[int, str]
+    daemons: dict[int, str]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Be the verb."""
-    try:
-        with _machine(arguments.name) as name:
-            _check_domain(name, arguments.domain)
-            fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
-            room = Room(name, arguments.domain)
-            return _in_room(room, fittings, arguments.command)
-    except EnvironmentLacksError as error:
-        print(f"pvbus run: {error}", file=sys.stderr)
-        return EXIT_ENVIRONMENT
+    """Be the verb. EnvironmentLacksError, and any other OSError, says in a sentence what is missing here."""
+    with _machine(arguments.name) as name:
+        _check_domain(name, arguments.domain)
+        fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
+        return _in_room(Room(name, arguments.domain), fittings, arguments.command)
 
 
 def _machine(name: str | None) -> contextlib.AbstractContextManager[str]:
@@ -109,17 +104,27 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         room.place_sys()
         for fitting in fittings:
             fitting.start(room)
-        servers |= room.daemons
         started = _start(command, room)
-        return started if isinstance(started, int) else _wait(Running(started, servers))
+        return started if isinstance(started, int) else _wait(Running(started, servers, room.daemons))
     finally:
         for pid in room.daemons:  # they may have a mount namespace of their own, where the guard does not look
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            _reap(pid)
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
-        for pid in {guard, *servers, *room.daemons}:
-            with contextlib.suppress(ChildProcessError):  # its end has been heard of already
-                os.waitpid(pid, 0)
+        _reap(guard)
+        try:
+            sweep()  # if the guard could not
+        except TimeoutError as error:
+            print(f"pvbus run: {error}", file=sys.stderr)
+        else:
+            for pid in servers:
+                _reap(pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # its end has been heard of already
+        os.waitpid(pid, 0)
 
 
 def _guard(room: Room) -> tuple[int, int]:
@@ -137,7 +142,8 @@ def _guard(room: Room) -> tuple[int, int]:
 
         setproctitle(f"pvbus: run/{room.machine}")
         os.read(read_end, 1)
-        sweep(frozenset({os.getppid()}))
+        with contextlib.suppress(TimeoutError):  # the first process says so, if it lives
+            sweep(frozenset({os.getppid()}))
     finally:
         os._exit(0)
 
@@ -156,7 +162,7 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
     except FileNotFoundError:
         print(f"pvbus run: there is no command {command[0]!r}", file=sys.stderr)
         return EXIT_NOT_FOUND
-    except PermissionError as error:
+    except OSError as error:
         print(f"pvbus run: {command[0]!r} cannot be executed: {error.strerror}", file=sys.stderr)
         return EXIT_NOT_EXECUTABLE
 
@@ -171,10 +177,11 @@ def _wait(running: Running) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(command.pid, caught.si_signo)
             continue
-        for pid, title in list(running.servers.items()):
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
-                del running.servers[pid]
-                print(f"pvbus run: the server of {title} has died; its files answer with errors", file=sys.stderr)
+        for group, what in ((running.servers, "the server of {}"), (running.daemons, "{}")):
+            for pid, title in list(group.items()):
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
+                    del group[pid]
+                    print(f"pvbus run: {what.format(title)} has died; its files answer with errors", file=sys.stderr)
         code = command.poll()
         if code is not None:
             return code if code >= 0 else EXIT_SIGNALLED - code

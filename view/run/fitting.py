@@ -9,6 +9,7 @@ and `start` (/sys is in place: daemons, as children). Add a fitting to FITTINGS 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -76,6 +77,8 @@ def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
         from setproctitle import setproctitle
 
         setproctitle(f"pvbus: {fitting.title}/{room.machine}")
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # four descriptors an open file
         fitting.serve(room)
         code = 0
     except BaseException:
@@ -117,8 +120,9 @@ def serve_session(inbox: Inbox, session: Session) -> None:
             both.register(inbox_fd, select.EPOLLIN)
             watched = True
         kept = session.kept
+        timeout_s = None if timeout_ms < 0 else timeout_ms / 1000
         while not session.closed:
-            ready = both.poll(None if timeout_ms < 0 else timeout_ms / 1000)
+            ready = both.poll(timeout_s, 2)
             for fd, _ in ready:
                 if fd == session.fd:
                     session.serve()
@@ -129,7 +133,8 @@ def serve_session(inbox: Inbox, session: Session) -> None:
 
     inbox.sleep_in(sleep)
     try:
-        inbox.get()  # answers are handled inside; nobody sends us messages of other kinds
+        while True:
+            inbox.get()  # answers are handled inside; nobody sends us messages of other kinds
     except _Unmounted:
         both.close()
 

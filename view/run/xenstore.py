@@ -39,10 +39,11 @@ _PORT = struct.Struct("=i")
 
 def find_xenstored() -> str:
     """Give the path of the newest xenstored. EnvironmentLacksError names the packages."""
-    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored"))) or [path for path in [shutil.which("xenstored")] if path]
-    if not found:
+    found = sorted(map(str, Path("/usr/lib").glob("xen-*/bin/xenstored")))
+    program = found[-1] if found else shutil.which("xenstored")
+    if program is None:
         raise EnvironmentLacksError(f"there is no xenstored ({PACKAGES})")
-    return found[-1]
+    return program
 
 
 class Xenstore(Fitting):
@@ -62,6 +63,9 @@ class Xenstore(Fitting):
             raise EnvironmentLacksError(f"xenstored runs in domain 0, not in domain {room.domain}")
         STATE.mkdir(mode=0o700)
         (STATE / "run").mkdir()
+        (STATE / "capabilities").write_text("control_d\n", encoding="ascii")  # this is the domain of the toolstack
+        for name in ("privcmd", "xenbus"):
+            (STATE / name).symlink_to(f"/dev/xen/{name}")
         self.page = os.open(STATE / "xsd_kva", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.page, PAGE_BYTES)
         self.told, tell = socket.socketpair()
@@ -72,7 +76,9 @@ class Xenstore(Fitting):
         def node(inbox: Inbox, machine: Peer, room: Room) -> XenbusDevice:
             tell_fd, page_fd = devices.fds[at : at + 2]
             page = Memory(page_fd, PAGE_BYTES)
-            return XenbusDevice(inbox, machine, room.domain, page, lambda port: _say(tell_fd, port))
+            device = XenbusDevice(inbox, machine, room.domain, page, lambda port: _say(tell_fd, port))
+            inbox.add_fd(tell_fd, select.EPOLLIN, lambda _: _watch_daemon(inbox, tell_fd, device))
+            return device
 
         devices.nodes["xenbus"] = node
 
@@ -83,7 +89,6 @@ class Xenstore(Fitting):
             said = self.told.recv(_PORT.size)
         except TimeoutError:
             said = b""
-        self.told.close()
         port = _PORT.unpack(said)[0] if said else -1
         if port <= 0:
             raise EnvironmentLacksError(f"xenbus has no event channel: {os.strerror(-port) if said else 'no answer'}")
@@ -107,12 +112,18 @@ class Xenstore(Fitting):
             env={**os.environ, **room.environment, "XENSTORED_RUNDIR": str(STATE / "run"), "XENSTORED_ROOTDIR": str(STATE)},
         )  # fmt: skip
         room.daemons[self.daemon.pid] = "xenstored"
-        self._await_answer()
+        ended = os.pidfd_open(self.daemon.pid)
+        try:
+            assert self.told is not None
+            with self.told:
+                socket.send_fds(self.told, [b"xenstored"], [ended])  # who waits for its answer then hears of its end
+            self._await_answer(ended)
+        finally:
+            os.close(ended)
 
-    def _await_answer(self) -> None:
+    def _await_answer(self, ended: int) -> None:
         """Read the root of the store, through the device and the event channel."""
         assert self.daemon is not None
-        ended = os.pidfd_open(self.daemon.pid)
         fd = os.open(XENBUS, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.write(fd, _HEADER.pack(_READ, 1, 0, 2) + b"/\0")
@@ -127,8 +138,21 @@ class Xenstore(Fitting):
             os.read(fd, 4096)
         finally:
             os.close(fd)
-            os.close(ended)
 
 
 def _say(fd: int, port: int) -> None:
     os.write(fd, _PORT.pack(port))
+
+
+def _watch_daemon(inbox: Inbox, told: int, device: XenbusDevice) -> None:
+    """In the server: take the descriptor of xenstored's process, and end every wait for it when it ends."""
+    with socket.socket(fileno=os.dup(told)) as receiver:
+        _, fds, _, _ = socket.recv_fds(receiver, 64, 1)
+    inbox.remove_fd(told)
+    for pidfd in fds:
+
+        def ended(_events: int, pidfd: int = pidfd) -> None:
+            inbox.remove_fd(pidfd)
+            device.end()  # the run says why, unless it is its own end
+
+        inbox.add_fd(pidfd, select.EPOLLIN, ended)

@@ -13,8 +13,8 @@ import fcntl
 import mmap
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pvbus.view.seccomp import bpf
 
@@ -42,8 +42,7 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A system call that waits for its answer: who (a thread's id) makes which, with what."""
 
     id: int
@@ -150,25 +149,28 @@ for _copy in (_libc.process_vm_readv, _libc.process_vm_writev):
     _copy.restype = ctypes.c_ssize_t
 
 
-def _vectors(buffer: ctypes.Array[ctypes.c_char], address: int, size: int) -> tuple[_Iovec, _Iovec]:
-    return _Iovec(ctypes.addressof(buffer), size), _Iovec(address, size)
+_COPY_BYTES_MAX = 16384  # a vector of 1,024 segments
+_buffer = ctypes.create_string_buffer(_COPY_BYTES_MAX)  # one thread serves
+_ours, _theirs = _Iovec(ctypes.addressof(_buffer), 0), _Iovec()
+_ours_at, _theirs_at = ctypes.pointer(_ours), ctypes.pointer(_theirs)
 
 
 def read_memory(tid: int, address: int, size: int) -> bytes | None:
-    """Copy `size` bytes out of a process; None for a bad pointer. OSError for a process that may not be looked into."""
-    buffer = ctypes.create_string_buffer(size)
-    ours, theirs = _vectors(buffer, address, size)
-    copied = _libc.process_vm_readv(tid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
+    """Copy `size` bytes, 16,384 at most, out of a process; None for a bad pointer. OSError: it may not be looked into."""
+    _theirs.base = address
+    _ours.length = _theirs.length = size
+    copied = _libc.process_vm_readv(tid, _ours_at, 1, _theirs_at, 1, 0)
     if copied < 0 and ctypes.get_errno() != errno.EFAULT:
         raise _failed(f"process_vm_readv of {tid}")
-    return buffer.raw if copied == size else None
+    return ctypes.string_at(_buffer, size) if copied == size else None
 
 
 def write_memory(tid: int, address: int, data: bytes) -> bool:
     """Copy into a process; False for a bad pointer. OSError for a process that may not be written into."""
-    buffer = ctypes.create_string_buffer(data, len(data))
-    ours, theirs = _vectors(buffer, address, len(data))
-    copied = _libc.process_vm_writev(tid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
+    ctypes.memmove(_buffer, data, len(data))
+    _theirs.base = address
+    _ours.length = _theirs.length = len(data)
+    copied = _libc.process_vm_writev(tid, _ours_at, 1, _theirs_at, 1, 0)
     if copied < 0 and ctypes.get_errno() != errno.EFAULT:
         raise _failed(f"process_vm_writev of {tid}")
     return bool(copied == len(data))

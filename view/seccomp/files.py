@@ -124,7 +124,7 @@ class SocketFile:
 
     def unread(self) -> bool:
         """Whether something lies in the user's socket."""
-        return struct.unpack("=i", fcntl.ioctl(self.ours.fileno(), _SIOCOUTQ, b"\0\0\0\0"))[0] > 0
+        return any(fcntl.ioctl(self.ours.fileno(), _SIOCOUTQ, b"\0\0\0\0"))
 
     def hang_up(self) -> None:
         """Show the user the end: reads give what lies there and then nothing, ioctls EIO. Its writes go nowhere."""

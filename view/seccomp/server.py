@@ -13,9 +13,8 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
@@ -30,12 +29,10 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = 0xFFFFFF9C
 _HOW_BYTES = 24
-_CALLS_A_TURN_MAX = 16  # of one listener, then the others have their turn
 _EVERY_CHANGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A call that is to be answered, and through what."""
 
     listener: int
@@ -96,13 +93,9 @@ class Frontend:
             self.inbox.remove_fd(listener)
             os.close(listener)
             return
-        for turn in range(_CALLS_A_TURN_MAX):
-            if turn and not select_now(listener):
-                return
-            call = abi.receive(listener)
-            if call is not None:
-                waiting = Waiting(listener, call)
-                self._guarded(waiting, self._handlers.get(call.number, self._open))
+        call = abi.receive(listener)
+        if call is not None:
+            self._guarded(Waiting(listener, call), self._handlers.get(call.number, self._open))
 
     @staticmethod
     def _guarded(waiting: Waiting, handle: Callable[[Waiting], None]) -> None:
@@ -242,10 +235,10 @@ class Frontend:
         if request == bpf.FIOASYNC:
             self._edges_wanted(waiting)
             return
-        file.take_writes()  # what was written before takes effect before, and what has come before can be read after
-        file.pump()
+        file.take_writes()  # what was written before takes effect before
         size = ARGUMENT_BYTES.get(request)
         if size is None:
+            file.pump()  # whoever asks for nothing finds that all is done
             waiting.refuse(errno.ENOSYS)
             return
         argument = abi.read_memory(call.tid, call.arguments[2], size) if size else b""
@@ -294,9 +287,3 @@ class Frontend:
         else:
             waiting.answer(result)
 
-
-def select_now(fd: int) -> bool:
-    """Whether a descriptor is readable at this moment."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(0) and poller.poll(0)[0][1] & select.POLLIN)

@@ -95,12 +95,16 @@ class XenbusDevice(Node):
             self.file.notify(self._port)
 
     def fail(self, why: str) -> None:
-        """Nothing comes of it any more: every user hears EIO."""
+        """Say what has gone wrong, and end."""
         if not self.broken:
-            self.broken = True
             print(f"pvbus: xenbus: {why}", file=sys.stderr, flush=True)
-            for handle in list(self.handles.values()):
-                handle.wake()
+            self.end()
+
+    def end(self) -> None:
+        """Nothing comes of it any more: every user hears EIO."""
+        self.broken = True
+        for handle in list(self.handles.values()):
+            handle.wake()
 
 
 class XenbusHandle(Handle):
