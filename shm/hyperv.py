@@ -163,6 +163,9 @@ class Buffer:
     """A message buffer of the hypervisor's. VP is VP_HOST for messages of the guest to its host."""
 
     FREE, QUEUED = range(2)
+    STATE_MASK: Final = 0xFF  # above it, for a message of the guest, the serial of its hypercall
+    SERIAL_SHIFT: Final = 8
+    SERIALS: Final = 1 << 24
     STATE: Final = 0
     SEQ: Final = 4
     VP: Final = 8

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pvbus.actors.runtime import vmbus_messages as vm
     from pvbus.actors.runtime.wire import Message
 
+DEATHS_MAX = 3  # under one call: it may be what they die of
+
 
 class BusLink:
     """The way to one bus.
@@ -51,11 +53,23 @@ class BusLink:
         """Whether the caller is a driver's probe, remove or shutdown."""
         return self.connection.calls_here() or threading.current_thread() is self._reviver
 
-    def ask(self, message: Message) -> tuple[Message, list[int]]:
-        """Call the workqueue, or its heir once that is up. EIO for a call that it dies under: it may have been made."""
-        if not self.calls_here():  # whom the heir's coming waits for
+    def ask(self, message: Message, *, again: bool = False) -> tuple[Message, list[int]]:
+        """Call the workqueue, or its heir once that is up. EIO for a call that it dies under: it may have been made.
+
+        `again`: make it again then; what it did with the dead one is gone, and twice is as good as once.
+        """
+        if self.calls_here():  # whom the heir's coming waits for
+            return self.connection.ask(message)
+        for _ in range(DEATHS_MAX):
             self._await(lambda: not self.connection.closed)
-        return self.connection.ask(message)
+            connection = self.connection
+            try:
+                return connection.ask(message)
+            except OSError as error:
+                if not again or error.errno != errno.EIO or not connection.hung_up():
+                    raise
+            connection.gone.wait(CALL_TIMEOUT_S)
+        raise OSError(errno.EIO, f"the bus has died {DEATHS_MAX} times under this call")
 
     def await_heir(self) -> None:
         """Return when nothing of a death is left to do here: connected, drivers registered again. ETIMEDOUT."""

@@ -303,7 +303,7 @@ class Bus:
         self._drivers[made.name] = made
         self._registering.add(made.name)
         try:
-            self._link.ask(vm.RegisterDriver(name=made.name, id_table=table))
+            self._link.ask(vm.RegisterDriver(name=made.name, id_table=table), again=True)
         except BaseException:
             del self._drivers[made.name]
             raise
@@ -314,7 +314,7 @@ class Bus:
     def unregister(self, driver: VmbusDriver | str) -> None:
         """Mirror vmbus_driver_unregister: `remove` is called for each of its devices before this returns. ENOENT."""
         name = driver if isinstance(driver, str) else driver.name
-        self._link.ask(vm.UnregisterDriver(name=name))
+        self._link.ask(vm.UnregisterDriver(name=name), again=True)
         self._drivers.pop(name, None)
 
     def device(self, name: str) -> dict[str, Any] | None:
@@ -337,7 +337,7 @@ class Bus:
         """List the devices with their attributes."""
         found: list[dict[str, Any]] = []
         while True:
-            reply, _ = self._link.ask(vm.ListDevices(after=found[-1]["number"] if found else 0))
+            reply, _ = self._link.ask(vm.ListDevices(after=found[-1]["number"] if found else 0), again=not found)
             more: list[dict[str, Any]] = getattr(reply, "data", {}).get("devices", [])
             found += more
             if not more:

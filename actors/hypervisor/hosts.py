@@ -189,7 +189,9 @@ class Hosts:
         reply: Message = Done()
         match message:
             case vm.PostMessage():
-                reply = Done(value=int(guest.synic.hv_post_message(message.connection, message.type, message.payload)))
+                serial = message.serial % hyperv.Buffer.SERIALS
+                status = guest.synic.hv_post_message(message.connection, message.type, message.payload, serial)
+                reply = Done(value=int(status))
             case vm.SignalEvent():
                 reply = Done(value=int(guest.synic.hv_signal_event(message.connection, message.flag)))
             case vm.WriteMsr():

@@ -282,6 +282,8 @@ class HypervHost:
 
         `guest_gone`: the workqueue has died, too; what it had been offered is offered to its heir.
         """
+        if guest_gone:
+            self.synic.forget_calls()
         data = store.read(self._kept)
         if data:
             snapshot.restore(self.server, data, self._again, guest_gone=guest_gone)

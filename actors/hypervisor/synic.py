@@ -341,8 +341,13 @@ class Synic:
         """Be done with a message that was taken: its buffer is free."""
         self._buffers.free(message.queued)
 
-    def hv_post_message(self, connection_id: int, message_type: int, payload: bytes) -> HvStatus:
-        """Mirror HvPostMessage: put a message of the guest's into one of the 16 buffers of its connection."""
+    def hv_post_message(self, connection_id: int, message_type: int, payload: bytes, serial: int = 0) -> HvStatus:
+        """Mirror HvPostMessage: put a message of the guest's into one of the 16 buffers of its connection.
+
+        A guest that does not know whether a dead hypervisor has made its call makes it again, soon, and under the same serial.
+        """
+        if serial and self._buffers.is_done(serial):
+            return HvStatus.SUCCESS
         if not self._privileges & Privilege.POST_MESSAGES:
             return HvStatus.ACCESS_DENIED
         if not 0 < message_type < HYPERVISOR_TYPES or len(payload) > Slot.PAYLOAD_BYTES:
@@ -354,7 +359,7 @@ class Synic:
             return HvStatus.INVALID_PORT_ID
         if self._buffers.is_full(connection_id, host=True):
             return HvStatus.INSUFFICIENT_BUFFERS
-        self._buffers.put(connection_id, VP_HOST, 0, message_type, payload)
+        self._buffers.put(connection_id, VP_HOST, 0, message_type, payload, serial)
         connection.handler(connection_id)
         return HvStatus.SUCCESS
 
@@ -410,6 +415,10 @@ class Synic:
                 self._memory.load64(flag_word(frame, sint, flag)) for flag in range(0, FLAGS, 64)
             ):
                 self._raise(vp, sint)
+
+    def forget_calls(self) -> None:
+        """Who made the hypercalls of before is dead, too: none of them comes again."""
+        self._buffers.forget_calls()
 
     def reset(self) -> None:
         """Reset the controller of every VP, and discard what is queued for the guest: it boots anew."""

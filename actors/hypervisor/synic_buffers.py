@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pvbus.shm.memory import Memory
 
 SEQ_MASK: Final = 0xFFFFFFFF
+SERIALS_NEAR: Final = 1 << 20
+"""Calls that one who lives may have made since, or had under way: far more than there are, and far fewer than serials."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Buffers:
         self._rows: dict[tuple[bool, int], int] = {}  # (of the host?, port or connection) -> row
         self._busy: dict[int, set[int]] = defaultdict(set)
         self._queues: dict[tuple[int, int], deque[Queued]] = defaultdict(deque)  # (vp, sint), or (VP_HOST, connection)
+        self._done = self._last_serial()  # of the hypercall that our forerunner made last; 0: none
         last = memory.load32(Header.MESSAGE_SEQ)
         # Oldest first; the numbers run modulo 2^32, and fewer than 2^31 lie between the oldest and the last.
         for message in sorted(self._found(), key=lambda one: (one.seq - last - 1) & SEQ_MASK):
@@ -49,11 +52,33 @@ class Buffers:
             self._busy[message.row].add(message.index)
             self._queues[_queue(message)].append(message)
 
+    def _last_serial(self) -> int:
+        load, newest, last = self._memory.load32, (-1, 0), self._memory.load32(Header.MESSAGE_SEQ)
+        for row in range(Buffer.ROWS):
+            for index in range(Buffer.A_PORT):
+                if load(Buffer.at(row, index, Buffer.VP)) == VP_HOST:
+                    age = last - load(Buffer.at(row, index, Buffer.SEQ)) & SEQ_MASK
+                    serial = load(Buffer.at(row, index, Buffer.STATE)) >> Buffer.SERIAL_SHIFT
+                    newest = max(newest, (SEQ_MASK - age, serial))
+        return newest[1]
+
+    def is_done(self, serial: int) -> bool:
+        """Whether our forerunner has put this call's message into a buffer; asked once, soon after its death."""
+        behind = (serial - self._done) % Buffer.SERIALS
+        is_it = self._done != 0 and behind == 0
+        if is_it or SERIALS_NEAR < behind < Buffer.SERIALS - SERIALS_NEAR:  # long ago: they have come round
+            self._done = 0
+        return is_it
+
+    def forget_calls(self) -> None:
+        """No call is made again."""
+        self._done = 0
+
     def _found(self) -> Iterator[Queued]:
         load = self._memory.load32
         for row in range(Buffer.ROWS):
             for index in range(Buffer.A_PORT):
-                if load(Buffer.at(row, index, Buffer.STATE)) == Buffer.QUEUED:
+                if load(Buffer.at(row, index, Buffer.STATE)) & Buffer.STATE_MASK == Buffer.QUEUED:
                     seq, vp, sint = (load(Buffer.at(row, index, field)) for field in (Buffer.SEQ, Buffer.VP, Buffer.SINT))
                     port = self._memory.load64(Buffer.at(row, index, Buffer.MESSAGE + Slot.SENDER))
                     yield Queued(seq, row, index, port, vp, sint)
@@ -81,8 +106,8 @@ class Buffers:
         """Whether all 16 buffers of a port are in use."""
         return len(self._busy[self._rows[host, port]]) == Buffer.A_PORT
 
-    def put(self, port: int, vp: int, sint: int, message_type: int, payload: bytes) -> None:
-        """Post a message; the caller has seen that a buffer is free."""
+    def put(self, port: int, vp: int, sint: int, message_type: int, payload: bytes, serial: int = 0) -> None:
+        """Post a message; the caller has seen that a buffer is free. `serial`: by which an heir knows the hypercall again."""
         memory = self._memory
         row = self._rows[vp == VP_HOST, port]
         index = next(index for index in range(Buffer.A_PORT) if index not in self._busy[row])
@@ -96,7 +121,7 @@ class Buffers:
         memory.store64(base + Slot.SENDER, port)
         for at in range(0, len(payload), 8):
             memory.store64(base + Slot.PAYLOAD + at, int.from_bytes(payload[at:at + 8], "little"))
-        memory.store32_release(Buffer.at(row, index, Buffer.STATE), Buffer.QUEUED)
+        memory.store32_release(Buffer.at(row, index, Buffer.STATE), Buffer.QUEUED | serial << Buffer.SERIAL_SHIFT)
         message = Queued(seq, row, index, port, vp, sint)
         self._busy[row].add(index)
         self._queues[_queue(message)].append(message)
@@ -120,7 +145,8 @@ class Buffers:
 
     def free(self, message: Queued) -> None:
         """Be done with a message."""
-        self._memory.store32(Buffer.at(message.row, message.index, Buffer.STATE), Buffer.FREE)
+        at = Buffer.at(message.row, message.index, Buffer.STATE)
+        self._memory.store32(at, self._memory.load32(at) & ~Buffer.STATE_MASK | Buffer.FREE)
         self._busy[message.row].discard(message.index)
         queue = self._queues[_queue(message)]
         if message in queue:

@@ -17,12 +17,13 @@ from pvbus.actors.runtime.wire import Message
 
 
 class PostMessage(Message, frozen=True, kw_only=True):
-    """Mirror HvPostMessage; Done with the status."""
+    """Mirror HvPostMessage; Done with the status. `serial`: another one for each call, the same for a call that is made again."""
 
     fds_max: ClassVar[int | None] = 0
     connection: int
     type: int
     payload: bytes
+    serial: int = 0
 
 
 class SignalEvent(Message, frozen=True, kw_only=True):

@@ -88,6 +88,7 @@ class WorkqueueProcess(ProcessActor):
         self.opening: dict[int, RingMemory] = {}  # by relid: what Listen wires
         self.orphans: list[tuple[Message, tuple[int, ...], Callable[[Message], None]]] = []
         self.items = 0  # of the work ring
+        self.posts = 0  # messages posted: the serial of the last
         self.fresh = True  # until a hypervisor has heard that it need not look for a forerunner's memory
         self.started = self.leaving = False
         self.start_error: OSError | None = None
@@ -132,15 +133,17 @@ class WorkqueueProcess(ProcessActor):
         """Have a wait answered by the hypervisor, or by a driver."""
         match wait:
             case waits.Post(connection=connection, payload=payload):
-                self._hypercall(vm.PostMessage(connection=connection, type=MESSAGE_TYPE, payload=payload), answer)
+                self.posts = self.posts % (hyperv.Buffer.SERIALS - 1) + 1
+                message = vm.PostMessage(connection=connection, type=MESSAGE_TYPE, payload=payload, serial=self.posts)
+                self._hypercall(message, answer)
             case waits.ReadMsr(vp=vp, number=number):
                 self._hypercall(vm.ReadMsr(vp=vp, msr=number), answer)
             case waits.WriteMsr(vp=vp, number=number, value=value):
                 self._hypercall(vm.WriteMsr(vp=vp, msr=number, value=value), answer)
             case waits.Listen(relid=relid):
                 memory = self.opening[relid]
-                message = vm.AttachChannel(relid=relid, monitor_frame=memory.monitor_frame)
-                self._hypercall(message, answer, memory.doors)
+                attach = vm.AttachChannel(relid=relid, monitor_frame=memory.monitor_frame)
+                self._hypercall(attach, answer, memory.doors)
             case waits.Quiesce(relid=relid):
                 self._hypercall(vm.DetachChannel(relid=relid), answer)
             case waits.Synchronize():

@@ -76,7 +76,7 @@ struct pv_hv_slot {
 
 /* A message buffer.  The hypervisor only: row r of the pool belongs to one port. */
 struct pv_hv_buffer {
-    uint32_t state, seq;
+    uint32_t state, seq;             /* state: below bit 8; above, of a message for the host, the serial of the hypercall */
     uint32_t vp, sint;               /* PV_HV_VP_HOST: a message for the host */
     struct pv_hv_slot message;
 };

@@ -70,8 +70,8 @@ def started(*words: str, name: str | None = None, options: Sequence[str] = ()) -
     """Start a run, and talk to it."""
     need_namespaces()
     return subprocess.Popen(
-        command(*words, name=name, options=options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(),
+        command(*words, name=name, options=options),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
 
 

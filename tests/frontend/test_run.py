@@ -222,7 +222,8 @@ def test_an_ordinary_user_runs_in_a_user_namespace() -> None:
         exec "$@"
     """
     pvbus = f"{python} -P -m pvbus.supervisor"
-    words = f"id -u; ls /dev/xen/evtchn; {pvbus} status | head -1 | cut -d' ' -f2-3; {pvbus} virq 3; exec 3<> /dev/xen/evtchn; exit 6"
+    status = f"{pvbus} status | head -1 | cut -d' ' -f2-3"
+    words = f"id -u; ls /dev/xen/evtchn; {status}; {pvbus} virq 3; exec 3<> /dev/xen/evtchn; exit 6"
 
     done = in_private_mounts(script, *AS_USER, *pvbus.split(), "run", "--", "sh", "-c", words, environ=with_packages())
 

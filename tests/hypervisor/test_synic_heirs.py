@@ -3,9 +3,11 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from pvbus.actors.hypervisor import synic_msrs as msr
 from pvbus.actors.hypervisor.synic import HvStatus
-from pvbus.shm.hyperv import Header, Vp
+from pvbus.shm.hyperv import Buffer, Header, Vp
 from pvbus.tests.hypervisor.synic_rig import EVENTS, PORT, SynicRig
 
 STEPS_MAX = 200
@@ -172,3 +174,62 @@ def test_recovery_of_a_host_that_did_not_die_changes_nothing() -> None:
     rig.synic.recover()
 
     assert (rig.interrupts, rig.count(Header.DELIVERED), rig.type_in_slot()) == ([], delivered, 0)
+
+
+def taken(rig: SynicRig) -> list[bytes]:
+    """Take, as the host, what the guest has posted."""
+    found = []
+    while (message := rig.synic.take(1)) is not None:
+        rig.synic.done(message)
+        found.append(message.payload)
+    return found
+
+
+@pytest.mark.parametrize("before", [0, 3, 20])
+def test_a_guest_that_posts_again_what_died_with_a_hypervisor_is_heard_once(before: int) -> None:
+    def prepare() -> SynicRig:
+        rig = SynicRig()
+        for serial in range(1, before + 1):
+            assert rig.synic.hv_post_message(1, 1, b"before", serial) == HvStatus.SUCCESS
+            assert taken(rig) == [b"before"]
+        return rig
+
+    def act(rig: SynicRig) -> None:
+        rig.synic.hv_post_message(1, 1, b"once", before + 1)
+
+    def then(rig: SynicRig, where: str) -> None:
+        rig.reborn()
+        heard = taken(rig)
+        assert rig.synic.hv_post_message(1, 1, b"once", before + 1) == HvStatus.SUCCESS, where
+        heard += taken(rig)
+        for _ in range(2):  # another call with the same words
+            assert rig.synic.hv_post_message(1, 1, b"again", before + 2 + _) == HvStatus.SUCCESS, where
+        assert heard + taken(rig) == [b"once", b"again", b"again"], where
+
+    assert each_death(prepare, act, then) > 5
+
+
+def test_what_the_dead_hypervisor_had_done_with_the_message_does_not_matter() -> None:
+    rig = SynicRig()
+    rig.synic.hv_post_message(1, 1, b"handled", 7)
+    assert taken(rig) == [b"handled"]
+    rig.synic.post(PORT, 1, b"to the guest")    # takes a number, too
+    rig.reborn()
+
+    assert rig.synic.hv_post_message(1, 1, b"refused meanwhile", 6) == HvStatus.SUCCESS
+    assert rig.synic.hv_post_message(1, 1, b"handled", 7) == HvStatus.SUCCESS
+    assert taken(rig) == [b"refused meanwhile"]
+
+
+def test_a_serial_that_has_come_round_and_a_guest_that_is_new_are_no_repetition() -> None:
+    for forget in (True, False):
+        rig = SynicRig()
+        rig.synic.hv_post_message(1, 1, b"old", 7)
+        taken(rig)
+        rig.reborn()
+        if forget:
+            rig.synic.forget_calls()
+        else:
+            rig.synic.hv_post_message(1, 1, b"much later", 7 + Buffer.SERIALS // 2)
+        rig.synic.hv_post_message(1, 1, b"new", 7)
+        assert taken(rig)[-1] == b"new"

@@ -244,9 +244,14 @@ def test_words_that_fit_a_frame_only_as_they_came_are_refused(machine: Any) -> N
 
 
 def test_a_clock_does_not_leave_its_word(machine: Any) -> None:
-    before = machine.status()["processes"]
+    def parts() -> list[tuple[str, int, int]]:
+        """Return who serves the machine: the warm pool fills up meanwhile, and is no part of this."""
+        rows = machine.status()["processes"]
+        return [(row["name"], row["pid"], row["restarts"]) for row in rows if not row["name"].startswith("file/")]
+
+    before = parts()
     for seconds in (1e10, 1.8e10):
         with pytest.raises(OSError) as refused:
             machine.advance(seconds)
         assert refused.value.errno == errno.EINVAL
-    assert machine.status()["processes"] == before
+    assert parts() == before

@@ -68,7 +68,7 @@ def test_a_driver_process_killed_in_mid_transfer_lets_its_device_go(machine: Any
         wait_until("the device is free", lambda: a_driver(machine) is None)
         machine.settle()
         assert [one["state"] for one in machine.channels()] == ["closed"]
-        assert guests(machine) == before  # frames and doorbells are back
+        wait_until("frames and doorbells are back", lambda: guests(machine) == before)  # a CPU hears of it behind others
 
     driver = drive(machine)
     echo(driver.channel, 500)

@@ -44,7 +44,7 @@ SIZES_CHECKED_BELOW = {"pv_hv_header", "pv_hv_vp"}
 # Numbers of the drawing's classes that are no fields of a C structure; compared above, under their C names.
 NO_FIELDS = {
     "BYTES", "PAYLOAD_BYTES", "META_SIZE", "META_PENDING", "FREE", "QUEUED", "FILLED", "ROWS", "A_PORT", "ENTRIES",
-    "TASKLET_MESSAGE", "TASKLET_EVENT", "TAKEN", "CLAIMED",
+    "TASKLET_MESSAGE", "TASKLET_EVENT", "TAKEN", "CLAIMED", "STATE_MASK", "SERIAL_SHIFT", "SERIALS",
 }  # fmt: skip
 
 

@@ -52,4 +52,8 @@ class Sysfs(Fitting):
         """Answer every look, and send what the bus tells."""
         with attach(room.machine) as machine:
             fds = dict(zip(self._points, self.fds, strict=True))
-            SysfsServer(machine, room.domain, fds, UeventSender(), self._minor).run()
+            server = SysfsServer(machine, room.domain, fds, UeventSender(), self._minor)
+            try:
+                server.run()
+            finally:
+                server.close()

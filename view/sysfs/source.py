@@ -24,7 +24,7 @@ class BusSource:
         self._send = send
         self._lock = threading.Lock()   # over what has been told
         self._told: dict[str, dict[str, str]] = {}  # by devpath: the variables of its last uevent
-        self._gone: set[str] = set()    # who was removed while the bus was being listed
+        self._gone: set[str] | None = None  # while the bus is being listed: who was removed meanwhile
         self._closed = False
         self._bus = machine.bus(domain)
         self._bus.listen(self._heard, self._died, self._come_back)
@@ -35,12 +35,16 @@ class BusSource:
     def _look(self, *, silently: bool) -> None:
         """Tell of what is on the bus and has not been told of."""
         with self._lock:
-            self._gone.clear()
-        for device in self._bus.devices():
-            variables = _variables(device)
-            with self._lock:
-                if variables["DEVPATH"] not in {*self._told, *self._gone}:     # a uevent was faster than the list
-                    self._tell(variables, silently=silently)
+            gone: set[str] = set()
+            self._gone = gone
+        try:
+            for device in self._bus.devices():
+                variables = _variables(device)
+                with self._lock:
+                    if variables["DEVPATH"] not in {*self._told, *gone}:     # a uevent was faster than the list
+                        self._tell(variables, silently=silently)
+        finally:
+            self._gone = None
 
     def _heard(self, variables: dict[str, str]) -> None:
         with self._lock:
@@ -62,7 +66,8 @@ class BusSource:
         if variables.get("SUBSYSTEM") == "vmbus" and "SYNTH_UUID" not in variables:
             if variables["ACTION"] == "remove":
                 self._told.pop(variables["DEVPATH"], None)
-                self._gone.add(variables["DEVPATH"])
+                if self._gone is not None:
+                    self._gone.add(variables["DEVPATH"])
             else:
                 self._told[variables["DEVPATH"]] = {**variables, "ACTION": "add"}
         if silently:

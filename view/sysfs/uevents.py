@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,16 +41,18 @@ class UeventSender:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT)
         self._socket.bind((0, 0))
         self._number = 0
+        self._lock = threading.Lock()   # an answer is that to the message before it
 
     def send(self, variables: Mapping[str, str]) -> None:
-        """Send one. EPERM when the namespace is not ours, EINVAL; ETIMEDOUT when the kernel does not answer."""
+        """Send one, from any thread. EPERM when the namespace is not ours, EINVAL; ETIMEDOUT when the kernel does not answer."""
         body = encode(variables)
-        self._number += 1
-        header = HEADER.pack(HEADER.size + len(body), TYPE_MIN, REQUEST | ACKNOWLEDGE, self._number, 0)
-        self._socket.sendto(header + body, (0, 0))
-        if not select.select([self._socket], [], [], ANSWER_MS_MAX / 1000)[0]:
-            raise OSError(errno.ETIMEDOUT, "no answer from netlink")
-        (failed,) = struct.unpack_from("=i", self._socket.recv(4096), ERROR_AT)
+        with self._lock:
+            self._number += 1
+            header = HEADER.pack(HEADER.size + len(body), TYPE_MIN, REQUEST | ACKNOWLEDGE, self._number, 0)
+            self._socket.sendto(header + body, (0, 0))
+            if not select.select([self._socket], [], [], ANSWER_MS_MAX / 1000)[0]:
+                raise OSError(errno.ETIMEDOUT, "no answer from netlink")
+            (failed,) = struct.unpack_from("=i", self._socket.recv(4096), ERROR_AT)
         if failed:
             raise OSError(-failed, os.strerror(-failed))
 

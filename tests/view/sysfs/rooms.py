@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shlex
@@ -24,6 +25,15 @@ LOOK_S = 0.01
 EXIT_ENVIRONMENT = 3
 KERNEL_SOURCE = Path("/usr/src/linux-source-6.1.tar.xz")  # Debian has lsvmbus nowhere else
 LSVMBUS = "linux-source-6.1/tools/hv/lsvmbus"
+CONFIG = """\
+[[domain]]
+id = 0
+cpus = 2
+platforms = ["xen", "hyperv"]
+devices = ["heartbeat", "shutdown"]
+"""
+"""What the machines of these tests look like."""
+BUS = "/sys/bus/vmbus"
 
 
 def until(what: str, condition: Callable[[], Any], bound_s: float = BOUND_S) -> Any:
@@ -47,11 +57,13 @@ class Room:
         self._left = b""
         try:
             self.do("true")
-        except EOFError as error:
+        except (EOFError, BrokenPipeError):
+            assert self.process.stdout is not None
+            said = self._left + self.process.stdout.read()
             code = self.process.wait(BOUND_S)
             self.close()
             if code == EXIT_ENVIRONMENT:
-                not_tested(f"{error}")
+                not_tested(said.decode().strip())
             raise
 
     def do(self, command: str, bound_s: float = BOUND_S) -> tuple[int, str]:
@@ -67,6 +79,7 @@ class Room:
             assert select.select([self.process.stdout], [], [], left_s)[0], f"{command!r} is silent; so far {said!r}"
             piece = os.read(self.process.stdout.fileno(), 65536)
             if not piece:
+                self._left = said
                 raise EOFError(said.decode())
             said += piece
         text, _, code = said.decode().rpartition("::")
@@ -82,7 +95,8 @@ class Room:
         """Leave it: the shell sees the end of its input."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait(BOUND_S)
         self.process.stdout.close()
 
@@ -122,3 +136,16 @@ def lsvmbus() -> str:
         taken = subprocess.run(["tar", "-xJOf", KERNEL_SOURCE, "--occurrence=1", LSVMBUS], check=True, capture_output=True)
         kept.write_bytes(taken.stdout)
     return str(kept)
+
+
+def offered(machine: Any, device_class: str, instance: str | None = None) -> str:
+    """Offer a device; give its name, once it is on the bus."""
+    relid = machine.offer(device_class, instance)
+    found: str = until("it is on the bus", lambda: next((row["name"] for row in machine.devices() if row["relid"] == relid), ""))
+    return found
+
+
+def script(directory: Path, text: str) -> Path:
+    path = directory / "program.py"
+    path.write_text(text)
+    return path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that know nothing of us, in `pvbus run`: they find the devices, hear of them, and read what is so.
+"""Programs that know nothing of us, in `pvbus run`: they find the devices, read what is so, and change it.
 
 Each needs its Debian package, and says so in the warnings where that is missing. udevadm, systemd-hwdb, systemd-udevd:
 `udev`; lsvmbus: `linux-source-6.1`; pyudev: `python3-pyudev`; `waagent`; DPDK: `librte-bus-vmbus23` and, for a closer look,
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,9 @@ import pytest
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, HOST_DEVICES, modalias
 from pvbus.tests.machine.vmbus_support import Recorder, echo
 from pvbus.tests.view.sysfs.lacking import not_tested, program, system_python
-from pvbus.tests.view.sysfs.rooms import BOUND_S, EXIT_ENVIRONMENT, Listener, Room, lsvmbus, until
+from pvbus.tests.view.sysfs.rooms import BOUND_S, BUS, EXIT_ENVIRONMENT, Listener, Room, lsvmbus, offered, script, until
 from pvbus.view.pytest_plugin import environment
 
-CONFIG = """\
-[[domain]]
-id = 0
-cpus = 2
-platforms = ["xen", "hyperv"]
-devices = ["heartbeat", "shutdown"]
-"""
-BUS = "/sys/bus/vmbus"
 README = Path(__file__).resolve().parents[3] / "README.md"
 HWDB = Path("/usr/lib/udev/hwdb.d/20-vmbus-class.hwdb")
 ECHO_MODALIAS = modalias(DEVICE_CLASSES["echo"])
@@ -41,16 +32,6 @@ import pyudev
 for device in pyudev.Context().list_devices(subsystem="vmbus"):
     print(device.sys_name, device.attributes.asstring("class_id"), device.driver, device.parent.sys_name, device.parent.subsystem,
           device.properties["MODALIAS"])
-"""
-PYUDEV_LISTENS = """
-import pyudev
-monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="{source}")
-monitor.filter_by("vmbus")
-monitor.start()
-print("listens", flush=True)
-while True:
-    device = monitor.poll()
-    print(device.action, device.device_path, device.properties["MODALIAS"], flush=True)
 """
 WAAGENT = """
 from azurelinuxagent.common.osutil.default import DefaultOSUtil
@@ -64,43 +45,6 @@ words = "scan --no-huge --no-pci --no-shconf --no-telemetry -l 0 -m 16 -d librte
 arguments = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
 raise SystemExit(eal.rte_eal_init(len(words), arguments) < 0)
 """
-
-
-@pytest.fixture(scope="module")
-def pvbus_config() -> str:
-    return CONFIG
-
-
-@pytest.fixture(scope="module")
-def room(pvbus_shared_machine: Any) -> Iterator[Room]:
-    made = Room(pvbus_shared_machine.machine)
-    yield made
-    made.close()
-    assert made.process.returncode == 0
-
-
-@pytest.fixture
-def machine(pvbus_shared_machine: Any) -> Iterator[Any]:
-    """The machine, its bus as it was at the start."""
-    machine = pvbus_shared_machine.machine
-    yield machine
-    for row in machine.channels():
-        if row["relid"] > len(HOST_DEVICES) - 1:
-            machine.rescind(row["relid"])
-    until("what was offered has gone", lambda: len(machine.devices()) == 2)
-
-
-def offered(machine: Any, device_class: str, instance: str | None = None) -> str:
-    """Offer a device; give its name, once it is on the bus."""
-    relid = machine.offer(device_class, instance)
-    found: str = until("it is on the bus", lambda: next((row["name"] for row in machine.devices() if row["relid"] == relid), ""))
-    return found
-
-
-def script(directory: Path, text: str) -> Path:
-    path = directory / "program.py"
-    path.write_text(text)
-    return path
 
 
 # ---- who lists
@@ -210,55 +154,6 @@ def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None
     assert "Read-only file system" in room.do(f"{program('udevadm', 'udev')} trigger")[1]
     below = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith("/sys/")]
     assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
-
-
-# ---- who listens
-
-
-def test_both_monitors_hear_add_change_and_remove_with_the_modalias(room: Room, machine: Any, tmp_path: Path) -> None:
-    program("udevadm", "udev")
-    python = system_python("pyudev", "python3-pyudev")
-    listens = script(tmp_path, PYUDEV_LISTENS.format(source="kernel"))
-    udevadm = Listener(room, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", "--property", ready="KERNEL - ")
-    pyudev = Listener(room, tmp_path, "pyudev", python, str(listens), ready="listens")
-
-    name = offered(machine, "echo")
-    path = f"/devices/VMBUS:00/{name}"
-    pyudev.until(f"add {path} {ECHO_MODALIAS}\n")
-    room.must(f"udevadm trigger --action=change --sysname-match={name}")
-    pyudev.until(f"change {path} {ECHO_MODALIAS}\n")
-    machine.rescind(next(row["relid"] for row in machine.devices() if row["name"] == name))
-    pyudev.until(f"remove {path} {ECHO_MODALIAS}\n")
-
-    events = udevadm.until("ACTION=remove\n").split("\n\n")
-    udevadm.until("SEQNUM=")
-    pyudev.stop()
-    udevadm.stop()
-    said = {re.search(r"ACTION=(\w+)", event)[1]: event for event in events if "ACTION=" in event}  # type: ignore[index]
-    assert set(said) == {"add", "change", "remove"}
-    for event in said.values():
-        assert f"DEVPATH={path}\nSUBSYSTEM=vmbus\n" in event
-        assert f"MODALIAS={ECHO_MODALIAS}\n" in event + "\n" or event is said["remove"]  # its last lines may still come
-    assert "SYNTH_UUID=0" in said["change"]
-
-
-def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_path: Path) -> None:
-    program("udevadm", "udev")
-    udevd = program("systemd-udevd", "udev")
-    own = Room(machine)  # a daemon of its own, and /run/udev
-    try:
-        own.must("mkdir -p /run/udev && mount -t tmpfs none /run/udev")
-        own.must(f"{udevd} --daemon")
-        listener = Listener(own, tmp_path, "udev", "udevadm", "monitor", "--udev", "--property", ready="UDEV - ")
-
-        name = offered(machine, "network")
-        listener.until(f"MODALIAS={modalias(DEVICE_CLASSES['network'])}\n")
-        own.must(f"udevadm trigger --action=add --sysname-match={name} --settle")
-
-        assert "E: ID_MODEL_FROM_DATABASE=Microsoft Hyper-V" in own.must(f"udevadm info {BUS}/devices/{name}")
-        assert "ID_MODEL_FROM_DATABASE=" in listener.until(f"/devices/VMBUS:00/{name} (vmbus)")
-    finally:
-        own.close()
 
 
 # ---- what is read is so
@@ -391,43 +286,6 @@ def test_the_host_s_own_tree_is_left_alone(room: Room) -> None:
     outside = Path(BUS, "devices")
     assert not outside.exists() or "vmbus_0_1" not in {path.name for path in outside.iterdir()}
     assert room.must("ls /sys/class/net") == "lo\n"  # of the room's own network namespace
-
-
-def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: Path) -> None:
-    setpriv = program("setpriv", "util-linux")
-    if os.geteuid():
-        pytest.skip("every room of this run is one of an ordinary user")
-    own = Room(machine, setpriv, "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin")  # as good as an ordinary user's
-    try:
-        assert own.must("cat /proc/self/uid_map").split() != ["0", "0", "4294967295"]
-        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
-        assert own.must(f"cat {BUS}/devices/vmbus_0_2/id") == "2\n"
-        own.must(f"echo change > {BUS}/devices/vmbus_0_2/uevent")
-        listener.until("change   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
-        assert own.must(f"{sys.executable} -m pvbus.supervisor offer echo") == "3\n"  # $PVBUS_MACHINE leads to the machine
-        listener.until("add      /devices/VMBUS:00/vmbus_0_")
-        listener.stop()
-    finally:
-        own.close()
-
-
-def test_a_machine_that_stops_leaves_errors_and_says_that_its_devices_have_gone(pvbus_boot: Any, tmp_path: Path) -> None:
-    program("udevadm", "udev")
-    booted = pvbus_boot(CONFIG)
-    until("the bus is up", lambda: len(booted.machine.devices()) == 2)
-    own = Room(booted.machine)
-    try:
-        listener = Listener(own, tmp_path, "udevadm", "udevadm", "monitor", "--kernel", ready="KERNEL - ")
-        own.must(f"cat {BUS}/devices/vmbus_0_1/id")
-
-        booted.machine.shutdown()
-        booted.process.wait(BOUND_S)
-
-        listener.until("remove   /devices/VMBUS:00/vmbus_0_2 (vmbus)")
-        assert own.do(f"cat {BUS}/devices/vmbus_0_1/id 2> /dev/null") == (1, "")
-        assert own.do(f"ls {BUS}/devices 2> /dev/null")[0] != 0
-    finally:
-        own.close()
 
 
 def test_the_commands_of_the_readme_work_as_a_newcomer_types_them() -> None:
