@@ -20,9 +20,9 @@ SETUP   := $(VENV)/.setup-done
 EXTRA    = $(VENV)/bin/python -c 'import sys, tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: help setup test lint conformance demo bench clean
+.PHONY: help setup test lint conformance barriers demo bench clean
 help:
-	@echo "make setup | demo | test | lint | conformance | bench | clean"
+	@echo "make setup | demo | test | lint | conformance | barriers | bench | clean"
 
 setup: $(SETUP)
 
@@ -45,8 +45,8 @@ $(SETUP): pyproject.toml $(NATIVE)
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "building pvbus into $(VENV)"
 	@rm -f shm/_core*.so verify/explorer/_engine*.so
-	@$(PIP) install --editable .
-	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored'
+	@$(PIP) install --editable '.[explorer]'
+	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored, pvbus.shm._core_gated'
 	@touch $@
 
 $(VENV)/.extra-%-done: pyproject.toml $(SETUP)
@@ -67,6 +67,10 @@ test: lint
 
 conformance: $(VENV)/.extra-dev-done
 	PYTHONPATH=.dev $(VENV)/bin/python tests/tidy/conformance.py
+
+# docs/barriers.md, by some hundred searches: minutes
+barriers: setup
+	PYTHONPATH=.dev $(VENV)/bin/python -m pvbus.verify.barriers
 
 demo: setup
 	$(VENV)/bin/pvbus demo

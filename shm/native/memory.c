@@ -215,7 +215,7 @@ static int operands(MemoryObject *m, PyObject *const *args, Py_ssize_t n, int va
             return -1;
     }
     *site = "python";
-#ifdef PVBUS_EXPLORED
+#if defined(PVBUS_EXPLORED) || defined(PVBUS_GATED)
     if (n == 2 + values) {
         *site = PyUnicode_AsUTF8AndSize(args[1 + values], NULL);
         if (*site == NULL)

@@ -24,8 +24,9 @@ are its constructor's arguments; it holds nothing that lives longer than one exe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
@@ -33,11 +34,28 @@ if TYPE_CHECKING:
 Start = tuple[str, Callable[[], object], bool]  # name, what it runs, is it a server
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed of a scenario: with these parameters, and within these bounds, its search under `model` ends and
+    nothing fails. `pvbus explore --all` searches each. `bounds` are further arguments of explore(), such as deaths.
+    """
+
+    model: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+
+
+def claimed(models: str, *parameters: Mapping[str, Any], **bounds: Any) -> tuple[Claim, ...]:
+    """Make claims: each of the parameters under each of the models, which are words."""
+    return tuple(Claim(model, each, bounds) for each in parameters for model in models.split())
+
+
 class Scenario(ABC):
     """One situation to be searched."""
 
     name: str
     mortal: tuple[str, ...] = ()  # the contexts that may die, when deaths are asked for; none named: all
+    claims: ClassVar[tuple[Claim, ...]] = ()  # none: its defaults under sc and tso
 
     @abstractmethod
     def prepare(self, model: Model, variants: int) -> None:

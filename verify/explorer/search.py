@@ -15,10 +15,11 @@ The verdict is `complete` only if every choice was tried or shown to lead to wha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from pvbus.actors.runtime.config import VARIANTS  # bits of the machine header's variants word
 from pvbus.verify.explorer.execution import (
     DEPTH_FIRST,
     FAILED,
@@ -34,7 +35,6 @@ from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
 
-VARIANTS: Final = {"driver-wakeup-order": 1}  # bits of the machine header's variants word
 SEARCHES: Final = {
     "dfs": "every execution, by states and partial order reduction",
     "dpor": "every execution, by partial order reduction and sleep sets",
@@ -47,8 +47,11 @@ STEPS_MAX: Final = 1_000  # scheduling points of one execution; ours end after 3
 FAIR_FROM: Final = 600  # from here on everybody has a turn, and nothing is searched; no end by then is a livelock
 _LENGTH_FIRST: Final = 60  # of an execution, for the change points of pct, until one is known
 _CHANGES: Final = 2
+_PROGRESS_EACH: Final = 64  # executions
 _STOP, _FIRST, _RANDOM = range(3)
 _THEN: Final = {"stop": _STOP, "first": _FIRST, "random": _RANDOM}
+
+Progress = Callable[[int, int, int], None]  # executions, steps, choices that are left to be tried on the path
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,13 @@ class Explorer:
 
     # ---- all of them
 
-    def run(self, search: str, executions_max: int, seconds: float | None, seed: int) -> Result:
+    def run(
+        self, search: str, executions_max: int, seconds: float | None, seed: int, progress: Progress | None = None
+    ) -> Result:
         """Search until a failure, the end, or a bound."""
         deadline = None if seconds is None else time.monotonic() + seconds
         if search in ("random", "pct"):
-            return self._draw(search, executions_max, seconds, deadline, seed)
+            return self._draw(search, executions_max, seconds, deadline, seed, progress)
         if search not in SEARCHES:
             raise ValueError(f"no search {search!r}: {', '.join(SEARCHES)}")
         free = self.bounds == Bounds()
@@ -159,10 +164,15 @@ class Explorer:
                 raise RuntimeError("the engine has stopped, and no context has failed")
             cut |= self.model.cut
             more = self.model.backtrack()
+            if progress is not None and executions % _PROGRESS_EACH == 0:
+                progress(executions, self.model.steps, self.model.waiting)
         limits = self.bounds.said() + ([f"{FAIR_FROM} steps an execution"] if cut else [])
         return self._result(f"bounded ({', '.join(limits)})" if limits else "complete", executions)
 
-    def _draw(self, search: str, executions_max: int, seconds: float | None, deadline: float | None, seed: int) -> Result:
+    def _draw(
+        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, seed: int,
+        progress: Progress | None,
+    ) -> Result:  # fmt: skip
         self.configure(PRIORITIES if search == "pct" else RANDOM_WALK)
         executions, longest = 0, _LENGTH_FIRST
         while executions < executions_max and (deadline is None or time.monotonic() < deadline):
@@ -172,6 +182,8 @@ class Explorer:
             longest = max(longest, self.model.depth)
             if not self.model.grown and end.kind is not None:
                 return self._failed(executions, end)
+            if progress is not None and executions % _PROGRESS_EACH == 0:
+                progress(executions, self.model.steps, 0)
         what = f"{executions} executions" if executions == executions_max else f"{seconds} s"
         return self._result(f"bounded ({what}, {search})", executions)
 
@@ -224,6 +236,7 @@ def explore(
     preemptions: int | None = None,
     deaths: int = 0,
     flush_delay: int | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Search every interleaving of `scenario` under a memory model, until one fails.
 
@@ -231,10 +244,11 @@ def explore(
     names barriers that are left out, and acquire and release accesses that become relaxed, everywhere (`evr_wake`) or in
     one context (`evr_wake@reader`). `search` is one of SEARCHES; `seed` is for those by chance.
     `executions` and `seconds` bound the search, `preemptions`, `flush_delay` and `deaths` what an execution may contain; the
-    verdict says so. Deterministic, unless `seconds` ends it: the same arguments give the same result, step by step.
+    verdict says so. `progress` hears now and then of executions, steps, and choices that are left to be tried on the path.
+    Deterministic, unless `seconds` ends it: the same arguments give the same result, step by step.
     """
     explorer = Explorer(scenario, model, variant, drop, Bounds(deaths, preemptions, flush_delay))
-    return explorer.run(search, executions, seconds, seed)
+    return explorer.run(search, executions, seconds, seed, progress)
 
 
 def follow(

@@ -220,7 +220,10 @@ static int m_fence(void *engine, int kind, const char *site)
     return 0;
 }
 
-/* A turn of a spin loop: whoever has seen nothing new since the last turn waits for a change. */
+/*
+ * A turn of a spin loop: whoever has seen nothing new since the last turn waits for a change.  A turn takes its time, so what
+ * was visible before it is seen behind it; a loop that reads an old value for ever would be no news.
+ */
 static int m_spin(void *engine, const char *site)
 {
     Engine *e = engine;
@@ -233,6 +236,8 @@ static int m_spin(void *engine, const char *site)
     if (pv_stop(e, c, SPIN, -1, site, 1) < 0)
         return -1;
     pv_observe(c, PASSED);
+    if (e->model == ARM)
+        c->floor = e->now;
     c->mark = e->version;
     c->marked = true;
     return 0;

@@ -23,6 +23,18 @@ static PyObject *get_states(Engine *e, void *closure)
     return PyLong_FromUnsignedLongLong(e->visited_count);
 }
 
+/* What is left of a depth-first search, as far as it is known: choices along the path that are wanted and not done. */
+static PyObject *get_waiting(Engine *e, void *closure)
+{
+    (void)closure;
+    unsigned long long waiting = 0;
+    for (uint32_t i = 0; i < e->node_count; i++) {
+        const node_t *n = &e->nodes[i];
+        waiting += (unsigned)__builtin_popcount(n->wanted & ~n->done & ~n->asleep & ~(1u << n->now.agent));
+    }
+    return PyLong_FromUnsignedLongLong(waiting);
+}
+
 static PyObject *get_depth(Engine *e, void *closure)
 {
     (void)closure;
@@ -105,6 +117,7 @@ static PyGetSetDef getset[] = {
     {"steps", (getter)get_steps, NULL, "Scheduling steps so far.", NULL},
     {"states", (getter)get_states, NULL, "States in the table.", NULL},
     {"depth", (getter)get_depth, NULL, "Events of this execution.", NULL},
+    {"waiting", (getter)get_waiting, NULL, "Choices on the path that are left to be tried.", NULL},
     {"alone", (getter)get_alone, NULL, "Steps that the last context has gone with nobody else able to.", NULL},
     {"grown", (getter)get_grown, NULL, "A location turned out to be shared during this execution: its result does not count.", NULL},
     {"cut", (getter)get_cut, NULL, "The end of this execution was not searched.", NULL},

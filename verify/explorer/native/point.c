@@ -330,6 +330,15 @@ static PyObject *point_receive(Engine *e, PyObject *const *args, Py_ssize_t n)
     return message;
 }
 
+/* The turn of a spin loop that a scenario has in Python: see m_spin. */
+static PyObject *point_spin(Engine *e, PyObject *args)
+{
+    const char *site;
+    if (!PyArg_ParseTuple(args, "s:spin", &site) || pv_access_table.spin(e, site) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 #define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))point_##name, METH_FASTCALL, doc}
 PyMethodDef pv_point_methods[] = {
     FAST(ring, "ring(bell, site): put a byte into a doorbell."),
@@ -346,5 +355,6 @@ PyMethodDef pv_point_methods[] = {
      "allocate(memory, site, *, may_fail=False) -> bool: take a Memory from the shadow heap; in preparation, for every execution."},
     {"free", (PyCFunction)point_free, METH_VARARGS, "free(memory, site): give a Memory back to the shadow heap."},
     {"await_death", (PyCFunction)point_await_death, METH_VARARGS, "await_death(name, site): wait until a context has died."},
+    {"spin", (PyCFunction)point_spin, METH_VARARGS, "spin(site): a turn of a loop that waits until something changes."},
     {NULL, NULL, 0, NULL},
 };
