@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm._core_explored import EventPath, Memory
@@ -19,7 +19,7 @@ from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario, Start
 
 if TYPE_CHECKING:
-    import pvbus.shm.memory
+    pass
 
 VECTOR = 0x37
 NUMBER_FIRST = 1000
