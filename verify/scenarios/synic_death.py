@@ -25,7 +25,10 @@ class SynicDeath(SynicMessages):
     """`messages` have been posted through one port when it begins; `dies` is `cpu0` or `host`."""
 
     name = "synic-death"
-    claims = claimed("sc tso", {}, {"dies": "host"}, deaths=1)
+    claims = (
+        *claimed("sc tso", {"messages": 1}, {"dies": "host"}, deaths=1),
+        *claimed("sc", {}, deaths=1, preemptions=2),
+    )
 
     def __init__(self, *, messages: int = 2, dies: str = "cpu0") -> None:
         if dies not in ("cpu0", "host"):
