@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pvbus.verify.explorer import Failure, Result, explore
 from pvbus.verify.explorer.progress import Progress
 from pvbus.verify.explorer.recording import Recording, fingerprint
+from pvbus.verify.explorer.search import Bounds
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
@@ -57,8 +58,14 @@ class Run:
 
     @property
     def held(self) -> bool:
-        """Whether nothing failed; and for what is claimed to be complete, whether it was."""
-        return self.result.failure is None and (not self.job.claimed or self.result.verdict == "complete")
+        """Whether nothing failed; and for what is claimed to be complete, whether it was, within the bounds of the claim."""
+        return self.result.failure is None and (not self.job.claimed or self.result.verdict in ("complete", self._claim))
+
+    @property
+    def _claim(self) -> str:
+        """The verdict of a search that ended, and was bounded by nothing but what its claim says."""
+        allowed = {name: limit for name, limit in self.job.bounds.items() if name in ("deaths", "preemptions", "flush_delay")}
+        return f"bounded ({', '.join(Bounds(**allowed).said())})"
 
     def as_dict(self) -> dict[str, Any]:
         """Give the numbers."""

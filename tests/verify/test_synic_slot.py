@@ -74,7 +74,7 @@ def test_a_compare_exchange_of_the_type_does_not_tell_two_messages_of_one_type_a
 
 @pytest.mark.parametrize("model", ["sc", "tso"])
 def test_a_claim_by_number_does(model: str) -> None:
-    result = explore(SynicSlot((1, 1), frees="claim", consumers=2), model=model, executions=1500)
+    result = explore(SynicSlot((1, 1), frees="claim", consumers=2), model=model)
 
     assert result.failure is None, str(result.failure)
-    assert result.verdict == "bounded (1500 executions)"
+    assert result.verdict == "complete"

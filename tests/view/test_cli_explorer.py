@@ -7,18 +7,28 @@ import io
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pvbus import supervisor
 from pvbus.tests.view.support import PVBUS, RUN_S_MAX
 from pvbus.verify import exploring, replaying, scenarios, zooing
 from pvbus.verify.explorer.progress import Progress
+from pvbus.verify.scenarios.event_ring import EventRing
 from pvbus.verify.searching import search
 from pvbus.verify.zoo import bugs, find
 from pvbus.view import cli
 from pvbus.view.pytest_plugin import environment
+
+
+class MortalRing(EventRing):
+    """An event ring whose hypervisor may die: nobody asks it for anything."""
+
+    mortal = ("hypervisor",)
+
 
 LOST = ["explore", "--variant", "driver-wakeup-order"]
 
@@ -125,6 +135,14 @@ def test_what_is_claimed_to_be_complete_and_is_not_is_no_success() -> None:
 
     assert bounded.result.verdict.startswith("bounded")
     assert not bounded.held
+
+
+def test_a_claim_with_deaths_is_held_when_its_deaths_were_all_that_bounded_it() -> None:
+    job = next(exploring.jobs(parsed("explore", "event-ring", "--all")))
+    dying = dataclasses.replace(job, bounds={"deaths": 1}, make=lambda: MortalRing(events=1))
+
+    assert search(dying, show=False).held
+    assert not search(dataclasses.replace(dying, arguments={"executions": 3}), show=False).held
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
@@ -260,3 +278,19 @@ def test_progress_is_a_line_that_changes_on_a_terminal_and_plain_lines_elsewhere
 
     assert lines in stream.getvalue()
     assert ("\r" in stream.getvalue()) == stream.isatty()
+
+
+# ---- without greenlet
+
+
+def test_without_greenlet_each_verb_says_so_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+
+    codes = [supervisor.main(arguments) for arguments in (["zoo"], ["explore"], ["replay", "some.json"])]
+
+    assert codes == [3, 3, 3]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all("needs greenlet, which is not installed here: pip install" in line for line in said)

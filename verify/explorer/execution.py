@@ -138,7 +138,7 @@ class Executions:
             end.message = "nobody can go on: " + ", ".join(f"{row[0]} at {row[1]}" for row in stuck)
 
     def _livelock(self) -> str:
-        last = written(self.model.taken()[-1:], self.contexts())[0].rstrip("~0123456789=")
+        last = self.contexts()[self.model.taken()[-1][0] % _BUFFER]
         if self.model.alone >= _ALONE_STEPS_MIN:
             return f"{last} runs for ever, and nobody else can"
         recent = dict.fromkeys(written(self.model.taken()[-64:], self.contexts()))

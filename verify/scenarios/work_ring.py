@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm._core_explored import EventPath, Memory
@@ -16,6 +17,9 @@ from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Sl
 from pvbus.shm.layout import Domain, Machine
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario, Start
+
+if TYPE_CHECKING:
+    pass
 
 VECTOR = 0x37
 NUMBER_FIRST = 1000

@@ -74,7 +74,8 @@ static int m_load(void *engine, uint32_t memory, uint64_t off, int width, int or
     *out = own != NULL ? own->value : e->model == ARM ? pv_read(e, c, acquire, &latest) : e->cells[cell].value;
     pv_observe(c, *out);
     if (e->trace != NULL)
-        pv_trace(e, c, "%s %W = 0x%llx%s", site, cell, (unsigned long long)*out, latest ? "" : " (stale)");
+        pv_trace(e, c, "%s %W = 0x%llx%s", site, cell, (unsigned long long)*out,
+                 own != NULL || *out == e->cells[cell].value ? "" : " (stale)");
     return 0;
 }
 

@@ -24,6 +24,15 @@ const store_t *pv_own_store(const context_t *c, int32_t cell)
     return NULL;
 }
 
+/* Is there an older store with the same value that could be read instead?  Whatever follows this one may follow that one. */
+static bool outdone(const cell_t *at, uint32_t i, uint32_t oldest)
+{
+    for (uint32_t k = oldest; k < i; k++)
+        if (at->history[k].value == at->history[i].value)
+            return true;
+    return false;
+}
+
 /*
  * arm: how many stores the load, or compare-exchange, that a context is about to do may read; the newest is way 0.  `which`
  * is that of `way`.  A compare-exchange that finds what it expects needs the newest, and its buffer empty.
@@ -31,16 +40,16 @@ const store_t *pv_own_store(const context_t *c, int32_t cell)
 uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t *which)
 {
     const cell_t *at = &e->cells[c->op.cell];
-    uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0;
-    for (uint32_t i = at->messages; i-- > 0;) {
+    uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0, oldest = at->messages - 1;
+    while (oldest > 0 && at->history[oldest].when > from)
+        oldest--;
+    for (uint32_t i = at->messages; i-- > oldest;) {
         bool takes = c->op.kind == CAS && at->history[i].value == c->op.expected;
-        if (!takes || (i + 1 == at->messages && c->buffered == 0)) {
-            if (count == way && which != NULL)
-                *which = i;
-            count++;
-        }
-        if (at->history[i].when <= from)
-            break;
+        if (takes ? i + 1 < at->messages || c->buffered : outdone(at, i, oldest))
+            continue;
+        if (count == way && which != NULL)
+            *which = i;
+        count++;
     }
     return count;
 }
