@@ -29,7 +29,8 @@ EXECUTIONS_MAX: Final = 20_000
 SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
 CONFIGURATIONS_MAX: Final = 6  # the smallest that come by a site are searched for as long as this allows
-HUNT_SECONDS_MAX: Final = 0.7  # and every other one, for a failure that comes soon
+HUNT_EXECUTIONS_MAX: Final = 300  # and every one of them by chance before, for a failure that comes soon
+HUNTS: Final = ("dfs", "pct", "random")
 NAMES_MAX: Final = 3  # that a cell of the table names
 NEEDED, REDUNDANT, OPEN, UNSEEN = "needed", "redundant", "open", "not reached"
 DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "barriers.md"
@@ -105,17 +106,23 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
     """Search configurations without the site, until one fails."""
     ended: list[str] = []
     unfinished: list[str] = []
-    for number, configuration in enumerate(where):
-        small = number < CONFIGURATIONS_MAX
+    for configuration in where:
+        for search in HUNTS:
+            result = explore(
+                configuration.make(), model=model, drop=[site], search=search, executions=HUNT_EXECUTIONS_MAX,
+                **dict(configuration.bounds),
+            )  # fmt: skip
+            if result.failure is not None:
+                return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, {search})"])
+    for configuration in where[:CONFIGURATIONS_MAX]:
         result = explore(
-            configuration.make(), model=model, drop=[site], executions=EXECUTIONS_MAX,
-            seconds=SECONDS_MAX if small else HUNT_SECONDS_MAX, **dict(configuration.bounds),
+            configuration.make(), model=model, drop=[site], executions=EXECUTIONS_MAX, seconds=SECONDS_MAX,
+            **dict(configuration.bounds),
         )  # fmt: skip
         if result.failure is not None:
-            return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,})"])
+            return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, dfs)"])
         whole = result.executions < EXECUTIONS_MAX and not result.verdict.startswith(f"bounded ({SECONDS_MAX}")
-        if small or whole:
-            (ended if whole else unfinished).append(configuration.label)
+        (ended if whole else unfinished).append(configuration.label)
     evidence = [f"{word} {_listed(names)}" for word, names in (("complete in", ended), ("no end in", unfinished)) if names]
     return Finding(REDUNDANT if ended else OPEN if unfinished else UNSEEN, evidence)
 
@@ -154,7 +161,7 @@ def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
 def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
     models = " and ".join(f"`{model}`" for model in WEAK_MODELS)
-    lines = [HEAD.format(models=models, most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX)]
+    lines = [HEAD.format(models=models, most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX, hunts=HUNT_EXECUTIONS_MAX)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
         lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
@@ -178,12 +185,12 @@ HEAD: Final = """\
 Each labelled barrier and each ordered access of [memory-model.md](memory-model.md) is left out of the production code, and
 the configurations that are claimed to be complete (`pvbus explore --all`) and come by it are searched under {models}:
 
-* **needed**: a scenario fails without it; the number of executions until then stands behind the kind of failure. See it with
-  `pvbus explore SCENARIO --model M --drop SITE`.
+* **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
+  See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; of the others, the {most} smallest are given {seconds:.0f} s, and the rest less than one. That is a statement about
-  these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed under `arm` is the
-  usual case.
+  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions by `pct` and by chance. That is
+  a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
+  under `arm` is the usual case.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 

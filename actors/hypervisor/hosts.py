@@ -122,7 +122,7 @@ class Hosts:
 
     # ---- CPUs
 
-    def cpu_up(self, domid: int, peer: Peer, fd: int) -> None:
+    def cpu_up(self, domid: int, vcpu: int, peer: Peer, fd: int) -> None:
         """Hand a (re)born CPU the doorbells of its domain's channels, and listen to its exits: it has written EOM."""
         host = self._hosts[domid]
         for relid, doors in host.doors.items():
@@ -139,7 +139,8 @@ class Hosts:
             self._schedule(host)
 
         self._inbox.add_fd(fd, select.EPOLLIN, on_exit)
-        on_exit(0)  # what a forerunner did not hear
+        host.host.on_cpu_up(vcpu)
+        self._schedule(host)
 
     # ---- the workqueue
 

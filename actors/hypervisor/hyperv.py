@@ -179,6 +179,14 @@ class HypervHost:
     def on_exits(self) -> None:
         """A CPU has written EOM: messages that waited are delivered, and others find room."""
         self.synic.attend_eoms()
+        self._flush()
+
+    def on_cpu_up(self, vp: int) -> None:
+        """A CPU's process begins, first or reborn."""
+        self.synic.cpu_reborn(vp)
+        self._flush()
+
+    def _flush(self) -> None:
         if self.server.outgoing:
             self.server.flush()
             self.keep()

@@ -283,7 +283,7 @@ class HypervisorProcess(ProcessActor):
             if file.domain == message.domain:
                 self._attach_to(peer, slot, file, lambda _reply, _fds: None)
         if message.domain in self.hosts:
-            self.hosts.cpu_up(message.domain, peer, received.fds[2])
+            self.hosts.cpu_up(message.domain, message.vcpu, peer, received.fds[2])
         self.cpus.go((message.domain, message.vcpu), peer, received)
 
     def _attach_to(self, peer: Peer, slot: int, file: OpenFile, then: Callable[[Message, list[int]], None]) -> None:

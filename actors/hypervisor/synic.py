@@ -10,7 +10,8 @@ Where real hypervisors differ we follow the specification (TLFS):
 * A SINT that is masked: message written or flag set, its interrupt lost and counted. (OpenVMM posts nothing until it is
   unmasked, and sets no flag.) Polling: the same without an interrupt, and nothing is lost.
 * A slot that is busy: the message waits in one of 16 buffers; the queue is looked at again when another message is queued,
-  at EOI and at EOM, and at nothing else. (QEMU has one message, and tells its sender to try again after EOM.)
+  at EOI and at EOM, when the VP's process is born again, and at nothing else. (QEMU has one message, and tells its sender to
+  try again after EOM.)
 * A flag number equal to the port's count is refused. (QEMU accepts 2048.)
 * A VP whose SynIC or page is off is no target: a port that is bound to it answers INVALID_SYNIC_STATE, a port bound to any
   VP answers INVALID_VP_INDEX when there is no other. What was queued before it was turned off stays queued.
@@ -150,6 +151,11 @@ class Synic:
                 self._count(Header.EOMS, new)
                 self._rescan(vp)
                 memory.store64(Vp.at(vp, Vp.EOM_SEEN), written)  # last: an heir looks once more
+
+    def cpu_reborn(self, vp: int) -> None:
+        """Begin with a VP's new process: the last one may have died between freeing a slot and writing the EOM that it owed."""
+        self.attend_eoms()
+        self._rescan(vp)
 
     # ---- ports: host to guest
 

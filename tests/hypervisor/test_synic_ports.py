@@ -129,6 +129,18 @@ def test_nothing_else_makes_the_queue_be_looked_at(rig: SynicRig) -> None:
     assert rig.type_in_slot() == 0
 
 
+@pytest.mark.checklist("E12")
+def test_a_cpu_that_is_born_again_gets_what_its_forerunner_died_over_before_it_wrote_eom(rig: SynicRig) -> None:
+    post(rig, *bodies(2))
+    rig.consume(eom=False)
+
+    rig.synic.cpu_reborn(1)
+    assert rig.type_in_slot() == 0
+    rig.synic.cpu_reborn(0)
+
+    assert rig.payload() == bodies(2)[1]
+
+
 def test_eoms_that_a_cpu_counts_in_its_page_are_answered_once(rig: SynicRig) -> None:
     post(rig, *bodies(2))
     rig.consume(eom=False)

@@ -26,18 +26,19 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "barriers.md").read_text(
 ONE, TWO = (Configuration(EventRing, (("events", events),)) for events in (1, 2))
 HELD_AGAIN_EXECUTIONS_MAX = 100  # rows that fail sooner are searched again here
 ROW = re.compile(r"^\| (?:`([\w.]+)`)? *\| (\S+) \| (.*) \| (.*) \|$", re.MULTILINE)
-FAILS = re.compile(r"needed: (.+), [\w -]+ \(([\d,]+)\)")
+FAILS = re.compile(r"needed: (.+), [\w -]+ \(([\d,]+), (\w+)\)")
 
 
-def rows() -> list[tuple[str, str, str, int]]:
-    """Return what the document calls needed: site, model, configuration, executions."""
-    found, site = [], ""
+def rows() -> list[tuple[str, str, str, int, str]]:
+    """Return what the document calls needed: site, model, configuration, executions, search."""
+    found: list[tuple[str, str, str, int, str]] = []
+    site = ""
     for named, place, *cells in ROW.findall(TEXT):
         site = named or site
         for model, cell in zip(("tso", "arm"), cells, strict=True):
             if (fails := FAILS.match(cell)) is not None:
                 where = site if place == "everywhere" else f"{site}@{place}"
-                found.append((where, model, fails[1], int(fails[2].replace(",", ""))))
+                found.append((where, model, fails[1], int(fails[2].replace(",", "")), fails[3]))
     return found
 
 
@@ -53,6 +54,7 @@ def test_a_site_is_needed_where_a_scenario_fails_without_it(
 
 def test_a_search_that_did_not_end_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pvbus.verify.barriers.EXECUTIONS_MAX", 3)
+    monkeypatch.setattr("pvbus.verify.barriers.HUNT_EXECUTIONS_MAX", 3)
 
     found = examined("evr_publish", "tso", [TWO])
 
@@ -78,9 +80,11 @@ def test_what_the_document_calls_needed_still_fails_there() -> None:
     known = {one.label: one for one in configurations()}
     again = [row for row in rows() if row[3] <= HELD_AGAIN_EXECUTIONS_MAX]
     held = []
-    for site, model, label, _ in again:
+    for site, model, label, _, search in again:
         bounds = dict(known[label].bounds)
-        result = explore(known[label].make(), model=model, drop=[site], executions=10 * HELD_AGAIN_EXECUTIONS_MAX, **bounds)
+        result = explore(
+            known[label].make(), model=model, drop=[site], search=search, executions=10 * HELD_AGAIN_EXECUTIONS_MAX, **bounds
+        )
         if result.failure is None:
             held.append((site, model, label))
 

@@ -112,9 +112,13 @@ class SynicMessages(Scenario):
         self._post(host, range(self.ahead + 1, self.messages + 1))
         while True:
             loops.await_eventfd(model, self.hv, self.exits, "exits")
-            host.attend_eoms()
-            if self.poller and model.take(self.wrmsr, "wrmsr"):
-                host.write_msr(0, synic_msrs.EOM, 0)
+            self.attend(model, host)
+
+    def attend(self, model: Model, host: Synic) -> None:
+        """Answer the EOMs of CPUs; the poller's is a write to the register."""
+        host.attend_eoms()
+        if self.poller and model.take(self.wrmsr, "wrmsr"):
+            host.write_msr(0, synic_msrs.EOM, 0)
 
     def poll(self, model: Model) -> None:
         """Look at the slot of CPU 0 as the crash path does: copy, free, pay the EOM that is owed. The tasklet does it in C."""
