@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-<<<<<<< HEAD
-from typing import TYPE_CHECKING
-=======
->>>>>>> h-c1
 
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm._core_explored import EventPath, Memory
@@ -21,12 +17,6 @@ from pvbus.shm.layout import Domain, Machine
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario, Start
 
-<<<<<<< HEAD
-if TYPE_CHECKING:
-    pass
-
-=======
->>>>>>> h-c1
 VECTOR = 0x37
 NUMBER_FIRST = 1000
 
