@@ -188,9 +188,9 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions by `pct` and by chance. That is a statement about
-  these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed under `arm` is the
-  usual case.
+  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions by `pct` and by chance. That is
+  a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
+  under `arm` is the usual case.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 
