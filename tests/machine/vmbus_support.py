@@ -209,3 +209,11 @@ def guests(machine: Any) -> dict[str, dict[str, int]]:
         one["name"]: descriptors(one["pid"]) for one in machine.status()["processes"]
         if one["name"].partition("/")[0] in ("hypervisor", "cpu", "workqueue")
     }
+
+
+def holds_as_before(machine: Any, before: dict[str, dict[str, int]]) -> None:
+    """Wait until everybody holds what they held: a CPU drops a doorbell when it gets to it, behind what it does."""
+    deadline = time.monotonic() + BOUND_S
+    while (now := guests(machine)) != before:
+        assert time.monotonic() < deadline, f"held {before}, holds {now}"
+        select.select([], [], [], 0.005)
