@@ -20,7 +20,7 @@ from pvbus.view.fuse import mount
 from pvbus.view.run import boot
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
-from pvbus.view.run.room import EnvironmentLacksError, Room, sweep
+from pvbus.view.run.room import Room, sweep
 from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
 from pvbus.view.run.xenstore import Xenstore
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-EXIT_ENVIRONMENT = 3
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
@@ -61,16 +60,11 @@ class Running(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Be the verb."""
-    try:
-        with _machine(arguments.name) as name:
-            _check_domain(name, arguments.domain)
-            fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
-            room = Room(name, arguments.domain)
-            return _in_room(room, fittings, arguments.command)
-    except EnvironmentLacksError as error:
-        print(f"pvbus run: {error}", file=sys.stderr)
-        return EXIT_ENVIRONMENT
+    """Be the verb. EnvironmentLacksError, and any other OSError, says in a sentence what is missing here."""
+    with _machine(arguments.name) as name:
+        _check_domain(name, arguments.domain)
+        fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
+        return _in_room(Room(name, arguments.domain), fittings, arguments.command)
 
 
 def _machine(name: str | None) -> contextlib.AbstractContextManager[str]:
@@ -118,8 +112,14 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
                 os.kill(pid, signal.SIGKILL)
             _reap(pid)
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
-        for pid in (guard, *servers):
-            _reap(pid)
+        _reap(guard)
+        try:
+            sweep()  # if the guard could not
+        except TimeoutError as error:
+            print(f"pvbus run: {error}", file=sys.stderr)
+        else:
+            for pid in servers:
+                _reap(pid)
 
 
 def _reap(pid: int) -> None:
@@ -142,7 +142,8 @@ def _guard(room: Room) -> tuple[int, int]:
 
         setproctitle(f"pvbus: run/{room.machine}")
         os.read(read_end, 1)
-        sweep(frozenset({os.getppid()}))
+        with contextlib.suppress(TimeoutError):  # the first process says so, if it lives
+            sweep(frozenset({os.getppid()}))
     finally:
         os._exit(0)
 
@@ -161,7 +162,7 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
     except FileNotFoundError:
         print(f"pvbus run: there is no command {command[0]!r}", file=sys.stderr)
         return EXIT_NOT_FOUND
-    except PermissionError as error:
+    except OSError as error:
         print(f"pvbus run: {command[0]!r} cannot be executed: {error.strerror}", file=sys.stderr)
         return EXIT_NOT_EXECUTABLE
 

@@ -9,6 +9,7 @@ and `start` (/sys is in place: daemons, as children). Add a fitting to FITTINGS 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -76,6 +77,8 @@ def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
         from setproctitle import setproctitle
 
         setproctitle(f"pvbus: {fitting.title}/{room.machine}")
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # four descriptors an open file
         fitting.serve(room)
         code = 0
     except BaseException:
@@ -130,7 +133,8 @@ def serve_session(inbox: Inbox, session: Session) -> None:
 
     inbox.sleep_in(sleep)
     try:
-        inbox.get()  # answers are handled inside; nobody sends us messages of other kinds
+        while True:
+            inbox.get()  # answers are handled inside; nobody sends us messages of other kinds
     except _Unmounted:
         both.close()
 
