@@ -76,7 +76,7 @@ def _await_ready(process: subprocess.Popen[bytes], name: str) -> None:
     assert process.stdout is not None
     deadline_s = time.monotonic() + READY_S_MAX
     said = b""
-    while b"ready" not in said.split():
+    while b"ready\n" not in said:  # the whole line: it may come in two pieces, and whoever writes the second needs a reader
         left_s = deadline_s - time.monotonic()
         if left_s <= 0 or not select.select([process.stdout], [], [], left_s)[0]:
             raise EnvironmentLacksError(f"machine {name!r} was not ready after {READY_S_MAX:.0f} s")
