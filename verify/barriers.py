@@ -169,7 +169,8 @@ def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
     models = " and ".join(f"`{model}`" for model in WEAK_MODELS)
     searches = ", ".join(f"`{search}`" for search in HUNTS)
-    lines = [HEAD.format(models=models, most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX, hunts=HUNT_EXECUTIONS_MAX, searches=searches)]
+    bounds = {"most": CONFIGURATIONS_MAX, "seconds": SECONDS_MAX, "hunts": HUNT_EXECUTIONS_MAX}
+    lines = [HEAD.format(models=models, searches=searches, **bounds)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
         lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
