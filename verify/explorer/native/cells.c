@@ -178,7 +178,8 @@ int pv_set(Engine *e, int32_t cell, uint64_t value)
         at->history = history;
         at->room = room;
     }
-    at->history[at->messages++] = (message_t){value, e->now};
+    int32_t event = (int32_t)e->depth - 1;
+    at->history[at->messages++] = (message_t){value, e->now, event, event < 0 ? 0 : e->taken[event].agent};
     return 0;
 }
 
@@ -197,7 +198,7 @@ uint32_t pv_attach(void *engine, const void *memory)
 /* Begin an execution: everything as preparation left it. */
 int pv_reset(Engine *e)
 {
-    e->now = 0;
+    e->now = e->depth = 0;
     for (uint32_t i = 0; i < e->cell_count; i++) {
         cell_t *at = &e->cells[i];
         at->value = at->initial;

@@ -43,7 +43,7 @@ enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_SPIN, E_PUSH };
 
 typedef struct { uint64_t a, b; } pair_t; /* 128 bits: what a history, or a state, is told apart by */
 
-typedef struct { uint64_t value; uint32_t when; } message_t; /* arm: a store that has become visible */
+typedef struct { uint64_t value; uint32_t when; int32_t event; uint8_t agent; } message_t; /* arm: a store that has become visible */
 
 typedef struct {
     uint64_t key, value, initial;
@@ -85,6 +85,7 @@ typedef struct {
     pair_t seen;       /* identity of the list of values it has observed */
     uint64_t mark;     /* version of memory when its turn of a spin loop began */
     bool marked, pushed;
+    int32_t last;      /* its last event of this execution, -1 = none */
     uint32_t epoch;
     uint32_t floor, latest, own; /* arm: no load reads from before; latest time read; time of its last visible store */
     uint32_t *coherent;          /* arm: the same for each cell; indexed by cell */

@@ -145,6 +145,7 @@ static context_t *next(Engine *e)
             continue;
         }
         e->last_agent = choice.agent;
+        e->contexts[choice.agent].last = (int32_t)e->depth - 1;
         e->way = choice.way;
         return &e->contexts[choice.agent];
     }
@@ -267,6 +268,7 @@ static int start(Engine *e, PyObject *starts)
             return -1;
         PyOS_snprintf(c->name, sizeof c->name, "%s", name);
         c->server = server;
+        c->last = -1;
         c->finished = c->dead = c->waiting = c->marked = c->pushed = false;
         c->buffered = c->epoch = c->floor = c->latest = c->own = 0;
         c->seen = pv_mix2((pair_t){1, 2}, (uint64_t)i);

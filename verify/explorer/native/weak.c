@@ -34,6 +34,17 @@ static bool outdone(const cell_t *at, uint32_t i, uint32_t oldest)
 }
 
 /*
+ * Could the load have come before the newest store became visible, for all that its context has gone through since?  Then an
+ * older one need not be read here: the reduction tries that order, too, and it leads to the same state.
+ */
+static bool could_have_come_before(const Engine *e, const context_t *c, const message_t *newest)
+{
+    if (!e->reducing || newest->event < 0)
+        return false;
+    return c->last < 0 || e->events[c->last].clock[newest->agent] <= newest->event;
+}
+
+/*
  * arm: how many stores the load, or compare-exchange, that a context is about to do may read; the newest is way 0.  `which`
  * is that of `way`.  A compare-exchange that finds what it expects needs the newest, and its buffer empty.
  */
@@ -41,8 +52,9 @@ uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t
 {
     const cell_t *at = &e->cells[c->op.cell];
     uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0, oldest = at->messages - 1;
-    while (oldest > 0 && at->history[oldest].when > from)
-        oldest--;
+    if (!could_have_come_before(e, c, &at->history[oldest]))
+        while (oldest > 0 && at->history[oldest].when > from)
+            oldest--;
     for (uint32_t i = at->messages; i-- > oldest;) {
         bool takes = c->op.kind == CAS && at->history[i].value == c->op.expected;
         if (takes ? i + 1 < at->messages || c->buffered : outdone(at, i, oldest))
