@@ -24,7 +24,8 @@ from pvbus.verify.explorer.walk import Walker
 from pvbus.verify.searching import said
 
 WEAK_MODELS: Final = tuple(model for model in ("tso", "arm") if model in MODELS)
-LOOK_EXECUTIONS_MAX: Final = 60  # enough for every context to come by every site that it comes by at all
+LOOK_SEEDS: Final = 30
+LOOK_EXECUTIONS_MAX: Final = 300  # by chance: enough for every context to come by what it comes by at all, deaths included
 EXECUTIONS_MAX: Final = 20_000
 SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
@@ -84,9 +85,15 @@ def passed(configuration: Configuration, sites: Sequence[str]) -> set[str]:
     """Give the sites that the contexts of a configuration come by, as SITE and as SITE@CONTEXT."""
     names = Walker(configuration.make, model="sc").along(()).names
     wanted = [*sites, *(f"{site}@{name}" for site in sites for name in names)]
-    bounds = dict(configuration.bounds)
-    result = explore(configuration.make(), model=WEAK_MODELS[-1], drop=wanted, executions=LOOK_EXECUTIONS_MAX, **bounds)
-    return set(result.sites_dropped)
+    found: set[str] = set()
+    for model, seeds in (("sc", 1), (WEAK_MODELS[-1], LOOK_SEEDS)):  # without any barrier a walk soon fails, and ends there
+        for seed in range(seeds):
+            result = explore(
+                configuration.make(), model=model, drop=wanted, search="random", seed=seed,
+                executions=LOOK_EXECUTIONS_MAX // seeds, **dict(configuration.bounds),
+            )  # fmt: skip
+            found |= result.sites_dropped
+    return found
 
 
 def sizes(where: Sequence[Configuration], model: str) -> dict[Configuration, int]:

@@ -16,7 +16,7 @@ from pvbus.actors.hypervisor import recovery
 from pvbus.shm._core_explored import EventPath
 from pvbus.shm.layout import Domain, Irq, SubmissionRing
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios import loops
 from pvbus.verify.scenarios.xen import XenScenario
 
@@ -27,6 +27,7 @@ class HypervisorDeath(XenScenario):
     """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask."""
 
     name = "hypervisor-death"
+    claims = claimed("sc", {}, {"enable": True}, deaths=1, preemptions=2)
     mortal = ("hypervisor",)
 
     def __init__(self, *, enable: bool = False) -> None:

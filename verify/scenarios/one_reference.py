@@ -23,7 +23,7 @@ class OneReference(XenScenario):
     """`events` of one port, each but the first masked until the one before was written back."""
 
     name = "one-reference"
-    claims = claimed("sc tso arm", {"events": 1})
+    claims = claimed("sc tso arm", {"events": 1}) + claimed("sc", {}, preemptions=2)
 
     def __init__(self, *, events: int = 2) -> None:
         self.events = events

@@ -23,7 +23,12 @@ class RingReset(XenScenario):
     """`events` come into a ring of `entries`, for `readers`; the ring is reset `resets` times."""
 
     name = "ring-reset"
-    claims = claimed("sc tso", {"events": 1}) + claimed("sc tso arm", {"events": 3, "resets": 0})
+    claims = (
+        claimed("sc tso arm", {"events": 3, "resets": 0})
+        + claimed("sc tso", {"events": 1})
+        + claimed("sc", {}, {"readers": 2, "resets": 0})
+        + claimed("sc", {"events": 1, "readers": 2}, preemptions=2)
+    )
 
     def __init__(self, *, events: int = 2, entries: int = 2, readers: int = 1, resets: int = 1) -> None:
         self.ports = list(range(1, 1 + events))

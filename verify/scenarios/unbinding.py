@@ -28,7 +28,11 @@ class Unbinding(XenScenario):
     """
 
     name = "unbinding"
-    claims = claimed("sc tso arm", {}) + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()})
+    claims = (
+        claimed("sc tso arm", {})
+        + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()}, {"release": True})
+        + claimed("sc tso", {"release": True, "cpus": 2}, preemptions=2)
+    )
 
     def __init__(
         self, *, before: tuple[int, ...] = (1,), pending: tuple[int, ...] = (), ports: tuple[int, ...] = (1, 2),

@@ -22,7 +22,7 @@ class WriteBack(XenScenario):
     """`ports` ports, for each of which the peer writes and notifies `raises` times."""
 
     name = "write-back"
-    claims = claimed("sc tso", {"raises": 1})
+    claims = claimed("sc tso", {"raises": 1}) + claimed("sc", {}, {"ports": 2, "raises": 2}, preemptions=2)
 
     def __init__(self, *, ports: int = 1, raises: int = 2) -> None:
         self.ports = list(range(1, 1 + ports))
