@@ -92,6 +92,7 @@ static int remember(Engine *e, int32_t cell)
         e->shared = shared;
         e->shared_room = room;
     }
+    e->cells[cell].place = e->shared_count < PLACES ? e->shared_count : PLACES - 1;
     e->shared[e->shared_count++] = cell;
     return 0;
 }
@@ -203,6 +204,7 @@ int pv_reset(Engine *e)
         cell_t *at = &e->cells[i];
         at->value = at->initial;
         at->messages = at->view = 0;
+        at->view_of = 0;
         if (e->model == ARM && at->shared && pv_set(e, (int32_t)i, at->initial) < 0)
             return -1;
     }
@@ -211,6 +213,7 @@ int pv_reset(Engine *e)
             Py_CLEAR(e->boxes[i].items[k]);
         e->boxes[i].count = 0;
     }
+    e->relation->grown = false;
     e->version = 0;
     e->ticked = e->dead = e->deaths = e->preempted = e->alone = 0;
     e->depth = e->change_next = 0;

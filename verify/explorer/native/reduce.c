@@ -10,11 +10,19 @@
  *
  * An event is a flush, or what a context does at one scheduling point.  What it does at locations that nobody shares
  * depends on nothing.  Stores that go into a buffer are seen by others as flushes only; on arm they also decide which
- * flushes are possible, hence E_PUSH.  On arm all stores that become visible depend on each other, since views compare times.
+ * flushes are possible, hence E_PUSH.  On arm, stores to two locations that become visible depend on each other if any load
+ * compares their times: weak.c finds out.
  */
 #include "engine.h"
 
 static bool writes(enum effect e) { return e == E_WRITE || e == E_MEMORY_WRITE || e == E_ADD; }
+
+/* arm: has a load compared the times of stores to these two? */
+static bool related(const Engine *e, int32_t a, int32_t b)
+{
+    uint32_t p = e->cells[a].place, q = e->cells[b].place;
+    return p == PLACES - 1 || q == PLACES - 1 || (e->relation->with[p] >> q & 1) || (e->relation->with[q] >> p & 1);
+}
 
 static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t *b)
 {
@@ -28,8 +36,8 @@ static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t
         return e->model == ARM && (a->agent ^ b->agent) == CONTEXTS_MAX && (a->agent | b->agent) >= CONTEXTS_MAX;
     if (a->effect == E_SPIN || b->effect == E_SPIN)
         return writes(a->effect) || writes(b->effect);
-    if (e->model == ARM && a->effect == E_MEMORY_WRITE && b->effect == E_MEMORY_WRITE)
-        return true;
+    if (e->model == ARM && a->effect == E_MEMORY_WRITE && b->effect == E_MEMORY_WRITE && a->cell != b->cell)
+        return related(e, a->cell, b->cell);
     if (a->cell != b->cell || (a->effect == E_READ && b->effect == E_READ) || (a->effect == E_ADD && b->effect == E_ADD))
         return false;
     /* tso: a load forwards what its own buffer's flush would write */

@@ -44,6 +44,17 @@ static bool could_have_come_before(const Engine *e, const context_t *c, const me
     return c->last < 0 || e->events[c->last].clock[newest->agent] <= newest->event;
 }
 
+/* The time of a store to this cell has been compared with those of stores to others: from now on their order matters. */
+static void compare(const Engine *e, int32_t cell, places_t with)
+{
+    relation_t *relation = e->relation;
+    places_t *known = &relation->with[e->cells[cell].place];
+    if (!e->reducing || (*known | with) == *known)
+        return;
+    *known |= with;
+    relation->grown = true;
+}
+
 /*
  * arm: how many stores the load, or compare-exchange, that a context is about to do may read; the newest is way 0.  `which`
  * is that of `way`.  A compare-exchange that finds what it expects needs the newest, and its buffer empty.
@@ -52,9 +63,12 @@ uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t
 {
     const cell_t *at = &e->cells[c->op.cell];
     uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0, oldest = at->messages - 1;
-    if (!could_have_come_before(e, c, &at->history[oldest]))
+    if (!could_have_come_before(e, c, &at->history[oldest])) {
+        if (oldest > 0 && at->history[oldest].when > c->coherent[c->op.cell])
+            compare(e, c->op.cell, c->floor_of);
         while (oldest > 0 && at->history[oldest].when > from)
             oldest--;
+    }
     for (uint32_t i = at->messages; i-- > oldest;) {
         bool takes = c->op.kind == CAS && at->history[i].value == c->op.expected;
         if (takes ? i + 1 < at->messages || c->buffered : outdone(at, i, oldest))
@@ -75,8 +89,11 @@ uint64_t pv_read(Engine *e, context_t *c, bool acquire, bool *latest)
     *latest = which + 1 == at->messages;
     c->coherent[c->op.cell] = max32(c->coherent[c->op.cell], when);
     c->latest = max32(c->latest, when);
-    if (acquire)
+    c->latest_of |= pv_place(e, c->op.cell);
+    if (acquire) {
         c->floor = max32(c->floor, when);
+        c->floor_of |= pv_place(e, c->op.cell);
+    }
     return at->history[which].value;
 }
 
@@ -87,34 +104,59 @@ void pv_read_latest(Engine *e, context_t *c, int32_t cell, bool acquire)
     uint32_t when = e->cells[cell].history[e->cells[cell].messages - 1].when;
     c->coherent[cell] = max32(c->coherent[cell], when);
     c->latest = max32(c->latest, when);
-    if (acquire)
+    c->latest_of |= pv_place(e, cell);
+    if (acquire) {
         c->floor = max32(c->floor, when);
+        c->floor_of |= pv_place(e, cell);
+    }
+}
+
+/* A context's last store has become visible. */
+void pv_own(Engine *e, context_t *c, int32_t cell)
+{
+    c->own = c->coherent[cell] = ++e->now;
+    c->own_of |= pv_place(e, cell);
+}
+
+void pv_load_barrier(context_t *c)
+{
+    c->floor = max32(c->floor, c->latest);
+    c->floor_of |= c->latest_of;
 }
 
 /* arm: a doorbell, lock or mailbox passes on what who used it before had seen and done. */
 void pv_publish(Engine *e, const context_t *c, int32_t cell)
 {
-    if (e->model == ARM)
-        e->cells[cell].view = max32(e->cells[cell].view, max32(c->floor, max32(c->latest, c->own)));
+    if (e->model != ARM)
+        return;
+    e->cells[cell].view = max32(e->cells[cell].view, max32(c->floor, max32(c->latest, c->own)));
+    e->cells[cell].view_of |= c->floor_of | c->latest_of | c->own_of;
 }
 
 void pv_synchronise(Engine *e, context_t *c, int32_t cell)
 {
     c->floor = max32(c->floor, e->cells[cell].view);
     c->latest = max32(c->latest, e->cells[cell].view);
+    c->floor_of |= e->cells[cell].view_of;
+    c->latest_of |= e->cells[cell].view_of;
 }
 
 void pv_inherit_view(Engine *e, context_t *c, const context_t *dead)
 {
-    if (e->model == ARM)
-        c->floor = c->latest = max32(c->floor, max32(dead->floor, max32(dead->latest, dead->own)));
+    if (e->model != ARM)
+        return;
+    c->floor = c->latest = max32(c->floor, max32(dead->floor, max32(dead->latest, dead->own)));
+    c->floor_of |= dead->floor_of | dead->latest_of | dead->own_of;
+    c->latest_of |= c->floor_of;
 }
 
 /* Behind a full barrier, or a lock: whatever was seen or done before. */
 void pv_full_barrier(Engine *e, context_t *c)
 {
-    if (e->model == ARM)
-        c->floor = max32(c->floor, max32(c->latest, c->own));
+    if (e->model != ARM)
+        return;
+    c->floor = max32(c->floor, max32(c->latest, c->own));
+    c->floor_of |= c->latest_of | c->own_of;
 }
 
 /* The stores of a buffer that may become visible now: how many, and which (of the buffer, oldest first). */
@@ -145,8 +187,7 @@ int pv_flush(Engine *e, context_t *c, uint32_t which)
     memmove(&c->buffer[which], &c->buffer[which + 1], (--c->buffered - which) * sizeof s);
     if (c->buffered == 0)
         c->epoch = 0;
-    e->now++;
-    c->own = c->coherent[s.cell] = e->now;
+    pv_own(e, c, s.cell);
     if (e->trace != NULL)
         pv_trace(e, c, "~ %s %W := 0x%llx", s.site, s.cell, (unsigned long long)s.value);
     return pv_set(e, s.cell, s.value);
