@@ -168,7 +168,9 @@ def matrix(sites: Sequence[str], *, say: Any = None) -> Matrix:
 def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
     models = " and ".join(f"`{model}`" for model in WEAK_MODELS)
-    lines = [HEAD.format(models=models, most=CONFIGURATIONS_MAX, seconds=SECONDS_MAX, hunts=HUNT_EXECUTIONS_MAX)]
+    searches = ", ".join(f"`{search}`" for search in HUNTS)
+    bounds = {"most": CONFIGURATIONS_MAX, "seconds": SECONDS_MAX, "hunts": HUNT_EXECUTIONS_MAX}
+    lines = [HEAD.format(models=models, searches=searches, **bounds)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
         lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
@@ -195,8 +197,8 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions by `pct` and by chance. That is
-  a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
+  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions of each of {searches}. That
+  is a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
   under `arm` is the usual case.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
