@@ -83,6 +83,28 @@ print(json.dumps([DeviceFile.driver.call("writev", a.fd, at, *map(ctypes.c_ulong
     assert json.loads(inside(pvbus_shared_machine, code)) == [8, 4, 8, 0, 4100, 4096]
 
 
+@pytest.mark.checklist("A12.4")
+def test_select_and_epoll_see_an_event_and_an_edge_is_seen_once(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+a, at_a, b, at_b = pair()
+level, edge = select.epoll(), select.epoll()
+level.register(a.fd, select.EPOLLIN)
+edge.register(a.fd, select.EPOLLIN | select.EPOLLET)
+seen = [level.poll(0), edge.poll(0), select.select([a.fd], [], [], 0)[0]]
+ringer = threading.Thread(target=lambda: wait_until_blocked(threading.main_thread().native_id, lambda: False) and b.notify(at_b))
+ringer.start()
+seen.append(len(edge.poll(10)))                         # blocked until the event comes
+ringer.join()
+seen += [len(edge.poll(0)), len(level.poll(0)), len(level.poll(0)), len(select.select([a.fd], [], [], 0)[0])]
+a.write(a.read(4))
+seen += [len(edge.poll(0)), len(level.poll(0))]
+b.notify(at_b)
+seen += [len(edge.poll(10)), len(edge.poll(0)), len(level.poll(10))]
+print(json.dumps(seen))
+"""
+    assert json.loads(inside(pvbus_shared_machine, code)) == [[], [], [], 1, 0, 1, 1, 1, 0, 0, 1, 0, 1]
+
+
 def file_process(machine: BootedMachine, opener: int) -> int:
     """Give the process of the file that a process has opened."""
     status = machine.machine.status()

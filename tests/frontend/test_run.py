@@ -230,3 +230,8 @@ def test_an_ordinary_user_runs_in_a_user_namespace() -> None:
     assert done.returncode == 6, done.stderr
     assert done.stdout.splitlines() == ["0", "/dev/xen/evtchn", "is ready,"]
     assert "nobody can hear it" in done.stderr
+
+
+def test_what_cannot_be_shown_here_is_a_warning_and_no_silent_skip() -> None:
+    with pytest.warns(UserWarning, match="not shown here: a thing; install it"), pytest.raises(pytest.skip.Exception):
+        not_shown("a thing", "install it")

@@ -62,6 +62,11 @@ static void basics(void)
     must(readable(b, 50) == 0, "a masked port must stay silent");
     must(xenevtchn_unmask(b, (evtchn_port_t)at_b) == 0, "unmask");
     must(readable(b, 2000) == 1 && xenevtchn_pending(b) == at_b, "the event that came while it was masked");
+    xenevtchn_handle *again = xenevtchn_fdopen(NULL, dup(xenevtchn_fd(b)), 0);
+    must(again != NULL, "fdopen");
+    must(xenevtchn_unmask(again, (evtchn_port_t)at_b) == 0, "unmask through another handle of the file");
+    must(xenevtchn_notify(a, (evtchn_port_t)at_a) == 0 && xenevtchn_pending(again) == at_b, "pending, likewise");
+    must(xenevtchn_close(again) == 0, "close of a handle that is not the last");
     must(xenevtchn_unbind(b, (evtchn_port_t)at_b) == 0, "unbind");
     must(xenevtchn_notify(b, (evtchn_port_t)at_b) == -1 && errno == ENOTCONN, "notify of an unbound port");
     must(xenevtchn_unbind(b, 4000) == -1 && (errno == ENOTCONN || errno == EINVAL), "unbind of a foreign port");
