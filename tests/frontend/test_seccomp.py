@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import command, run, started, xenevtchn_client
+from pvbus.tests.frontend.support import command, need_namespaces, not_shown, run, started, xenevtchn_client
+from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, users_python, with_packages
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
-from pvbus.view.seccomp import bpf
+from pvbus.view.seccomp import abi, bpf
 
 SECCOMP = ["--frontend", "seccomp"]
 ONE_DOMAIN = '[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n'
@@ -28,6 +29,11 @@ ANY = bpf.ARCHITECTURES["x86_64"]
 
 @pytest.fixture
 def machine_name(pvbus_shared_machine: BootedMachine) -> str:
+    need_namespaces()
+    try:
+        abi.probe()
+    except OSError as error:
+        not_shown("programs under the seccomp front end", f"the kernel has no user notification: {error.strerror}")
     return pvbus_shared_machine.name
 
 
@@ -222,6 +228,21 @@ def test_threads_of_a_program_call_at_the_same_time(machine_name: str) -> None:
     done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
 
     assert done.stdout == "True\n", done.stderr
+
+
+def test_an_ordinary_user_runs_so_in_a_user_namespace() -> None:
+    python = users_python()
+    script = f"""
+        mount -t tmpfs none /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse
+        export HOME=/mnt/home XDG_RUNTIME_DIR=/mnt/run; mkdir -m 700 /mnt/home /mnt/run; chown {USER} /mnt/home /mnt/run
+        cp {client()} /mnt/client; exec "$@"
+    """
+    words = [python, "-P", "-m", "pvbus.supervisor", "run", *SECCOMP, "--", "/mnt/client"]
+
+    for what in ("tour", "signals"):
+        done = in_private_mounts(script, *AS_USER, *words, what, environ=with_packages())
+
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_within_such_a_run_says_what_stands_against_it(machine_name: str) -> None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.test_run import in_private_mounts
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
 
@@ -96,15 +98,25 @@ def test_lsevtchn_sees_the_ports_of_a_python_client(pvbus_shared_machine: Booted
 
 @pytest.mark.usefixtures("xenstore_tools")
 def test_when_xenstored_dies_who_waits_for_it_hears_an_error(machine_name: str) -> None:
-    script = "echo ready; xenstore-watch /seen >/dev/null; echo over; xenstore-read /a || echo refused"
-    with started("sh", "-c", script, name=machine_name, options=["--xenstore"]) as process:
+    script = (
+        "import os, select, struct, subprocess\n"
+        "fd = os.open('/dev/xen/xenbus', os.O_RDWR)\n"
+        "os.write(fd, struct.pack('=IIII', 4, 1, 0, 8) + b'/a\\0here\\0')\n"  # a watch: its answer, its first event
+        "said = b''\n"
+        "while b'here' not in said: said += os.read(fd, 4096)\n"
+        "print('waiting', flush=True)\n"
+        "try: os.read(fd, 4096)\n"
+        "except OSError as error: print(error.errno, len(select.select([fd], [], [], 0)[0]), flush=True)\n"
+        "print(subprocess.run(['xenstore-read', '/a'], stderr=subprocess.DEVNULL).returncode)\n"
+    )
+    with started(sys.executable, "-c", script, name=machine_name, options=["--xenstore"]) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == "waiting\n"
         next(child for child in psutil.Process(process.pid).children() if child.name() == "xenstored").kill()
 
         said, complaints = process.communicate(timeout=20)
 
-    assert said == "over\nrefused\n"
+    assert said == "5 1\n1\n"
     assert "pvbus run: xenstored has died" in complaints
 
 
@@ -136,6 +148,16 @@ def test_the_commands_of_the_readme_do_what_it_says(line: str, said: str) -> Non
 
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(said, done.stdout, re.DOTALL), done.stdout
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_without_xenstored_the_run_names_the_packages(machine_name: str) -> None:
+    words = command("true", name=machine_name, options=["--xenstore"])
+
+    done = in_private_mounts(f'mount -t tmpfs none {Path(XENSTORED).parents[1]}; PATH=/usr/bin:/bin exec "$@"', *words)
+
+    assert done.returncode == 3
+    assert re.fullmatch("pvbus run: there is no xenstored .*xen-utils.*xenstore-utils.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.usefixtures("xenstore_tools")

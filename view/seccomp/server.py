@@ -68,7 +68,7 @@ class Frontend:
         self.domain = domain
         self.is_device = is_device
         self.files: dict[int, SocketFile] = {}  # by the inode of the user's end
-        self._releasing: dict[int, Timer] = {}
+        self._releasing: dict[SocketFile, Timer] = {}
         self._behind: deque[Callable[[], None]] = deque()
         known = bpf.here()
         self._handlers: dict[int, Callable[[Waiting], None]] = {
@@ -205,13 +205,13 @@ class Frontend:
         file.ours.close()
 
         def released() -> None:
-            timer = self._releasing.pop(file.inode, None)
+            timer = self._releasing.pop(file, None)
             if timer is not None:
                 timer.cancel()
             while self._behind and not self._releasing:
                 self._behind.popleft()()
 
-        self._releasing[file.inode] = self.inbox.call_at(self.inbox.clock.now_ns() + RELEASE_NS_MAX, released)
+        self._releasing[file] = self.inbox.call_at(self.inbox.clock.now_ns() + RELEASE_NS_MAX, released)
         file.file.close(released)
 
     def _after_releases(self, action: Callable[[], None]) -> None:
