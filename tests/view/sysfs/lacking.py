@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Skip a test for want of a program or a right, and say so where it is read: in the summary's warnings."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NoReturn
 
 import pytest
 
+EXIT_ENVIRONMENT = 3
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/systemd:/lib/systemd"
 
 
@@ -17,6 +19,11 @@ def not_tested(why: str) -> NoReturn:
         warnings.simplefilter("always")  # elsewhere a warning is an error
         warnings.warn(UserWarning(f"NOT TESTED: {why}"), stacklevel=2)
     pytest.skip(why)
+
+
+def is_lack(exit_code: int, said: str) -> bool:
+    """Whether `pvbus run` has ended for want of something in this system, and not of something of ours."""
+    return exit_code == EXIT_ENVIRONMENT and re.search(r"the kernel does not give|/dev/fuse", said) is not None
 
 
 def program(name: str, package: str) -> str:

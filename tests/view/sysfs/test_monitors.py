@@ -116,4 +116,4 @@ def test_where_no_room_can_be_made_that_is_said_and_nothing_is_held_to_be_tested
         with pytest.warns(UserWarning, match="NOT TESTED: there is no /dev/fuse"), pytest.raises(pytest.skip.Exception):
             Room(machine, "sh", "-c", f"{wait}echo there is no /dev/fuse; exit 3")
     with pytest.raises((EOFError, BrokenPipeError)):
-        Room(machine, "sh", "-c", "exit 1")
+        Room(machine, "sh", "-c", "echo machine x has stopped; exit 3")
