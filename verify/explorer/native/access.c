@@ -154,8 +154,7 @@ static int m_rmw(void *engine, uint32_t memory, uint64_t off, int width, int op,
     }
     pv_observe(c, was);
     pv_read_latest(e, c, cell, true);
-    e->now++;
-    c->own = c->coherent[cell] = e->now;
+    pv_own(e, c, cell);
     if (e->trace != NULL)
         pv_trace(e, c, "%s %W 0x%llx => 0x%llx", site, cell, (unsigned long long)was, (unsigned long long)now);
     return pv_set(e, cell, now);
@@ -192,8 +191,7 @@ static int m_cas(void *engine, uint32_t memory, uint64_t off, int width, uint64_
         pv_trace(e, c, "%s %W 0x%llx => 0x%llx", site, cell, (unsigned long long)*old, (unsigned long long)(done ? desired : *old));
     if (!done)
         return 0;
-    e->now++;
-    c->own = c->coherent[cell] = e->now;
+    pv_own(e, c, cell);
     return pv_set(e, cell, desired);
 }
 
@@ -212,7 +210,7 @@ static int m_fence(void *engine, int kind, const char *site)
     if (kind == MB)
         pv_full_barrier(e, c);
     else if (kind == RMB)
-        c->floor = c->latest > c->floor ? c->latest : c->floor;
+        pv_load_barrier(c);
     else if (c->buffered)
         c->epoch++;
     if (e->trace != NULL)
@@ -236,8 +234,10 @@ static int m_spin(void *engine, const char *site)
     if (pv_stop(e, c, SPIN, -1, site, 1) < 0)
         return -1;
     pv_observe(c, PASSED);
-    if (e->model == ARM)
-        c->floor = e->now;
+    if (e->model == ARM) {
+        c->floor.when = e->now;
+        c->floor.of = ~(places_t)0;
+    }
     c->mark = e->version;
     c->marked = true;
     return 0;

@@ -92,6 +92,7 @@ static int remember(Engine *e, int32_t cell)
         e->shared = shared;
         e->shared_room = room;
     }
+    e->cells[cell].place = e->shared_count < PLACES ? e->shared_count : PLACES - 1;
     e->shared[e->shared_count++] = cell;
     return 0;
 }
@@ -202,7 +203,9 @@ int pv_reset(Engine *e)
     for (uint32_t i = 0; i < e->cell_count; i++) {
         cell_t *at = &e->cells[i];
         at->value = at->initial;
-        at->messages = at->view = 0;
+        at->messages = 0;
+        if (at->view.of)
+            memset(&at->view, 0, sizeof at->view);
         if (e->model == ARM && at->shared && pv_set(e, (int32_t)i, at->initial) < 0)
             return -1;
     }
@@ -211,6 +214,7 @@ int pv_reset(Engine *e)
             Py_CLEAR(e->boxes[i].items[k]);
         e->boxes[i].count = 0;
     }
+    e->relation->grown = false;
     e->version = 0;
     e->ticked = e->dead = e->deaths = e->preempted = e->alone = 0;
     e->depth = e->change_next = 0;

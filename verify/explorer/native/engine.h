@@ -43,6 +43,17 @@ enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_SPIN, E_PUSH };
 
 typedef struct { uint64_t a, b; } pair_t; /* 128 bits: what a history, or a state, is told apart by */
 
+/*
+ * arm: sets of cells, for the order between stores to different ones.  It matters only if some load ever compares their times:
+ * what is not related may become visible in any order, and the search begins anew when a relation turns up.
+ */
+#define PLACES 128
+typedef unsigned __int128 places_t;
+typedef struct { places_t with[PLACES]; bool grown; } relation_t;
+
+/* A time in the past, of which cells' stores it is one, and what had happened by then whatever the order of steps. */
+typedef struct { uint32_t when; places_t of; uint16_t clock[AGENTS_MAX]; } view_t;
+
 typedef struct { uint64_t value; uint32_t when; int32_t event; uint8_t agent; } message_t; /* arm: a store that has become visible */
 
 typedef struct {
@@ -50,7 +61,8 @@ typedef struct {
     uint32_t touched, owners; /* contexts that accessed it; that freed or allocated its memory: a bit each */
     bool written, shared;
     int32_t heap;             /* the cell that says whether its memory is allocated, -1 = it always is */
-    uint32_t view;            /* arm, doorbells and the like: what who rang had seen */
+    uint32_t place;           /* in sets of cells; the last one is shared by all who find no other */
+    view_t view;              /* arm, doorbells and the like: what who rang had seen */
     message_t *history;       /* arm, memory: oldest first; the last one is value */
     uint32_t messages, room;
 } cell_t;
@@ -87,7 +99,7 @@ typedef struct {
     bool marked, pushed;
     int32_t last;      /* its last event of this execution, -1 = none */
     uint32_t epoch;
-    uint32_t floor, latest, own; /* arm: no load reads from before; latest time read; time of its last visible store */
+    view_t floor, latest, own;   /* arm: no load reads from before; latest time read; time of its last visible store */
     uint32_t *coherent;          /* arm: the same for each cell; indexed by cell */
     PyObject *error;
 } context_t;
@@ -138,6 +150,7 @@ typedef struct {
     uint32_t cell_count, cell_room;
     int32_t *index;       /* open addressing: key to cell */
     uint32_t index_size;
+    relation_t *relation;
     int32_t *shared;      /* cells that are scheduling points, and doorbells */
     uint32_t shared_count, shared_room;
     uint32_t bells;
@@ -210,6 +223,7 @@ static inline pair_t pv_mix2(pair_t p, uint64_t v)
 
 static inline bool pv_is_bell(const Engine *e, int32_t cell) { return (int64_t)e->cells[cell].key < 0; }
 static inline int pv_number(const Engine *e, const context_t *c) { return (int)(c - e->contexts); }
+static inline places_t pv_place(const Engine *e, int32_t cell) { return (places_t)1 << e->cells[cell].place; }
 static inline void pv_observe(context_t *c, uint64_t value) { c->seen = pv_mix2(c->seen, value); }
 #define PASSED 0x70617373u /* observed at a step that gives no value */
 
@@ -240,6 +254,8 @@ int pv_flush(Engine *e, context_t *c, uint32_t which);
 void pv_publish(Engine *e, const context_t *c, int32_t cell);
 void pv_synchronise(Engine *e, context_t *c, int32_t cell);
 void pv_inherit_view(Engine *e, context_t *c, const context_t *dead);
+void pv_own(Engine *e, context_t *c, int32_t cell);
+void pv_load_barrier(context_t *c);
 void pv_full_barrier(Engine *e, context_t *c);
 pair_t pv_state(Engine *e);
 

@@ -50,7 +50,7 @@ static PyObject *get_alone(Engine *e, void *closure)
 static PyObject *get_grown(Engine *e, void *closure)
 {
     (void)closure;
-    return PyBool_FromLong(e->grown);
+    return PyBool_FromLong(e->grown || e->relation->grown);
 }
 
 static PyObject *get_cut(Engine *e, void *closure)

@@ -20,8 +20,9 @@ int pv_engine_setup(Engine *e, PyObject *args, PyObject *kwargs)
     e->events = calloc(STEPS_MAX + 2, sizeof *e->events);
     e->nodes = calloc(STEPS_MAX + 2, sizeof *e->nodes);
     e->taken = calloc(STEPS_MAX + 2, sizeof *e->taken);
+    e->relation = calloc(1, sizeof *e->relation);
     e->sites = PyList_New(0);
-    if (!e->dropped || !e->dropped_seen || !e->events || !e->nodes || !e->taken || !e->sites) {
+    if (!e->dropped || !e->dropped_seen || !e->events || !e->nodes || !e->taken || !e->relation || !e->sites) {
         PyErr_NoMemory();
         return -1;
     }
@@ -60,7 +61,7 @@ void pv_engine_teardown(Engine *e)
         Py_CLEAR(e->contexts[i].error);
         Py_CLEAR(e->contexts[i].greenlet);
     }
-    void *all[] = {e->dropped, e->dropped_seen, e->events, e->nodes, e->taken, e->follow, e->cells, e->index, e->shared,
+    void *all[] = {e->dropped, e->dropped_seen, e->events, e->nodes, e->taken, e->relation, e->follow, e->cells, e->index, e->shared,
                    e->bell_cells, e->bell_names, e->boxes, e->widths, e->visited, e->summaries, e->summary_index};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);

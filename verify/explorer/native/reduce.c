@@ -10,11 +10,19 @@
  *
  * An event is a flush, or what a context does at one scheduling point.  What it does at locations that nobody shares
  * depends on nothing.  Stores that go into a buffer are seen by others as flushes only; on arm they also decide which
- * flushes are possible, hence E_PUSH.  On arm all stores that become visible depend on each other, since views compare times.
+ * flushes are possible, hence E_PUSH.  On arm, stores to two locations that become visible depend on each other if any load
+ * compares their times: weak.c finds out.
  */
 #include "engine.h"
 
 static bool writes(enum effect e) { return e == E_WRITE || e == E_MEMORY_WRITE || e == E_ADD; }
+
+/* arm: has a load compared the times of stores to these two? */
+static bool related(const Engine *e, int32_t a, int32_t b)
+{
+    uint32_t p = e->cells[a].place, q = e->cells[b].place;
+    return p == PLACES - 1 || q == PLACES - 1 || (e->relation->with[p] >> q & 1) || (e->relation->with[q] >> p & 1);
+}
 
 static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t *b)
 {
@@ -28,8 +36,8 @@ static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t
         return e->model == ARM && (a->agent ^ b->agent) == CONTEXTS_MAX && (a->agent | b->agent) >= CONTEXTS_MAX;
     if (a->effect == E_SPIN || b->effect == E_SPIN)
         return writes(a->effect) || writes(b->effect);
-    if (e->model == ARM && a->effect == E_MEMORY_WRITE && b->effect == E_MEMORY_WRITE)
-        return true;
+    if (e->model == ARM && a->effect == E_MEMORY_WRITE && b->effect == E_MEMORY_WRITE && a->cell != b->cell)
+        return related(e, a->cell, b->cell);
     if (a->cell != b->cell || (a->effect == E_READ && b->effect == E_READ) || (a->effect == E_ADD && b->effect == E_ADD))
         return false;
     /* tso: a load forwards what its own buffer's flush would write */
@@ -137,10 +145,19 @@ static void clock_of(const Engine *e, uint32_t depth, int agent, int pushed_at, 
             join(clock, e->events[last[i]].clock);
 }
 
-static bool drains(const Engine *e, const context_t *c)
+/* Does the operation come after all stores of its context have become visible? */
+static bool drains(const Engine *e, const context_t *c, int way)
 {
-    enum kind k = c->op.kind;
-    return k == RMW || k == FENCE || k == UNLOCK || k == POST || (k == CAS && e->model != ARM) || (k == RING && e->model == ARM);
+    switch (c->op.kind) {
+    case RMW: case FENCE: case UNLOCK: case POST:
+        return true;
+    case CAS: /* arm: one that fails waits for nothing */
+        return e->model != ARM || (c->buffered == 0 && way == 0 && e->cells[c->op.cell].value == c->op.expected);
+    case RING:
+        return e->model == ARM;
+    default:
+        return false;
+    }
 }
 
 /*
@@ -202,7 +219,7 @@ void pv_record(Engine *e, uint32_t depth, choice_t choice)
     if (choice.agent < CONTEXTS_MAX) {
         const context_t *c = &e->contexts[choice.agent];
         event->id = (int16_t)pv_pending_kind(e, c);
-        clock_of(e, depth, choice.agent, -1, drains(e, c), event->clock);
+        clock_of(e, depth, choice.agent, -1, drains(e, c, choice.way), event->clock);
     } else {
         uint32_t which[BUFFER_MAX];
         const context_t *c = &e->contexts[choice.agent - CONTEXTS_MAX];
@@ -238,7 +255,7 @@ void pv_find_races(Engine *e, uint32_t depth)
         const context_t *c = &e->contexts[i];
         if (!c->waiting || c->dead || pv_step_ways(e, c) != 0)
             continue;
-        clock_of(e, depth, (int)i, -1, drains(e, c), clock);
+        clock_of(e, depth, (int)i, -1, drains(e, c, 0), clock);
         races(e, depth, (int)i, pv_pending_kind(e, c), clock);
     }
 }
