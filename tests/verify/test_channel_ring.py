@@ -5,8 +5,9 @@ import pytest
 
 from pvbus.shm._core_explored import Memory
 from pvbus.shm.channel_ring import ChannelControl
-from pvbus.verify.explorer import Model, explore
+from pvbus.verify.explorer import explore
 from pvbus.verify.scenarios.channel_ring import DATA_BYTES, PACKET_BYTES, ChannelRings
+from pvbus.verify.zoo.bug07_full_ring_throttles import NEARLY_FULL, KeepsTheWriteIndex
 
 FULL = (DATA_BYTES - PACKET_BYTES,)     # as much is left as a packet has, which is not enough
 FULL_TWICE = (PACKET_BYTES, DATA_BYTES - PACKET_BYTES - 8)
@@ -78,32 +79,6 @@ def test_a_demand_for_just_as_much_as_the_packet_has_is_caught() -> None:
 
     assert failure is not None
     assert BOTH_SLEEP in failure.message
-
-
-class KeepsTheWriteIndex(ChannelRings):
-    """Compares the demand with the write index by which it has found the packet, not with a fresh one."""
-
-    def read(self, model: Model) -> None:
-        memory = self.memory
-        at = memory.load32(ChannelControl.READ_INDEX, "vmr.own")
-        while (end := memory.load32_acquire(ChannelControl.WRITE_INDEX, "vmr_publish")) != at:
-            word = memory.load64(ChannelControl.BYTES + at, "vmr.packet")
-            self.got.append(memory.load64(ChannelControl.BYTES + (at + 8) % DATA_BYTES, "vmr.packet"))
-            before, at = at, (at + (word >> 32 & 0xFFFF) * 8 + 8) % DATA_BYTES
-            memory.store32_release(ChannelControl.READ_INDEX, at, "vmr_reuse")
-            memory.smp_mb("vmr_room")
-            wanted = memory.load32(ChannelControl.PENDING_SEND_SZ, "vmr.pending")
-            if wanted and free(end, before) < wanted <= free(end, at):
-                model.ring(self.room, "room.signal")
-
-
-def free(write_index: int, read_index: int) -> int:
-    """Give the room of a ring; an empty one has all of it."""
-    return (read_index - write_index - 1) % DATA_BYTES + 1
-
-
-# One packet fits, so that the writer can fill the ring between the reader's look and its comparison.
-NEARLY_FULL = (PACKET_BYTES, DATA_BYTES - 2 * PACKET_BYTES - 8)
 
 
 @pytest.mark.parametrize("reader", [ChannelRings, KeepsTheWriteIndex])

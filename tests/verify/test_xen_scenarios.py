@@ -86,6 +86,15 @@ def test_three_events_into_a_ring_of_two_are_told_when_one_is_dropped() -> None:
     assert (result.verdict, str(result.failure)) == ("complete", "None")
 
 
+def test_without_the_barrier_between_flag_and_announcement_a_busy_cpu_counts_as_idle_under_arm() -> None:
+    tso = explore(Unbinding(), model="tso", drop=["cpu_idle"])
+    arm = explore(Unbinding(), model="arm", drop=["cpu_idle"])
+
+    assert (tso.verdict, tso.sites_dropped) == ("complete", frozenset({"cpu_idle"}))
+    assert arm.failure is not None
+    assert "1 events were raised before the call, 0 came" in arm.failure.message
+
+
 # ---- planted bugs: a property that cannot fail is a defect
 
 
