@@ -78,6 +78,7 @@ demo: setup
 bench: $(SETUP) $(VENV)/.extra-bench-done
 	$(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/device.py
+	$(VENV)/bin/python benchmarks/explorer.py
 
 clean:
 	rm -rf $(VENV) build dist pvbus.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache artifacts

@@ -22,6 +22,7 @@ from pvbus.verify.searching import Job, Run, recorded, search, told, written
 
 SCHEMA: Final = 1
 HELD, BROKEN = 0, 1
+LOOK_SECONDS: Final = 5.0  # for each scenario, when nothing is asked for
 MODEL_SENTENCES: Final = {
     "sc": "sequential consistency: one access after the other",
     "tso": "x86: stores wait in a first-in-first-out buffer, and loads overtake them",
@@ -93,6 +94,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     bounds = _bounds(arguments)
     if arguments.all and (settings or arguments.variant or drop):
         raise ValueError("--all searches what is claimed: it takes no --set, --variant and --drop")
+    if not (arguments.scenario or arguments.all or bug is not None or {"executions", "seconds"} & set(bounds)):
+        bounds["seconds"] = LOOK_SECONDS
     names = arguments.scenario or ([_scenario_of(bug)] if bug is not None else list(scenarios.scenarios()))
     if settings and len(names) > 1:
         raise ValueError(f"--set is for one scenario, and {len(names)} are wanted: {', '.join(names)}")

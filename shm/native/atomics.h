@@ -2,7 +2,7 @@
 /*
  * Every access to a shared page goes through the macros of this file, and nothing else may touch one.
  *
- * The same sources are compiled twice.  In the machine (pvbus.shm._core) a macro is one C11 atomic.  In the explorer
+ * The same sources are compiled three times.  In the machine (pvbus.shm._core) a macro is one C11 atomic.  In the explorer
  * (pvbus.shm._core_explored, -DPVBUS_EXPLORED) it is a call-out to a memory model: a scheduling point.  A call-out can
  * fail (the context died, the search cut this branch); then the Python error is set and the macro returns PV_DEAD from the
  * function that used it, so a dead context executes nothing further.  That is why each user of the macros returns int64_t.

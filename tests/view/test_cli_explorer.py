@@ -106,6 +106,14 @@ def test_a_bound_is_never_called_complete(capsys: pytest.CaptureFixture[str]) ->
     assert (code, json.loads(out)["verdict"]) == (0, "bounded")
 
 
+def test_without_a_name_every_scenario_gets_a_look_that_ends() -> None:
+    jobs = list(exploring.jobs(parsed("explore")))
+
+    assert [job.scenario for job in jobs] == list(scenarios.scenarios())
+    assert {job.arguments["seconds"] for job in jobs} == {exploring.LOOK_SECONDS}
+    assert {job.model for job in jobs} == {"sc"}
+
+
 def test_everything_is_listed_with_a_name_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = carried_out(capsys, "explore", "--list", "--json")
     data = json.loads(out)

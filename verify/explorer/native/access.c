@@ -235,8 +235,8 @@ static int m_spin(void *engine, const char *site)
         return -1;
     pv_observe(c, PASSED);
     if (e->model == ARM) {
-        c->floor = e->now;
-        c->floor_of = ~(places_t)0;
+        c->floor.when = e->now;
+        c->floor.of = ~(places_t)0;
     }
     c->mark = e->version;
     c->marked = true;

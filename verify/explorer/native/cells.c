@@ -203,8 +203,9 @@ int pv_reset(Engine *e)
     for (uint32_t i = 0; i < e->cell_count; i++) {
         cell_t *at = &e->cells[i];
         at->value = at->initial;
-        at->messages = at->view = 0;
-        at->view_of = 0;
+        at->messages = 0;
+        if (at->view.of)
+            memset(&at->view, 0, sizeof at->view);
         if (e->model == ARM && at->shared && pv_set(e, (int32_t)i, at->initial) < 0)
             return -1;
     }

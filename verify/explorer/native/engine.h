@@ -51,6 +51,9 @@ typedef struct { uint64_t a, b; } pair_t; /* 128 bits: what a history, or a stat
 typedef unsigned __int128 places_t;
 typedef struct { places_t with[PLACES]; bool grown; } relation_t;
 
+/* A time in the past, of which cells' stores it is one, and what had happened by then whatever the order of steps. */
+typedef struct { uint32_t when; places_t of; uint16_t clock[AGENTS_MAX]; } view_t;
+
 typedef struct { uint64_t value; uint32_t when; int32_t event; uint8_t agent; } message_t; /* arm: a store that has become visible */
 
 typedef struct {
@@ -59,8 +62,7 @@ typedef struct {
     bool written, shared;
     int32_t heap;             /* the cell that says whether its memory is allocated, -1 = it always is */
     uint32_t place;           /* in sets of cells; the last one is shared by all who find no other */
-    places_t view_of;
-    uint32_t view;            /* arm, doorbells and the like: what who rang had seen */
+    view_t view;              /* arm, doorbells and the like: what who rang had seen */
     message_t *history;       /* arm, memory: oldest first; the last one is value */
     uint32_t messages, room;
 } cell_t;
@@ -97,8 +99,7 @@ typedef struct {
     bool marked, pushed;
     int32_t last;      /* its last event of this execution, -1 = none */
     uint32_t epoch;
-    uint32_t floor, latest, own; /* arm: no load reads from before; latest time read; time of its last visible store */
-    places_t floor_of, latest_of, own_of; /* of which cells' stores these are times */
+    view_t floor, latest, own;   /* arm: no load reads from before; latest time read; time of its last visible store */
     uint32_t *coherent;          /* arm: the same for each cell; indexed by cell */
     PyObject *error;
 } context_t;

@@ -145,10 +145,19 @@ static void clock_of(const Engine *e, uint32_t depth, int agent, int pushed_at, 
             join(clock, e->events[last[i]].clock);
 }
 
-static bool drains(const Engine *e, const context_t *c)
+/* Does the operation come after all stores of its context have become visible? */
+static bool drains(const Engine *e, const context_t *c, int way)
 {
-    enum kind k = c->op.kind;
-    return k == RMW || k == FENCE || k == UNLOCK || k == POST || (k == CAS && e->model != ARM) || (k == RING && e->model == ARM);
+    switch (c->op.kind) {
+    case RMW: case FENCE: case UNLOCK: case POST:
+        return true;
+    case CAS: /* arm: one that fails waits for nothing */
+        return e->model != ARM || (c->buffered == 0 && way == 0 && e->cells[c->op.cell].value == c->op.expected);
+    case RING:
+        return e->model == ARM;
+    default:
+        return false;
+    }
 }
 
 /*
@@ -210,7 +219,7 @@ void pv_record(Engine *e, uint32_t depth, choice_t choice)
     if (choice.agent < CONTEXTS_MAX) {
         const context_t *c = &e->contexts[choice.agent];
         event->id = (int16_t)pv_pending_kind(e, c);
-        clock_of(e, depth, choice.agent, -1, drains(e, c), event->clock);
+        clock_of(e, depth, choice.agent, -1, drains(e, c, choice.way), event->clock);
     } else {
         uint32_t which[BUFFER_MAX];
         const context_t *c = &e->contexts[choice.agent - CONTEXTS_MAX];
@@ -246,7 +255,7 @@ void pv_find_races(Engine *e, uint32_t depth)
         const context_t *c = &e->contexts[i];
         if (!c->waiting || c->dead || pv_step_ways(e, c) != 0)
             continue;
-        clock_of(e, depth, (int)i, -1, drains(e, c), clock);
+        clock_of(e, depth, (int)i, -1, drains(e, c, 0), clock);
         races(e, depth, (int)i, pv_pending_kind(e, c), clock);
     }
 }

@@ -270,8 +270,8 @@ static int start(Engine *e, PyObject *starts)
         c->server = server;
         c->last = -1;
         c->finished = c->dead = c->waiting = c->marked = c->pushed = false;
-        c->buffered = c->epoch = c->floor = c->latest = c->own = 0;
-        c->floor_of = c->latest_of = c->own_of = 0;
+        c->buffered = c->epoch = 0;
+        c->floor = c->latest = c->own = (view_t){0};
         c->seen = pv_mix2((pair_t){1, 2}, (uint64_t)i);
         if (e->model == ARM)
             memset(c->coherent, 0, e->cell_room * sizeof *c->coherent);

@@ -16,6 +16,23 @@
 
 static uint32_t max32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
+static void raise_view(view_t *view, const view_t *to)
+{
+    view->when = max32(view->when, to->when);
+    view->of |= to->of;
+    for (int i = 0; i < AGENTS_MAX; i++)
+        view->clock[i] = view->clock[i] > to->clock[i] ? view->clock[i] : to->clock[i];
+}
+
+/* The view of a store that has become visible in an event, -1 = before the first. */
+static view_t view_of(const Engine *e, int32_t cell, uint32_t when, int32_t event)
+{
+    view_t view = {.when = when, .of = pv_place(e, cell)};
+    if (event >= 0 && e->reducing)
+        memcpy(view.clock, e->events[event].clock, sizeof view.clock);
+    return view;
+}
+
 const store_t *pv_own_store(const context_t *c, int32_t cell)
 {
     for (uint32_t i = c->buffered; i-- > 0;)
@@ -44,14 +61,23 @@ static bool could_have_come_before(const Engine *e, const context_t *c, const me
     return c->last < 0 || e->events[c->last].clock[newest->agent] <= newest->event;
 }
 
-/* The time of a store to this cell has been compared with those of stores to others: from now on their order matters. */
-static void compare(const Engine *e, int32_t cell, places_t with)
+/*
+ * The time of a store is compared with a floor.  Unless every order of steps gives the same answer, the
+ * order between stores to this cell and to those of the floor matters from now on.
+ */
+static void compare(const Engine *e, int32_t cell, const message_t *message, const view_t *floor)
 {
     relation_t *relation = e->relation;
     places_t *known = &relation->with[e->cells[cell].place];
-    if (!e->reducing || (*known | with) == *known)
+    if (!e->reducing || message->event < 0 || (*known | floor->of) == *known || floor->clock[message->agent] > message->event)
         return;
-    *known |= with;
+    const uint16_t *clock = e->events[message->event].clock;
+    bool after = true;
+    for (int i = 0; i < AGENTS_MAX; i++)
+        after = after && floor->clock[i] <= clock[i];
+    if (after && floor->of != ~(places_t)0)
+        return;
+    *known |= floor->of;
     relation->grown = true;
 }
 
@@ -62,12 +88,13 @@ static void compare(const Engine *e, int32_t cell, places_t with)
 uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t *which)
 {
     const cell_t *at = &e->cells[c->op.cell];
-    uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0, oldest = at->messages - 1;
-    if (!could_have_come_before(e, c, &at->history[oldest])) {
-        if (oldest > 0 && at->history[oldest].when > c->coherent[c->op.cell])
-            compare(e, c->op.cell, c->floor_of);
-        while (oldest > 0 && at->history[oldest].when > from)
-            oldest--;
+    uint32_t count = 0, oldest = at->messages - 1;
+    bool look = !could_have_come_before(e, c, &at->history[oldest]);
+    while (look && oldest > 0 && at->history[oldest].when > c->coherent[c->op.cell]) {
+        compare(e, c->op.cell, &at->history[oldest], &c->floor);
+        if (at->history[oldest].when <= c->floor.when)
+            break;
+        oldest--;
     }
     for (uint32_t i = at->messages; i-- > oldest;) {
         bool takes = c->op.kind == CAS && at->history[i].value == c->op.expected;
@@ -80,48 +107,51 @@ uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t
     return count;
 }
 
+static void see(Engine *e, context_t *c, int32_t cell, const message_t *message, bool acquire)
+{
+    view_t view = view_of(e, cell, message->when, message->event);
+    c->coherent[cell] = max32(c->coherent[cell], message->when);
+    raise_view(&c->latest, &view);
+    if (acquire)
+        raise_view(&c->floor, &view);
+}
+
 uint64_t pv_read(Engine *e, context_t *c, bool acquire, bool *latest)
 {
     const cell_t *at = &e->cells[c->op.cell];
     uint32_t which = at->messages - 1;
     pv_readable(e, c, e->way, &which);
-    uint32_t when = at->history[which].when;
     *latest = which + 1 == at->messages;
-    c->coherent[c->op.cell] = max32(c->coherent[c->op.cell], when);
-    c->latest = max32(c->latest, when);
-    c->latest_of |= pv_place(e, c->op.cell);
-    if (acquire) {
-        c->floor = max32(c->floor, when);
-        c->floor_of |= pv_place(e, c->op.cell);
-    }
+    see(e, c, c->op.cell, &at->history[which], acquire);
     return at->history[which].value;
 }
 
 void pv_read_latest(Engine *e, context_t *c, int32_t cell, bool acquire)
 {
-    if (e->model != ARM)
-        return;
-    uint32_t when = e->cells[cell].history[e->cells[cell].messages - 1].when;
-    c->coherent[cell] = max32(c->coherent[cell], when);
-    c->latest = max32(c->latest, when);
-    c->latest_of |= pv_place(e, cell);
-    if (acquire) {
-        c->floor = max32(c->floor, when);
-        c->floor_of |= pv_place(e, cell);
-    }
+    if (e->model == ARM)
+        see(e, c, cell, &e->cells[cell].history[e->cells[cell].messages - 1], acquire);
 }
 
-/* A context's last store has become visible. */
+/* A context's last store becomes visible, in the event that is under way. */
 void pv_own(Engine *e, context_t *c, int32_t cell)
 {
-    c->own = c->coherent[cell] = ++e->now;
-    c->own_of |= pv_place(e, cell);
+    e->now++;
+    if (e->model != ARM)
+        return;
+    view_t view = view_of(e, cell, e->now, (int32_t)e->depth - 1);
+    c->coherent[cell] = e->now;
+    raise_view(&c->own, &view);
 }
 
-void pv_load_barrier(context_t *c)
+void pv_load_barrier(context_t *c) { raise_view(&c->floor, &c->latest); }
+
+/* Behind a full barrier: whatever was seen or done before. */
+void pv_full_barrier(Engine *e, context_t *c)
 {
-    c->floor = max32(c->floor, c->latest);
-    c->floor_of |= c->latest_of;
+    if (e->model != ARM)
+        return;
+    raise_view(&c->floor, &c->latest);
+    raise_view(&c->floor, &c->own);
 }
 
 /* arm: a doorbell, lock or mailbox passes on what who used it before had seen and done. */
@@ -129,34 +159,26 @@ void pv_publish(Engine *e, const context_t *c, int32_t cell)
 {
     if (e->model != ARM)
         return;
-    e->cells[cell].view = max32(e->cells[cell].view, max32(c->floor, max32(c->latest, c->own)));
-    e->cells[cell].view_of |= c->floor_of | c->latest_of | c->own_of;
+    raise_view(&e->cells[cell].view, &c->floor);
+    raise_view(&e->cells[cell].view, &c->latest);
+    raise_view(&e->cells[cell].view, &c->own);
 }
 
 void pv_synchronise(Engine *e, context_t *c, int32_t cell)
 {
-    c->floor = max32(c->floor, e->cells[cell].view);
-    c->latest = max32(c->latest, e->cells[cell].view);
-    c->floor_of |= e->cells[cell].view_of;
-    c->latest_of |= e->cells[cell].view_of;
+    if (e->model != ARM)
+        return;
+    raise_view(&c->floor, &e->cells[cell].view);
+    raise_view(&c->latest, &e->cells[cell].view);
 }
 
 void pv_inherit_view(Engine *e, context_t *c, const context_t *dead)
 {
     if (e->model != ARM)
         return;
-    c->floor = c->latest = max32(c->floor, max32(dead->floor, max32(dead->latest, dead->own)));
-    c->floor_of |= dead->floor_of | dead->latest_of | dead->own_of;
-    c->latest_of |= c->floor_of;
-}
-
-/* Behind a full barrier, or a lock: whatever was seen or done before. */
-void pv_full_barrier(Engine *e, context_t *c)
-{
-    if (e->model != ARM)
-        return;
-    c->floor = max32(c->floor, max32(c->latest, c->own));
-    c->floor_of |= c->latest_of | c->own_of;
+    raise_view(&c->floor, &dead->floor);
+    raise_view(&c->floor, &dead->latest);
+    raise_view(&c->floor, &dead->own);
 }
 
 /* The stores of a buffer that may become visible now: how many, and which (of the buffer, oldest first). */
@@ -208,7 +230,7 @@ static pair_t view_state(Engine *e, pair_t h)
         uint32_t from = UINT32_MAX; /* what nobody can read any more, because of the floor or of coherence, is gone */
         for (uint32_t i = 0; i < e->context_count; i++) {
             const context_t *c = &e->contexts[i];
-            uint32_t low = max32(c->floor, c->coherent[e->shared[k]]);
+            uint32_t low = max32(c->floor.when, c->coherent[e->shared[k]]);
             if (!c->finished && !c->dead && low < from)
                 from = low;
         }
@@ -226,15 +248,15 @@ static pair_t view_state(Engine *e, pair_t h)
     for (uint32_t n = 0; n < count; n++)
         h = pv_mix2(h, RANK(times[n]));
     for (uint32_t k = 0; k < e->shared_count; k++)
-        if (e->cells[e->shared[k]].view)
-            h = pv_mix2(h, (uint64_t)k << 32 | RANK(e->cells[e->shared[k]].view));
+        if (e->cells[e->shared[k]].view.when)
+            h = pv_mix2(h, (uint64_t)k << 32 | RANK(e->cells[e->shared[k]].view.when));
     for (uint32_t i = 0; i < e->context_count; i++) {
         const context_t *c = &e->contexts[i];
         if (c->finished && !e->deaths_max)
             continue;
-        h = pv_mix2(h, (uint64_t)RANK(c->floor) << 40 | (uint64_t)RANK(c->latest) << 20 | RANK(c->own));
+        h = pv_mix2(h, (uint64_t)RANK(c->floor.when) << 40 | (uint64_t)RANK(c->latest.when) << 20 | RANK(c->own.when));
         for (uint32_t k = 0; k < e->shared_count; k++)
-            if (c->coherent[e->shared[k]] > c->floor)
+            if (c->coherent[e->shared[k]] > c->floor.when)
                 h = pv_mix2(h, (uint64_t)k << 32 | RANK(c->coherent[e->shared[k]]));
     }
 #undef RANK
