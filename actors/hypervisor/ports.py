@@ -286,7 +286,8 @@ class EventChannels:
     def status(self, caller: int, dom: int, port: int) -> PortStatus:
         """Mirror EVTCHNOP_status: ESRCH, EINVAL, EPERM. For a VIRQ `remote_port` is its number."""
         domain = self._domain(caller, dom)
-        valid = max(VALID_STEP, domain.memory.load32(Domain.VALID_EVTCHNS))  # that is how tools find the end of the table
+        used = max(1, domain.memory.load32(Domain.VALID_EVTCHNS))
+        valid = min(self.ports_max(domain.domid), -(-used // VALID_STEP) * VALID_STEP)  # tools find the end of the table by it
         if not 0 <= port < valid:
             raise HypercallError(errno.EINVAL, f"port {port} lies beyond the {valid} that are in use")
         if caller not in (domain.domid, self.hardware_domain):
