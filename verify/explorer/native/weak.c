@@ -61,9 +61,31 @@ static bool could_have_come_before(const Engine *e, const context_t *c, const me
     return c->last < 0 || e->events[c->last].clock[newest->agent] <= newest->event;
 }
 
+/* The cells whose part in a floor happened neither before nor after an event with this clock, whatever the order of steps. */
+static places_t concurrent(const Engine *e, const view_t *floor, const uint16_t *clock)
+{
+    places_t found = 0, none = 0;
+    if (floor->of == ~none)
+        return floor->of;
+    for (uint32_t k = 0; k < e->shared_count; k++) {
+        const cell_t *at = &e->cells[e->shared[k]];
+        if (!(floor->of >> at->place & 1))
+            continue;
+        for (uint32_t i = at->messages; i-- > 0 && at->history[i].event >= 0;) { /* the newest that the floor knows */
+            const message_t *m = &at->history[i];
+            if (floor->clock[m->agent] <= m->event)
+                continue;
+            if (clock[m->agent] <= m->event)
+                found |= (places_t)1 << at->place;
+            break;
+        }
+    }
+    return found;
+}
+
 /*
- * The time of a store is compared with a floor.  Unless every order of steps gives the same answer, the
- * order between stores to this cell and to those of the floor matters from now on.
+ * The time of a store is compared with a floor.  Unless every order of steps gives the same answer, the order between stores
+ * to this cell and to those of the floor matters from now on.
  */
 static void compare(const Engine *e, int32_t cell, const message_t *message, const view_t *floor)
 {
@@ -71,13 +93,10 @@ static void compare(const Engine *e, int32_t cell, const message_t *message, con
     places_t *known = &relation->with[e->cells[cell].place];
     if (!e->reducing || message->event < 0 || (*known | floor->of) == *known || floor->clock[message->agent] > message->event)
         return;
-    const uint16_t *clock = e->events[message->event].clock;
-    bool after = true;
-    for (int i = 0; i < AGENTS_MAX; i++)
-        after = after && floor->clock[i] <= clock[i];
-    if (after && floor->of != ~(places_t)0)
+    places_t found = concurrent(e, floor, e->events[message->event].clock) & ~pv_place(e, cell);
+    if ((*known | found) == *known)
         return;
-    *known |= floor->of;
+    *known |= found;
     relation->grown = true;
 }
 
