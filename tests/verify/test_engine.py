@@ -319,9 +319,10 @@ def test_ten_thousand_replays_give_one_trace() -> None:
     for location in failure.shared:
         explorer.model.share(location)
     explorer.follow(failure.choices, "first")  # leaves the engine set up to follow them
-    traces = set()
+    traces: set[tuple[tuple[str, str], ...]] = set()
     for _ in range(10_000):
-        explorer.model.trace = trace = []
+        trace: list[tuple[str, str]] = []
+        explorer.model.trace = trace
         explorer.executions.run()
         traces.add(tuple(trace))
 
