@@ -80,6 +80,13 @@ def test_two_cpus_and_a_bounded_search_say_that_it_was_bounded() -> None:
     assert result.verdict == "bounded (2000 executions)"
 
 
+@pytest.mark.parametrize(("model", "events"), [("sc", 3), ("tso", 3), ("arm", 1), ("arm", 2)])
+def test_ours_passes_with_more_events_and_on_arm(model: str, events: int) -> None:
+    result = explore(EventRing(events=events), model=model)
+
+    assert (result.verdict, str(result.failure)) == ("complete", "None")
+
+
 # ---- barriers
 
 

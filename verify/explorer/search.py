@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search the executions of a scenario: all of them, depth first, or some, by chance or by priorities.
 
-`dfs`     depth first by replay from scratch. What decides where to branch is a partial order reduction, and a table of
-          states cuts what was seen before; both together are sound as in Yang and others 2008 (native/reduce.c). A state is
-          what each context has observed so far, memory, buffers and doorbells, told apart by 128 bits.
+`dfs`     depth first by replay from scratch. A partial order reduction (source sets and sleep sets) decides where to
+          branch, and a table of states cuts what was seen before. A state is what each context has observed so far, memory,
+          buffers and doorbells, told apart by 128 bits. native/reduce.c says how the two go together; that nothing is left
+          out is compared with plain search on random programs, not proven.
 `dpor`    the same reduction with sleep sets and without the table: no more memory than one path.
 `states`  the table alone, every choice tried at every state: the yardstick of the other two.
 `random`  a walk by chance; `pct`: priorities with two change points, a store buffer has a priority of its own.

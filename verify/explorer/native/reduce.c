@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Partial order reduction (Flanagan and Godefroid 2005): which events depend on each other, and where another order has to
- * be tried.  At each new state every agent's next event is compared with the path; the last event of it that depends on
- * that next event, and has not happened before it by other means, is a race, and the agent is wanted at the state before it.
+ * Partial order reduction: which events depend on each other, and where another order has to be tried.  Each event is compared
+ * with the path before it.  One that it depends on, with nothing in between that orders the two, is a race; then one of those
+ * who could begin the other order (an initial: source sets, Abdulla and others 2014) is wanted at the state before it.  Who
+ * has to wait is compared, too, at each state: it might have come before what makes it wait.
  *
- * With the table of states (Yang, Chen, Gopalakrishnan, Kirby 2008): each state keeps the kinds of events that were seen
+ * With the table of states (as Yang, Chen, Gopalakrishnan, Kirby 2008): each state keeps the kinds of events that were seen
  * from it on.  A path that ends in a known state is compared with those as if it had run into each of them, with none of
- * the happened-before that they may have had between them; so it wants more than necessary, and never less.
+ * the happened-before that they may have had between them; so it wants more than necessary, and never less.  A state that was
+ * left while some agents were asleep is known only to paths on which they are asleep, too.  That this leaves nothing out is
+ * not proven; tests/verify/test_reduction.py compares it, program by program, with plain search.
  *
  * An event is a flush, or what a context does at one scheduling point.  What it does at locations that nobody shares
  * depends on nothing.  Stores that go into a buffer are seen by others as flushes only; on arm they also decide which
