@@ -36,6 +36,8 @@ SITES: Final = {
     "vmr_publish": "without it the reader of a channel gets what lay there a round ago",
     "vmr_reuse": "without it the writer of a channel overwrites a packet that is still being copied",
     "vmr_signal": "without it the reader of a channel sleeps over a packet that nobody signals",
+    "mon_enable": "without it a trigger comes in the moment in which the host stops looking, and nobody signals it",
+    "mon_take": "without it the host reads a ring from before the trigger that it takes back, and the sender sends no other",
     "vmr_room": "without it the ring of a channel is empty, the writer waits for room, and both sleep",
 }
 
@@ -46,6 +48,8 @@ ORDERED: Final = {
     "evr.state.prod": "acquire, the P of poll: what follows a POLLIN sees the entry",
     "evr.lock": "acquire, an heir's look at the producer lock: the dead owner's words are read behind it",
     "vmr.pending": "release and acquire, pending_send_sz: the reader of a channel looks at write_index behind it",
+    "vmr.claim": "release, the host's claim of packets that it answers: what it has given back before is behind it",
+    "mon.group": "acquire, the host's look at the triggers of a group: what came before one is read behind it",
     "irq": "acquire, the irq word: what its last owner did is seen behind it",
     "irq.in_service": "acquire, the irq word of a port that is to be closed: its handler is over before",
     "2l.is_pending": "acquire, an heir's look at a pending bit: the count of services is read behind it",
@@ -106,6 +110,8 @@ STAYS: Final = {
     "evr.state.prod": "poll only decides whether to sleep, and looks again behind the full barrier of evr_wake",
     "evr.lock": _OF_HEIRS,
     "vmr.pending": "the full barriers of vmr_room stand around it; it is what is left of the order without them",
+    "vmr.claim": _OF_HEIRS,
+    "mon.group": "what came before a trigger is read behind the exchange that takes the trigger back, not behind this look",
     "irq": "every decision made by it is a compare-exchange of the same word, which looks again",
     "2l.is_pending": _OF_HEIRS,
     "fifo.word": _OF_HEIRS,
