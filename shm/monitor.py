@@ -50,8 +50,8 @@ class MonitorPage:
 def trigger(memory: Memory, page: int, monitor_id: int) -> bool:
     """Trigger, as the guest: True when nobody inspects the group, and a hypercall must say it. Mirror vmbus_setevent."""
     at, bit = page + MonitorPage.group(monitor_id), MonitorPage.bit(monitor_id)
-    # SYNC(mon_take): the packet, a full fence (the ring's own, vmr_signal), then the look at the trigger; the host takes the trigger
-    # back, then looks at the ring. Behind a trigger that is still pending nothing is sent, for the host will see this packet.
+    # SYNC(mon_take): the packet, a full fence (the ring's own, vmr_signal), then the look at the trigger; the host takes the
+    # trigger back, then looks at the ring. Behind a trigger that is still pending nothing is sent: the host will see the packet.
     for _ in range(TRIES):
         word = memory.load64(at, "mon.group")
         if word & bit or memory.compare_exchange64(at, word, (word | bit) & ~(bit << 32), "mon.trigger") == word:
@@ -89,7 +89,7 @@ def take(memory: Memory, page: int, monitor_id: int) -> bool:
         if not word & bit:
             return False
         if memory.compare_exchange64(at, word, word & ~(bit | bit << 32), "mon.take") == word:
-            # SYNC(mon_take): taken back before the ring is read. An exchange alone does not hold back the loads behind it on arm64.
+            # SYNC(mon_take): taken back before the ring is read. On arm64 an exchange does not hold back the loads behind it.
             memory.smp_mb("mon_take")
             return True
     return False

@@ -91,9 +91,9 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     models = _models(arguments.model)
     bug = _bug(arguments.variant, arguments.scenario) if arguments.variant else None
     drop = tuple(check(site) for site in arguments.drop)
-    bounds = _bounds(arguments)
-    if arguments.all and (settings or arguments.variant or drop):
-        raise ValueError("--all searches what is claimed: it takes no --set, --variant and --drop")
+    bounds, within = _bounds(arguments), _within(arguments)
+    if arguments.all and (settings or arguments.variant or drop or within):
+        raise ValueError("--all searches what is claimed: it takes no --set, --variant, --drop, and no bounds on an execution")
     if not (arguments.scenario or arguments.all or bug is not None or {"executions", "seconds"} & set(bounds)):
         bounds["seconds"] = LOOK_SECONDS
     names = arguments.scenario or ([_scenario_of(bug)] if bug is not None else list(scenarios.scenarios()))
@@ -112,24 +112,27 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             continue
         given = scenarios.read_parameters(kind, settings)
         for model in models or ("sc",):
-            job = _job(kind, given, model, bug, drop, bounds)
+            job = _job(kind, given, model, bug, drop, bounds, within)
             yield job if bug is not None or not arguments.variant else dataclasses.replace(job, variant=arguments.variant)
 
 
 def _job(
-    kind: type[Scenario], given: dict[str, Any], model: str, bug: zoo.Bug | None, drop: tuple[str, ...], bounds: dict[str, Any],
+    kind: type[Scenario], given: dict[str, Any], model: str, bug: zoo.Bug | None, drop: tuple[str, ...],
+    bounds: dict[str, Any], within: dict[str, int],
 ) -> Job:  # fmt: skip
+    if bug is None or bug.scenario is not kind:
+        within = {**({"deaths": 1} if scenarios.made(kind, given).mortal else {}), **within}
     if bug is None:
-        return Job(kind.name, _maker(kind, given), given, model, drop=drop, arguments=bounds)
+        return Job(kind.name, _maker(kind, given), given, model, drop=drop, arguments=bounds, bounds=within)
     if bug.scenario is not kind:
         if bug.variant is None:
             raise ValueError(f"the variant {bug.name!r} is one of the scenario {_scenario_of(bug)}, not of {kind.name}")
-        return Job(kind.name, _maker(kind, given), given, model, variant=bug.variant, drop=drop, arguments=bounds)
+        return Job(kind.name, _maker(kind, given), given, model, variant=bug.variant, drop=drop, arguments=bounds, bounds=within)
     parameters = {**bug.parameters, **given}
     make = _maker(bug.handler or kind, parameters)
     return Job(
         kind.name, make, parameters, model, variant=bug.variant, drop=(*bug.drop, *drop), bug=bug.name,
-        arguments=bounds, bounds=bug.search,
+        arguments=bounds, bounds={**bug.search, **within},
     )  # fmt: skip
 
 
@@ -175,7 +178,16 @@ def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--search {wanted['search']!r}: {', '.join(SEARCHES)}")
     for name in ("executions", "seconds"):
         if wanted[name] is not None and wanted[name] <= 0:
-            raise ValueError(f"--{name} {wanted[name]}: it has to be more than nothing")
+            raise ValueError(f"--{name} {wanted[name]}: it must be more than 0")
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _within(arguments: argparse.Namespace) -> dict[str, int]:
+    """Give the bounds on an execution: what lies beyond them is not searched, and the verdict says so."""
+    wanted = {name: getattr(arguments, name) for name in ("preemptions", "flush_delay", "deaths")}
+    for name, value in wanted.items():
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 0 or more")
     return {name: value for name, value in wanted.items() if value is not None}
 
 

@@ -32,6 +32,11 @@ def add_verbs(verb: MakeVerb) -> None:
     explore.add_argument("--seed", type=int, metavar="N", help="of the searches that draw lots")
     explore.add_argument("--executions", type=int, metavar="N", help="end after so many")
     explore.add_argument("--seconds", type=float, metavar="S", help="end after so long")
+    explore.add_argument("--preemptions", type=int, metavar="N", help="only executions with at most so many")
+    explore.add_argument("--flush-delay", type=int, metavar="N", help="a store reaches memory after at most so many steps")
+    explore.add_argument(
+        "--deaths", type=int, metavar="N", help="so many contexts may die (default: 1 where a scenario has mortal ones)"
+    )
     explore.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the scenario, for example events=4"
     )

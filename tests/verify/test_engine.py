@@ -265,7 +265,7 @@ def test_an_allocation_may_fail() -> None:
 def test_bounds_are_named_in_the_verdict() -> None:
     scenario = EventRing(events=1)
 
-    assert explore(scenario, preemptions=1).verdict == "bounded (1 preemptions)"
+    assert explore(scenario, preemptions=1).verdict == "bounded (1 preemption)"
     both = explore(scenario, model="tso", flush_delay=3, preemptions=2)
     assert both.verdict == "bounded (2 preemptions, 3 steps of flush delay)"
     assert explore(scenario, executions=5).verdict == "bounded (5 executions)"

@@ -153,6 +153,21 @@ def test_a_claim_with_deaths_is_held_when_its_deaths_were_all_that_bounded_it() 
     assert not search(dataclasses.replace(dying, arguments={"executions": 3}), show=False).held
 
 
+@pytest.mark.parametrize(("arguments", "verdict"), [
+    (["cpu-death"], "bounded (1 death)"),  # who asks for a death's scenario wants to see one
+    (["cpu-death", "--deaths", "0"], "complete"),
+    (["event-ring", "--preemptions", "1"], "bounded (1 preemption)"),
+    (["event-ring", "--model", "tso", "--flush-delay", "2"], "bounded (2 steps of flush delay)"),
+])  # fmt: skip
+def test_bounds_on_an_execution_are_said_in_the_verdict(
+    arguments: list[str], verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = carried_out(capsys, "explore", *arguments)
+
+    assert code == 0
+    assert f": {verdict}, " in out
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["explore", "event-rung"], "no scenario 'event-rung'"),
     (["explore", "--model", "pso"], "no memory model 'pso': sc, tso"),
@@ -163,8 +178,10 @@ def test_a_claim_with_deaths_is_held_when_its_deaths_were_all_that_bounded_it() 
     (["explore", "event-ring", "--set", "events=two"], "events=two: event-ring wants a number there"),
     (["explore", "event-ring", "--set", "sender=perhaps"], "sender=perhaps: event-ring wants yes or no there"),
     (["explore", "--set", "events=2"], "--set is for one scenario"),
-    (["explore", "event-ring", "--executions", "0"], "--executions 0: it has to be more than nothing"),
+    (["explore", "event-ring", "--executions", "0"], "--executions 0: it must be more than 0"),
+    (["explore", "event-ring", "--deaths", "-1"], "--deaths -1: it must be 0 or more"),
     (["explore", "--all", "--drop", "evr_wake"], "--all searches what is claimed"),
+    (["explore", "--all", "--preemptions", "1"], "--all searches what is claimed"),
     (["explore", "event-ring", "--search", "luck"], "'luck'"),
     (["replay", "nothing.json"], "nothing.json: No such file"),
 ])  # fmt: skip

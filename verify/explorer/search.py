@@ -102,10 +102,8 @@ class Bounds:
 
     def said(self) -> list[str]:
         """Say which of them bound the search."""
-        return [
-            f"{limit} {what}" for limit, what in
-            ((self.preemptions, "preemptions"), (self.flush_delay, "steps of flush delay")) if limit is not None
-        ] + ([f"{self.deaths} death{'s' * (self.deaths > 1)}"] if self.deaths else [])
+        limits = ((self.preemptions, "preemption{}"), (self.flush_delay, "step{} of flush delay"), (self.deaths or None, "death{}"))
+        return [f"{limit} {what.format('s' * (limit != 1))}" for limit, what in limits if limit is not None]
 
 
 class Explorer:
