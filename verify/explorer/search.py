@@ -102,7 +102,9 @@ class Bounds:
 
     def said(self) -> list[str]:
         """Say which of them bound the search."""
-        limits = ((self.preemptions, "preemption{}"), (self.flush_delay, "step{} of flush delay"), (self.deaths or None, "death{}"))
+        limits = (
+            (self.preemptions, "preemption{}"), (self.flush_delay, "step{} of flush delay"), (self.deaths or None, "death{}"),
+        )  # fmt: skip
         return [f"{limit} {what.format('s' * (limit != 1))}" for limit, what in limits if limit is not None]
 
 
