@@ -42,6 +42,7 @@ int pv_check_heap(Engine *e, context_t *c, int32_t cell, const char *site)
     if (heap < 0 || e->cells[heap].value)
         return 0;
     char where[2 * NAME_MAX_BYTES];
+    pv_observe(c, (uint64_t)-1); /* it has seen an exception */
     pv_where(e, cell, where, sizeof where);
     PyErr_Format(pv_use_after_free, "%s accesses %s (%s), which is not allocated", c->name, where, site);
     return -1;
