@@ -166,3 +166,7 @@ def test_the_reductions_save_executions() -> None:
 
     assert counts["dfs"] * 2 < counts["states"]
     assert counts["dpor"] * 2 < counts["states"]
+
+
+def test_who_allocates_second_is_another_than_who_allocates_first() -> None:
+    assert ends(4021, 3, 5, "tso", "dfs")[0] == ends(4021, 3, 5, "tso", "states")[0]

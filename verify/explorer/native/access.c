@@ -42,6 +42,7 @@ int pv_check_heap(Engine *e, context_t *c, int32_t cell, const char *site)
     if (heap < 0 || e->cells[heap].value)
         return 0;
     char where[2 * NAME_MAX_BYTES];
+    pv_observe(c, (uint64_t)-1); /* it has seen an exception */
     pv_where(e, cell, where, sizeof where);
     PyErr_Format(pv_use_after_free, "%s accesses %s (%s), which is not allocated", c->name, where, site);
     return -1;
@@ -89,7 +90,7 @@ int pv_push(Engine *e, context_t *c, int32_t cell, uint64_t value, enum order or
         .cell = cell, .value = value, .site = e->trace != NULL ? pv_keep_site(e, site) : "",
         .epoch = c->epoch, .release = order == RELEASE, .pushed_at = (int32_t)e->depth - 1,
     };
-    c->pushed = true;
+    c->pushed = c->unfenced = true;
     return 0;
 }
 
@@ -124,10 +125,11 @@ static int m_store(void *engine, uint32_t memory, uint64_t off, int width, uint6
 /* A locked operation at a location that nobody else sees: only the buffer has to be empty, and on arm not even that. */
 static int locked_alone(Engine *e, context_t *c, int32_t cell, const char *site)
 {
-    if (e->model == TSO && c->buffered) {
+    if (e->model == TSO && c->unfenced) {
         if (pv_stop(e, c, FENCE, -1, site, 1) < 0)
             return -1;
         pv_observe(c, PASSED);
+        c->unfenced = false;
     }
     return pv_note(e, c, cell, true);
 }
@@ -202,10 +204,11 @@ static int m_fence(void *engine, int kind, const char *site)
     context_t *c = e->running;
     if (c == NULL || (e->dropped_count && pv_is_dropped(e, site, c)))
         return 0;
-    if (kind == MB && c->buffered) {
+    if (kind == MB && c->unfenced) { /* a point whether or not the buffer is empty by now: a step is one in every order */
         if (pv_stop(e, c, FENCE, -1, site, 1) < 0)
             return -1;
         pv_observe(c, PASSED);
+        c->unfenced = false;
     }
     if (kind == MB)
         pv_full_barrier(e, c);

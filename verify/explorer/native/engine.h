@@ -96,7 +96,7 @@ typedef struct {
     uint32_t buffered;
     pair_t seen;       /* identity of the list of values it has observed */
     uint64_t mark;     /* version of memory when its turn of a spin loop began */
-    bool marked, pushed;
+    bool marked, pushed, unfenced; /* unfenced: it has stored since its last full barrier */
     int32_t last;      /* its last event of this execution, -1 = none */
     uint32_t epoch;
     view_t floor, latest, own;   /* arm: no load reads from before; latest time read; time of its last visible store */

@@ -228,8 +228,8 @@ static PyObject *point_heap(Engine *e, PyObject *object, const char *site, bool 
         return pv_set(e, m->heap, 1) < 0 ? NULL : PyBool_FromLong(1);
     if (at_point(e) == NULL || pv_stop(e, c, kind, m->heap, site, 1u + may_fail) < 0)
         return NULL;
-    pv_observe(c, e->way);
     bool live = e->cells[m->heap].value != 0, wanted = kind == FREE;
+    pv_observe(c, (uint64_t)e->way << 1 | live);
     pv_trace(e, c, "%s %s %s%s", kind == FREE ? "-" : "+", site, m->name, e->way ? " fails" : "");
     if (e->way)
         return PyBool_FromLong(0);

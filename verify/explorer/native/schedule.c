@@ -269,7 +269,7 @@ static int start(Engine *e, PyObject *starts)
         PyOS_snprintf(c->name, sizeof c->name, "%s", name);
         c->server = server;
         c->last = -1;
-        c->finished = c->dead = c->waiting = c->marked = c->pushed = false;
+        c->finished = c->dead = c->waiting = c->marked = c->pushed = c->unfenced = false;
         c->buffered = c->epoch = 0;
         c->floor = c->latest = c->own = (view_t){0};
         c->seen = pv_mix2((pair_t){1, 2}, (uint64_t)i);
