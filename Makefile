@@ -14,15 +14,15 @@ endif
 
 VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check --no-input
-NATIVE  := $(wildcard shm/native/*.c shm/native/*.h)
+NATIVE  := $(wildcard shm/native/*.c shm/native/*.h verify/explorer/native/*.c verify/explorer/native/*.h)
 SETUP   := $(VENV)/.setup-done
 # The requirements of one extra of pyproject.toml, a line each, without building the project a second time.
 EXTRA    = $(VENV)/bin/python -c 'import sys, tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: help setup test lint conformance demo bench clean
+.PHONY: help setup test lint conformance barriers demo bench clean
 help:
-	@echo "make setup | demo | test | lint | conformance | bench | clean"
+	@echo "make setup | demo | test | lint | conformance | barriers | bench | clean"
 
 setup: $(SETUP)
 
@@ -44,9 +44,9 @@ $(SETUP): pyproject.toml $(NATIVE)
 	$(CHECKS)
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "building pvbus into $(VENV)"
-	@rm -f shm/_core*.so
-	@$(PIP) install --editable .
-	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored'
+	@rm -f shm/_core*.so verify/explorer/_engine*.so
+	@$(PIP) install --editable '.[explorer]'
+	@$(VENV)/bin/python -c 'import pvbus.shm._core, pvbus.shm._core_explored, pvbus.shm._core_gated'
 	@touch $@
 
 $(VENV)/.extra-%-done: pyproject.toml $(SETUP)
@@ -68,6 +68,10 @@ test: lint
 conformance: $(VENV)/.extra-dev-done
 	PYTHONPATH=.dev $(VENV)/bin/python tests/tidy/conformance.py
 
+# docs/barriers.md, by some hundred searches: minutes
+barriers: setup
+	PYTHONPATH=.dev $(VENV)/bin/python -m pvbus.verify.barriers
+
 demo: setup
 	$(VENV)/bin/pvbus demo
 
@@ -77,5 +81,5 @@ bench: $(SETUP) $(VENV)/.extra-bench-done
 
 clean:
 	rm -rf $(VENV) build dist pvbus.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache artifacts
-	rm -f shm/_core*.so
+	rm -f shm/_core*.so verify/explorer/_engine*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

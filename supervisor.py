@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -128,6 +129,15 @@ def _stress(arguments: argparse.Namespace) -> int:
     return stress.command(arguments.seconds, arguments.seed, arguments.name, as_json=arguments.json)
 
 
+def _explorer(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("greenlet") is None:
+        raise OSError("the explorer needs greenlet, which is not installed here: pip install 'pvbus[explorer]'")
+    from pvbus.verify import exploring, replaying, zooing
+
+    commands = {"explore": exploring.command, "zoo": zooing.command, "replay": replaying.command}
+    return commands[arguments.verb](arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Be the command `pvbus`."""
     with contextlib.suppress(KeyboardInterrupt):
@@ -136,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = cli.parser().parse_args(argv)
         if arguments.verb == "up":
             return _up(arguments)
-        return cli.run(arguments, {"stress": _stress})
+        return cli.run(arguments, {"stress": _stress, "explore": _explorer, "zoo": _explorer, "replay": _explorer})
     return 130
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pending and mask of a port as they lie in a domain's pages, whatever its ABI: for views, tests and the kernel's own look.
+"""Pending and mask of a port as they lie in a domain's pages, whatever its ABI: for views, tests and the kernel's own look;
+and whether a CPU has nothing to do.
 
 Reads only. What changes them is in shm/native/channel.c.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from pvbus.shm.layout import ABI_FIFO, PORTS_2L, Domain, Fifo
+from pvbus.shm.layout import ABI_FIFO, PORTS_2L, Domain, Fifo, Vcpu
 
 if TYPE_CHECKING:
     from pvbus.shm.memory import Memory
@@ -53,3 +54,15 @@ def state(memory: Memory, port: int) -> EventState:
     pending = memory.load64(Domain.EVTCHN_PENDING + port // 64 * 8) >> port % 64 & 1
     masked = memory.load64(Domain.EVTCHN_MASK + port // 64 * 8) >> port % 64 & 1
     return EventState(bool(pending), bool(masked))
+
+
+def cpu_is_idle(memory: Memory, vcpu: int) -> bool:
+    """Tell whether a CPU has delivered all that was raised before: no upcall is pending, and it sleeps. For who alone raises.
+
+    In this order. A CPU that finds an upcall behind its announcement takes the announcement back, and then the flag: who
+    looked at the announcement first could see it still, and the flag no more, and think the CPU done that just begins.
+    """
+    if memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING), "idle.flag"):
+        return False
+    memory.smp_rmb("cpu_idle")  # SYNC(cpu_idle): the flag before the announcement; the CPU is awake before it takes the flag
+    return memory.load32(Domain.vcpu(vcpu, Vcpu.SLEEPING), "idle.sleeping") == 1

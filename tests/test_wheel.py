@@ -104,7 +104,7 @@ def test_the_wheel_fits_every_python_from_3_11_and_holds_only_the_package(wheel:
     inside = {name.split("/")[1] for name in names if name.startswith("pvbus/")}
     assert inside == {"supervisor.py", "actors", "shm", "verify", "view"}
     shm = {name.removeprefix("pvbus/shm/") for name in names}
-    assert {"_core.abi3.so", "_core_explored.abi3.so", "py.typed"} <= shm
+    assert {"_core.abi3.so", "_core_explored.abi3.so", "_core_gated.abi3.so", "py.typed"} <= shm
 
 
 def test_the_conformance_report_comes_with_the_wheel(programs: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.shm.layout import NR_VIRQS
-from pvbus.view import cli_vmbus
+from pvbus.view import cli_explorer, cli_vmbus
 from pvbus.view.tables import bold, print_json, table
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     stress.add_argument(
         "--seed", type=int, default=1, metavar="N", help="what all random decisions come from"
     )
+    cli_explorer.add_verbs(verb)
     demo = verb("demo", "show a machine of its own at work", of_machine=False)
     demo.add_argument("--seconds", type=float, default=6.0, metavar="S")
     doctor = verb("doctor", "look at what a machine needs here, and at what dead ones left")

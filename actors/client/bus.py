@@ -40,8 +40,6 @@ class BusConnection:
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
         self._calls: queue.SimpleQueue[tuple[int, vm.CallDriver] | None] = queue.SimpleQueue()
         self._closed = False
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLHUP)
         self.gone = threading.Event()
         self._threads = [threading.Thread(target=target, name=name, daemon=True) for target, name in (
             (self._read, "pvbus-bus"), (self._work, "pvbus-driver"),
@@ -60,10 +58,14 @@ class BusConnection:
 
     def hung_up(self) -> bool:
         """Whether the bus has gone, heard of or not."""
-        try:
-            return self._closed or any(event & select.POLLHUP for _, event in self._poll.poll(0))
-        except OSError:
+        if self._closed:
             return True
+        look = select.poll()  # of its own: another thread may look, too
+        try:
+            look.register(self._sock, select.POLLHUP)
+        except ValueError:  # closed meanwhile
+            return True
+        return bool(look.poll(0))
 
     def end_calls(self) -> None:
         """Return when the driver's call that is under way, the last one, has ended."""

@@ -14,8 +14,8 @@ from pvbus.actors.hypervisor.errors import HypercallError
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.process import Peer, PeerGone
 from pvbus.actors.runtime.wire import Failure, Message
+from pvbus.shm.channel import cpu_is_idle
 from pvbus.shm.hyperv import Vp
-from pvbus.shm.layout import Domain, Vcpu
 from pvbus.shm.memory import Memory, now_ns
 
 if TYPE_CHECKING:
@@ -102,17 +102,14 @@ class Cpus:
             self._inbox.call_soon(lambda: self._flushed(None))
 
     def is_idle(self, domain: DomainState, vcpu: int) -> bool:
-        """Nothing to deliver: it sleeps, and no upcall or interrupt is pending (it looks at those after announcing sleep)."""
+        """Nothing to deliver: no upcall or interrupt is pending, and it sleeps (it looks at those after announcing sleep)."""
         segment = self._hyperv.get(domain.domid)
         # Before the look at its sleep: a CPU that has taken a vector and not scheduled its tasklet yet is awake.
         if segment is not None and (
             any(segment.load64(Vp.at(vcpu, Vp.IRR) + 8 * word) for word in range(4)) or segment.load32(Vp.at(vcpu, Vp.TASKLETS))
         ):
             return False
-        return (
-            domain.memory.load32_acquire(Domain.vcpu(vcpu, Vcpu.SLEEPING)) == 1
-            and domain.memory.load8(Domain.vcpu_info(vcpu, Domain.UPCALL_PENDING)) == 0
-        )
+        return cpu_is_idle(domain.memory, vcpu)
 
     def _ask(self, key: tuple[int, int]) -> None:
         peer = self._peers.get(key)

@@ -121,11 +121,14 @@ class IrqLayer:
                 self.channels.unmask_and_raise(domid, port)
 
     def disable(self, domid: int, port: int) -> bool:
-        """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port; True while a handler runs."""
-        memory = self._memory(domid)
-        memory.fetch_or64(Domain.table(Domain.IRQ_WORDS, port), Irq.EXPLICIT)
+        """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port; True while a handler runs.
+
+        False comes with acquire: what the last handler has written is there, and nothing that it still will.
+        """
+        memory, at = self._memory(domid), Domain.table(Domain.IRQ_WORDS, port)
+        memory.fetch_or64(at, Irq.EXPLICIT)
         self.channels.path.mask(domid, port)
-        return bool(self.word(domid, port) & Irq.IN_SERVICE)
+        return bool(memory.load64_acquire(at, "irq.in_service") & Irq.IN_SERVICE)
 
     def is_linked(self, domid: int, port: int) -> bool:
         """Tell whether the port's word is in a FIFO queue: its number cannot be handed out until a CPU takes it out."""

@@ -30,6 +30,7 @@ from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.clock import Clock, MonotonicClock
 from pvbus.actors.runtime.inbox import Inbox, InvariantError, Peer, PeerGone, Received
 from pvbus.actors.runtime.wire import FDS_MAX, DescriptorsLostError, Done, Failure, Message, WireError
+from pvbus.shm.memory import enter_gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +108,7 @@ class ProcessActor(pykka.Actor):
         self.inbox.clock = clock or self.inbox.clock
         self.inbox.on_hangup = self._on_peer_hangup
         self.supervisor = self.inbox.add_peer(control, "supervisor")
+        enter_gate(name)
 
     # What a room overrides; pykka's `on_stop` is one more.
 

@@ -290,14 +290,18 @@ class Channels:
             raise HostError(errno.EAGAIN, answer.status, f"OPENCHANNEL of relid {channel.relid}")
 
     def _undo_open(self, channel: Channel, *, opened: bool) -> Steps[None]:
-        """The host has decided about an open that was given up."""
-        for lent in list(channel.lent.values()):
-            if lent.limbo:
+        """The host has decided about an open that was given up. Of a channel that is gone meanwhile nothing more is said."""
+        channel.busy += 1
+        try:
+            for lent in [lent for lent in channel.lent.values() if lent.limbo]:
                 lent.limbo = False
-                if opened:
+                if opened and not channel.gone:
                     opened = False
                     yield from self._post_quietly(wire.CloseChannel(channel.relid))
-                yield from self._teardown(channel, lent)
+                if not channel.gone:
+                    yield from self._teardown(channel, lent)
+        finally:
+            channel.busy -= 1
 
     def close(self, channel: Channel) -> Steps[None]:
         """Mirror vmbus_close: quiet first (zoo 25), CLOSECHANNEL, which has no answer, then the GPADL. EINVAL: not open."""

@@ -18,6 +18,8 @@
 #include <stdint.h>
 #include <stddef.h>
 
+#include "model_api.h"
+
 #define PV_DEAD INT64_MIN
 
 typedef struct {
@@ -26,6 +28,8 @@ typedef struct {
     size_t size;
     int writable;
     PyObject *model;    /* explorer only: who answers the call-outs */
+    const struct pv_model_api *api; /* explorer only: the same in C, or NULL */
+    uint32_t number;    /* of this memory in that model */
 } MemoryObject;
 
 enum pv_op { PV_OR, PV_AND, PV_XCHG, PV_ADD };
@@ -37,36 +41,50 @@ enum pv_fence { PV_MB, PV_RMB, PV_WMB };
 #define PV_ACQUIRE __ATOMIC_ACQUIRE
 #define PV_RELEASE __ATOMIC_RELEASE
 
+/* Every access that has a site.  In the debug module (gate.h) it waits for its turn, if it is a step of the trace. */
+#ifdef PVBUS_GATED
+#include "gate.h"
+#define PV_STEP(size, off, site, does) \
+    do { int64_t pv_step_ = pv_gate_enter(size, off, site); does; pv_gate_leave(pv_step_); } while (0)
+#define PV_ACCESS(m, off, site, does) PV_STEP((m)->size, off, site, does)
+#else
+#define PV_STEP(size, off, site, does) (does)
+#define PV_ACCESS(m, off, site, does) (does)
+#endif
+
 #define PV_AT(type, m, off) ((type *)(void *)((m)->base + (off)))
 
-#define PV_LOAD8(dst, m, off, order, site) ((dst) = __atomic_load_n(PV_AT(uint8_t, m, off), order))
-#define PV_LOAD32(dst, m, off, order, site) ((dst) = __atomic_load_n(PV_AT(uint32_t, m, off), order))
-#define PV_LOAD64(dst, m, off, order, site) ((dst) = __atomic_load_n(PV_AT(uint64_t, m, off), order))
-#define PV_STORE8(m, off, v, order, site) __atomic_store_n(PV_AT(uint8_t, m, off), (uint8_t)(v), order)
-#define PV_STORE32(m, off, v, order, site) __atomic_store_n(PV_AT(uint32_t, m, off), (uint32_t)(v), order)
-#define PV_STORE64(m, off, v, order, site) __atomic_store_n(PV_AT(uint64_t, m, off), (uint64_t)(v), order)
+#define PV_LOAD8(dst, m, off, order, site) PV_ACCESS(m, off, site, (dst) = __atomic_load_n(PV_AT(uint8_t, m, off), order))
+#define PV_LOAD32(dst, m, off, order, site) PV_ACCESS(m, off, site, (dst) = __atomic_load_n(PV_AT(uint32_t, m, off), order))
+#define PV_LOAD64(dst, m, off, order, site) PV_ACCESS(m, off, site, (dst) = __atomic_load_n(PV_AT(uint64_t, m, off), order))
+#define PV_STORE8(m, off, v, order, site) \
+    PV_ACCESS(m, off, site, __atomic_store_n(PV_AT(uint8_t, m, off), (uint8_t)(v), order))
+#define PV_STORE32(m, off, v, order, site) \
+    PV_ACCESS(m, off, site, __atomic_store_n(PV_AT(uint32_t, m, off), (uint32_t)(v), order))
+#define PV_STORE64(m, off, v, order, site) \
+    PV_ACCESS(m, off, site, __atomic_store_n(PV_AT(uint64_t, m, off), (uint64_t)(v), order))
 
 #define PV_XCHG8(dst, m, off, v, site) \
-    ((dst) = __atomic_exchange_n(PV_AT(uint8_t, m, off), (uint8_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_exchange_n(PV_AT(uint8_t, m, off), (uint8_t)(v), __ATOMIC_SEQ_CST))
 #define PV_XCHG32(dst, m, off, v, site) \
-    ((dst) = __atomic_exchange_n(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_exchange_n(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
 #define PV_XCHG64(dst, m, off, v, site) \
-    ((dst) = __atomic_exchange_n(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_exchange_n(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
 #define PV_OR32(dst, m, off, v, site) \
-    ((dst) = __atomic_fetch_or(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_fetch_or(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
 #define PV_AND32(dst, m, off, v, site) \
-    ((dst) = __atomic_fetch_and(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_fetch_and(PV_AT(uint32_t, m, off), (uint32_t)(v), __ATOMIC_SEQ_CST))
 #define PV_OR64(dst, m, off, v, site) \
-    ((dst) = __atomic_fetch_or(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_fetch_or(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
 #define PV_AND64(dst, m, off, v, site) \
-    ((dst) = __atomic_fetch_and(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (dst) = __atomic_fetch_and(PV_AT(uint64_t, m, off), (uint64_t)(v), __ATOMIC_SEQ_CST))
 /* On failure `expected` takes the value that was seen. */
 #define PV_CAS32(ok, m, off, expected, desired, site) \
-    ((ok) = __atomic_compare_exchange_n(PV_AT(uint32_t, m, off), &(expected), (uint32_t)(desired), 0, \
-                                        __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (ok) = __atomic_compare_exchange_n(PV_AT(uint32_t, m, off), &(expected), (uint32_t)(desired), 0, \
+              __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 #define PV_CAS64(ok, m, off, expected, desired, site) \
-    ((ok) = __atomic_compare_exchange_n(PV_AT(uint64_t, m, off), &(expected), (uint64_t)(desired), 0, \
-                                        __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    PV_ACCESS(m, off, site, (ok) = __atomic_compare_exchange_n(PV_AT(uint64_t, m, off), &(expected), (uint64_t)(desired), 0, \
+              __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 
 #define PV_SMP_MB(m, site) __atomic_thread_fence(__ATOMIC_SEQ_CST)
 #define PV_SMP_RMB(m, site) __atomic_thread_fence(__ATOMIC_ACQUIRE)

@@ -15,14 +15,12 @@ uint64_t pv_now_ns(void)
 
 int64_t pv_machine_now(MemoryObject *machine)
 {
-#ifndef PVBUS_EXPLORED
     uint64_t offset;
     PV_LOAD64(offset, machine, offsetof(struct pv_machine_header, clock_offset_ns), PV_RELAXED, "clock.offset");
-    return (int64_t)(pv_now_ns() + offset);
-#else
-    (void)machine;
-    return 0;
+#ifndef PVBUS_EXPLORED
+    offset += pv_now_ns();
 #endif
+    return (int64_t)offset; /* explored: a scenario's clock is this word, and stands still */
 }
 
 int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
@@ -78,6 +76,27 @@ int64_t pv_clear_pending(MemoryObject *domain, uint32_t port)
         (void)old;
     }
     return 0;
+}
+
+/* Is an event pending, or noted for the time when the event array has a word for it?  Acquire: what is read behind it is not older. */
+int64_t pv_is_pending(MemoryObject *domain, uint32_t port)
+{
+    int64_t fifo, at;
+    uint64_t pending = 0;
+    PV_TRY(fifo, pv_is_fifo(domain));
+    if (fifo) {
+        PV_TRY(at, pv_fifo_word_at(domain, port));
+        if (at != 0) {
+            uint32_t word;
+            PV_LOAD32(word, domain, at, PV_ACQUIRE, "fifo.word");
+            return (word & PV_FIFO_PENDING) != 0;
+        }
+        PV_LOAD64(pending, domain, PV_QUEUE_WORD(port), PV_ACQUIRE, "fifo.queue");
+        return (pending & PV_QUEUE_PENDING) != 0;
+    }
+    if (port < PV_PORTS_2L)
+        PV_LOAD64(pending, domain, PV_SHARED(evtchn_pending) + 8u * (port / 64), PV_ACQUIRE, "2l.is_pending");
+    return (int64_t)(pending >> (port % 64) & 1);
 }
 
 int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port)

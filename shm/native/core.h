@@ -16,6 +16,7 @@ int pv_user_file_init(PyObject *module);
 PyObject *pv_hyperv_layout(void); /* hyperv_layout.c */
 int pv_vmbus_layout_init(PyObject *module);
 int pv_channel_ring_init(PyObject *module);
+int pv_gate_init(PyObject *module); /* adds nothing but in the debug module */
 
 /*
  * channel.c: pending and mask of a port, on the ABI that its domain has now.  What raises returns 0, or 1 + vCPU when its
@@ -25,6 +26,7 @@ int64_t pv_set_pending(MemoryObject *domain, uint32_t port, uint64_t now);
 int64_t pv_unmask(MemoryObject *domain, uint32_t port, int eoi);
 int64_t pv_mask(MemoryObject *domain, uint32_t port);
 int64_t pv_clear_pending(MemoryObject *domain, uint32_t port);
+int64_t pv_is_pending(MemoryObject *domain, uint32_t port);
 int64_t pv_mask_and_clear(MemoryObject *domain, uint32_t port); /* both, pending not before the mask */
 /* Set the upcall flag: 1 + vCPU if it was clear. */
 int64_t pv_vcpu_mark(MemoryObject *domain, uint32_t vcpu);

@@ -241,16 +241,21 @@ int64_t pv_cpu_may_sleep(MemoryObject *domain, MemoryObject *hv, uint32_t vcpu)
         PV_TRY(idle, pv_hv_is_idle(hv, vcpu));
     if (!pending && idle)
         return idle;
+    /* SYNC(cpu_idle): awake before the exchange that takes the flag (full barrier); cpu_is_idle looks the other way round. */
     PV_STORE32(domain, PV_VCPU(vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
     return 0;
 }
 
-/* An heir: was the entry that its forerunner had claimed executed?  Then it is behind us. */
+/*
+ * An heir: was the entry that its forerunner had claimed executed?  Then it is behind us.  It was if its port has been served
+ * since, or still shows it: pending after a notify, enabled after a write-back.  CPUs may be at work meanwhile, so executing
+ * it once more to be sure is no way: what is served in between would come twice, or be written back unread.
+ */
 static int64_t resolve(PathObject *self, uint32_t index)
 {
     uint32_t head, entry, domid, to_id = 0, to_port, slot = self->ring_slot[index];
     uint64_t noted, irq;
-    int64_t r;
+    int64_t r, shows = 0;
     PV_LOAD64(noted, self->machine, SUB(index, claim), PV_RELAXED, "sub.claim");
     PV_LOAD32(head, self->machine, SUB(index, head), PV_RELAXED, "sub.head");
     if (!(noted & PV_CLAIM_VALID) || (uint32_t)(noted >> 32 & 0x7fffffffu) != (head & 0x7fffffffu))
@@ -265,9 +270,13 @@ static int64_t resolve(PathObject *self, uint32_t index)
         PV_TRY(r, target_of(self, to, domid, slot, to_port, &to, &to_id, &to_port));
         if (!r)
             return 0;
+        /* SYNC(sub_resolve): pending before the count (acquire); a CPU counts a service before it clears pending. */
+        PV_TRY(shows, pv_is_pending(to, to_port));
     }
     PV_LOAD64(irq, to, PV_IRQ_WORD(to_port), PV_RELAXED, "irq");
-    if (PV_IRQ_SERVED(irq) != (uint32_t)noted)
+    if (PV_SUB_OP(entry) == PV_SUB_ENABLE)
+        shows = (irq & PV_IRQ_ENABLED) != 0;
+    if (shows || PV_IRQ_SERVED(irq) != (uint32_t)noted)
         PV_STORE32(self->machine, SUB(index, head), head + 1, PV_RELAXED, "sub.head");
     return 0;
 }

@@ -32,6 +32,7 @@ static int64_t handle_claimed(pv_upcall_run *u, uint32_t port, uint64_t irq)
     uint32_t slot = PV_IRQ_SLOT(irq) - 1;
     uint64_t old;
     int64_t pushed, r;
+    /* SYNC(sub_resolve): the service was counted by the claim (locked exchange) before pending is cleared here. */
     PV_TRY(r, pv_mask_and_clear(u->domain, port));
     /*
      * Not enabled only now (A3.2): a user who writes the port back earlier is ignored, so nobody unmasks it between our

@@ -31,29 +31,61 @@ static int answer(PyObject *result, uint64_t *out)
 
 int pv_model_load(MemoryObject *m, size_t off, int width, int order, const char *site, uint64_t *out)
 {
+    if (m->api != NULL)
+        return m->api->load(m->api->engine, m->number, off, width, order, site, out);
     return CALL(out, "load", "Oniis", (PyObject *)m, (Py_ssize_t)off, width, order, site);
 }
 
 int pv_model_store(MemoryObject *m, size_t off, int width, uint64_t v, int order, const char *site)
 {
+    if (m->api != NULL)
+        return m->api->store(m->api->engine, m->number, off, width, v, order, site);
     return CALL(NULL, "store", "OniKis", (PyObject *)m, (Py_ssize_t)off, width, (unsigned long long)v, order, site);
 }
 
 int pv_model_rmw(MemoryObject *m, size_t off, int width, int op, uint64_t v, const char *site, uint64_t *old)
 {
+    if (m->api != NULL)
+        return m->api->rmw(m->api->engine, m->number, off, width, op, v, site, old);
     return CALL(old, "rmw", "OniiKs", (PyObject *)m, (Py_ssize_t)off, width, op, (unsigned long long)v, site);
 }
 
 int pv_model_cas(MemoryObject *m, size_t off, int width, uint64_t expected, uint64_t desired, const char *site,
                  uint64_t *old)
 {
+    if (m->api != NULL)
+        return m->api->cas(m->api->engine, m->number, off, width, expected, desired, site, old);
     return CALL(old, "cas", "OniKKs", (PyObject *)m, (Py_ssize_t)off, width, (unsigned long long)expected,
                 (unsigned long long)desired, site);
 }
 
-int pv_model_fence(MemoryObject *m, int kind, const char *site) { return CALL(NULL, "fence", "is", kind, site); }
+int pv_model_fence(MemoryObject *m, int kind, const char *site)
+{
+    return m->api != NULL ? m->api->fence(m->api->engine, kind, site) : CALL(NULL, "fence", "is", kind, site);
+}
 
-int pv_model_spin(MemoryObject *m, const char *site) { return CALL(NULL, "spin", "s", site); }
+int pv_model_spin(MemoryObject *m, const char *site)
+{
+    return m->api != NULL ? m->api->spin(m->api->engine, site) : CALL(NULL, "spin", "s", site);
+}
+
+/* A model in C says so by its attribute `native`. */
+static int find_api(MemoryObject *m)
+{
+    PyObject *capsule = PyObject_GetAttrString(m->model, "native");
+    if (capsule == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    m->api = PyCapsule_GetPointer(capsule, PV_MODEL_API);
+    Py_DECREF(capsule); /* the model, which m holds, keeps the table */
+    if (m->api == NULL)
+        return -1;
+    m->number = m->api->attach(m->api->engine, m);
+    return 0;
+}
 
 #endif
 
@@ -103,6 +135,10 @@ static PyObject *memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     Py_INCREF(source);
     self->model = source;
     self->base = (uint8_t *)1; /* open */
+    if (find_api(self) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
 #else
     int fd = PyObject_AsFileDescriptor(source);
     struct stat st;
@@ -179,7 +215,7 @@ static int operands(MemoryObject *m, PyObject *const *args, Py_ssize_t n, int va
             return -1;
     }
     *site = "python";
-#ifdef PVBUS_EXPLORED
+#if defined(PVBUS_EXPLORED) || defined(PVBUS_GATED)
     if (n == 2 + values) {
         *site = PyUnicode_AsUTF8AndSize(args[1 + values], NULL);
         if (*site == NULL)

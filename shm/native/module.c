@@ -85,6 +85,9 @@ static PyMethodDef methods[] = {
 #ifdef PVBUS_EXPLORED
 #define NAME "_core_explored"
 #define INIT PyInit__core_explored
+#elif defined(PVBUS_GATED)
+#define NAME "_core_gated"
+#define INIT PyInit__core_gated
 #else
 #define NAME "_core"
 #define INIT PyInit__core
@@ -101,7 +104,7 @@ PyMODINIT_FUNC INIT(void)
     if (table == NULL || PyModule_AddObjectRef(module, "LAYOUT", table) < 0 || hyperv == NULL ||
         PyModule_AddObjectRef(module, "HYPERV_LAYOUT", hyperv) < 0 || pv_memory_init(module) < 0 ||
         pv_event_path_init(module) < 0 || pv_user_file_init(module) < 0 || pv_vmbus_layout_init(module) < 0 ||
-        pv_channel_ring_init(module) < 0)
+        pv_channel_ring_init(module) < 0 || pv_gate_init(module) < 0)
         Py_CLEAR(module);
     Py_XDECREF(table);
     Py_XDECREF(hyperv);

@@ -42,7 +42,8 @@ static int64_t push_back(ContextObject *c, uint64_t *deadline) { (void)deadline;
 static int64_t door_take(ContextObject *c)
 {
     char bytes[64];
-    ssize_t n = recv(c->door, bytes, sizeof bytes, MSG_DONTWAIT);
+    ssize_t n;
+    PV_STEP(0, 0, "door.take", n = recv(c->door, bytes, sizeof bytes, MSG_DONTWAIT));
     return n > 0 ? n : 0;
 }
 
@@ -56,6 +57,7 @@ static int64_t door_wait(ContextObject *c)
     n = recv(c->door, &byte, 1, MSG_PEEK);
     error = errno;
     Py_END_ALLOW_THREADS
+    PV_STEP(0, 0, "door.wait", (void)0);
     if (n > 0)
         return 1;
     return n == 0 ? -EIO : -error;
@@ -64,9 +66,14 @@ static int64_t door_wait(ContextObject *c)
 static int64_t ring_doorbell(ContextObject *c)
 {
     uint64_t one = 1;
-    return write(c->kick, &one, sizeof one) == sizeof one || errno == EAGAIN ? 0 : -EIO;
+    ssize_t n;
+    PV_STEP(0, 0, "kick", n = write(c->kick, &one, sizeof one));
+    return n == sizeof one || errno == EAGAIN ? 0 : -EIO;
 }
 
+#ifdef PVBUS_GATED
+static int64_t spin_for_entry(ContextObject *c) { (void)c; return 0; } /* a trace has no place for chance */
+#else
 static int64_t spin_for_entry(ContextObject *c)
 {
     uint32_t producer;
@@ -86,6 +93,7 @@ static int64_t spin_for_entry(ContextObject *c)
     c->score += state != 0 ? (c->score < SCORE_MAX) : -(c->score > 0);
     return state != 0;
 }
+#endif
 
 /* The submission ring is full: let the hypervisor run.  Bounded. */
 static int64_t push_back(ContextObject *c, uint64_t *deadline)

@@ -287,6 +287,41 @@ def test_an_heir_repeats_a_claimed_notify_unless_it_has_been_served(rig: Rig, se
     assert head(rig, 0) == 1
 
 
+@pytest.mark.checklist("E12")
+def test_an_heir_does_not_repeat_a_notify_that_still_is_pending_when_it_looks(rig: Rig) -> None:
+    ours, theirs = two_files(rig)
+    rig.submit(0, NOTIFY, ours)
+    rig.machine.store64(Machine.submission(0, Submission.CLAIM), 1 << 63 | rig.irq(theirs) >> 32)
+    rig.path.set_pending(0, theirs)     # the forerunner did it, and died before it moved on
+
+    rig.reborn()
+    rig.deliver()                       # a CPU serves it between the heir's look and its first drain
+    rig.path.drain(ALL)
+    rig.deliver()
+
+    assert rig.read(1) == [theirs]
+    assert not rig.pending(theirs)
+    assert head(rig, 0) == 1
+
+
+@pytest.mark.checklist("E12")
+def test_an_heir_does_not_repeat_an_enable_that_it_finds_done(rig: Rig) -> None:
+    ours, theirs = two_files(rig)
+    rig.submit(0, NOTIFY, ours)
+    rig.path.drain(ALL)
+    rig.deliver()
+    rig.submit(1, ENABLE, theirs)
+    rig.machine.store64(Machine.submission(1, Submission.CLAIM), 1 << 63 | rig.irq(theirs) >> 32)
+    rig.path.eoi(0, theirs, 1)          # the forerunner did it, and died before it moved on
+
+    rig.reborn()
+    rig.path.set_pending(0, theirs)     # the next event comes between the heir's look and its first drain
+    rig.deliver()
+    rig.path.drain(ALL)
+
+    assert not rig.irq(theirs) & Irq.ENABLED, "written back, and its user has not read it"
+
+
 def test_an_heir_does_not_repeat_an_enable_whose_event_has_come(rig: Rig) -> None:
     ours, theirs = two_files(rig)
     rig.submit(0, NOTIFY, ours)

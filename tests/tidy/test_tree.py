@@ -103,11 +103,15 @@ def test_each_top_package_says_that_it_is_typed() -> None:
         assert (ROOT / name.removeprefix("pvbus.") / "py.typed").is_file(), name
 
 
-def test_both_native_modules_are_built_from_all_native_sources() -> None:
+def test_the_native_modules_are_built_from_all_native_sources() -> None:
     native = {str(path) for path in files() if path.parts[:2] == ("shm", "native")}
     modules = {module["name"]: module for module in project()["tool"]["setuptools"]["ext-modules"]}
 
-    assert set(modules) == {"pvbus.shm._core", "pvbus.shm._core_explored"}
+    engine = modules.pop("pvbus.verify.explorer._engine")
+    assert set(modules) == {"pvbus.shm._core", "pvbus.shm._core_explored", "pvbus.shm._core_gated"}
+    assert sorted(engine["sources"]) == sorted(
+        str(path) for path in files() if path.match("verify/explorer/native/*.c")
+    )
     for module in modules.values():
         assert sorted(module["sources"]) == sorted(name for name in native if name.endswith(".c"))
         assert sorted(module["depends"]) == sorted(name for name in native if name.endswith(".h"))

@@ -2,16 +2,17 @@
 """Channels: messages, open, close, and a RESCIND at every moment of them, against the real protocol server."""
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from pvbus.actors.hypervisor.vmbus.channel import State
 from pvbus.actors.runtime import vmbus_wire as wire
-from pvbus.actors.runtime.vmbus_facts import SPOKEN, STATUS_SUCCESS, V0_13, V5_3
+from pvbus.actors.runtime.vmbus_facts import SPOKEN, STATUS_SUCCESS, V0_13, V5_3, Kind
 from pvbus.actors.workqueue.channel import ChannelState
 from pvbus.actors.workqueue.connection import HostError
-from pvbus.actors.workqueue.waits import Post
+from pvbus.actors.workqueue.waits import Post, Wait
 from pvbus.shm.hyperv import PAGE, Frame
 from pvbus.tests.workqueue.rig import Echo, Guest, RingMemory
 
@@ -167,6 +168,35 @@ def test_an_answer_after_the_time_out_is_used_to_take_back_what_was_lent() -> No
     assert (ring.freed, channel.late_open_id, guest.server.offers.get(relid).state) == (1, 0, State.CLOSED)  # type: ignore[union-attr]
     guest.devices[0].status = STATUS_SUCCESS
     guest.run(guest.channels.open(channel, RingMemory(guest, 20)))
+    guest.check_at_rest()
+
+
+def test_a_rescind_while_a_late_open_is_undone_ends_that_and_nothing_is_said_of_the_relid_any_more() -> None:
+    guest = Guest().connected()
+    relid = guest.offer(device=Echo(None))
+    channel, ring = guest.channel(relid), RingMemory(guest, 20)
+    with pytest.raises(TimeoutError):
+        guest.run(guest.channels.open(channel, ring))
+
+    ask = guest.ask
+    held: list[Any] = []
+
+    def slow_to_answer(wait: Wait, answer: Callable[[Any], None]) -> None:
+        slow = isinstance(wait, Post) and wire.kind_of(wait.payload, V5_3) is Kind.CLOSECHANNEL
+        ask(wait, held.append if slow else answer)
+        if slow:
+            held.append(answer)
+
+    guest.ask = slow_to_answer  # type: ignore[method-assign]
+    guest.devices[0].handle.opened(STATUS_SUCCESS)  # type: ignore[union-attr]
+    guest.deliver()
+    status, answer = held
+    guest.server.rescind(relid)
+    guest.deliver()
+    answer(status)
+    guest.deliver()
+
+    assert (ring.freed, guest.channels.find(relid), guest.server.offers.get(relid)) == (1, None, None)
     guest.check_at_rest()
 
 

@@ -13,11 +13,14 @@ the search (search.py) chooses who goes on. A scenario (scenario.py, pvbus.verif
 contexts and what must hold.
 """
 
+from pvbus.actors.runtime.config import VARIANTS
+from pvbus.verify.explorer._engine import ContextDied, LockError, UseAfterFree, WidthError
+from pvbus.verify.explorer.execution import ReplayError
 from pvbus.verify.explorer.model import MODELS, FilePort, Model
 from pvbus.verify.explorer.scenario import Scenario, Start
-from pvbus.verify.explorer.search import VARIANTS, Failure, ReplayError, Result, explore, replay
+from pvbus.verify.explorer.search import SEARCHES, Failure, Result, Run, explore, follow, replay
 
 __all__ = [
-    "MODELS", "VARIANTS", "Failure", "FilePort", "Model", "ReplayError", "Result",
-    "Scenario", "Start", "explore", "replay",
+    "MODELS", "SEARCHES", "VARIANTS", "ContextDied", "Failure", "FilePort", "LockError", "Model", "ReplayError", "Result", "Run",
+    "Scenario", "Start", "UseAfterFree", "WidthError", "explore", "follow", "replay",
 ]

@@ -1,39 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth-first search over the interleavings of a scenario, by replay from scratch, with state hashing.
+"""Search the executions of a scenario: all of them, depth first, or some, by chance or by priorities.
 
-An execution is a list of choices: the name of a context that takes its next step, or `name~` for the flush
-of its oldest buffered store. A state is what each context has observed so far, memory, buffers and
-doorbells (exact, no digests), so a state that was seen before is not entered again. The verdict says
-`complete` only if every choice was tried.
+`dfs`     depth first by replay from scratch. What decides where to branch is a partial order reduction, and a table of
+          states cuts what was seen before; both together are sound as in Yang and others 2008 (native/reduce.c). A state is
+          what each context has observed so far, memory, buffers and doorbells, told apart by 128 bits.
+`dpor`    the same reduction with sleep sets and without the table: no more memory than one path.
+`states`  the table alone, every choice tried at every state: the yardstick of the other two.
+`random`  a walk by chance; `pct`: priorities with two change points, a store buffer has a priority of its own.
+
+With deaths, bounds on preemptions or on the delay of flushes there is no reduction: `dfs` is `states` then.
+The verdict is `complete` only if every choice was tried or shown to lead to what was.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
-from pvbus.verify.explorer.contexts import WAIT, Context
+from pvbus.actors.runtime.config import VARIANTS  # bits of the machine header's variants word
+from pvbus.verify.explorer.execution import (
+    DEPTH_FIRST,
+    FAILED,
+    FOLLOW,
+    PRIORITIES,
+    RANDOM_WALK,
+    End,
+    Executions,
+    read,
+    written,
+)
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
 
-VARIANTS: Final = {"driver-wakeup-order": 1}  # bits of the machine header's variants word
-EXECUTIONS_MAX: Final = 1_000_000
+SEARCHES: Final = {
+    "dfs": "every execution, by states and partial order reduction",
+    "dpor": "every execution, by partial order reduction and sleep sets",
+    "states": "every execution, by states alone",
+    "random": "executions by chance",
+    "pct": "executions by priorities that change twice",
+}
+EXECUTIONS_MAX: Final = 10_000_000
 STEPS_MAX: Final = 1_000  # scheduling points of one execution; ours end after 30 to 200
-ALONE_STEPS_MIN: Final = 200  # as long as this with nobody else able to run is a livelock, not bad luck
+FAIR_FROM: Final = 600  # from here on everybody has a turn, and nothing is searched; no end by then is a livelock
+_LENGTH_FIRST: Final = 60  # of an execution, for the change points of pct, until one is known
+_CHANGES: Final = 2
+_PROGRESS_EACH: Final = 64  # executions
+_STOP, _FIRST, _RANDOM = range(3)
+_THEN: Final = {"stop": _STOP, "first": _FIRST, "random": _RANDOM}
 
-
-class ReplayError(RuntimeError):
-    """A list of choices does not fit: another scenario, other code, other parameters."""
+Progress = Callable[[int, int, int], None]  # executions, steps, choices that are left to be tried on the path
 
 
 @dataclass(frozen=True)
 class Failure:
     """What does not hold, the choices that lead there, and the trace with a column a context."""
 
-    kind: str  # lost wake-up, deadlock, property, exception, livelock
+    kind: str  # lost wake-up, deadlock, property, exception, livelock, use after free, lock left by the dead
     message: str
     choices: tuple[str, ...]
     # the locations that were scheduling points: without them the choices mean nothing
@@ -56,185 +81,146 @@ class Result:
     sites_dropped: frozenset[str]  # those of `drop` that a context came by
 
 
-@dataclass
-class _Node:
-    """A state on the current path: what may be chosen there, and how far the search has come."""
+@dataclass(frozen=True)
+class Run:
+    """One execution along given choices: those taken, those open where it stopped, what failed, and the trace."""
 
-    choices: list[str]
-    at: int = 0
+    choices: tuple[str, ...]
+    open_choices: tuple[str, ...]
+    failure: Failure | None
+    trace: str
 
 
-@dataclass
-class _End:
-    """How one execution ended."""
+@dataclass(frozen=True)
+class Bounds:
+    """What an execution may contain at most; None: as much as it likes."""
 
-    kind: str | None = None
-    message: str = ""
-    pruned: bool = False
-    too_long: bool = False
-    choices: list[str] = field(default_factory=list)
+    deaths: int = 0
+    preemptions: int | None = None
+    flush_delay: int | None = None  # steps that a store may wait in a buffer
+
+    def said(self) -> list[str]:
+        """Say which of them bound the search."""
+        return [
+            f"{limit} {what}" for limit, what in
+            ((self.preemptions, "preemptions"), (self.flush_delay, "steps of flush delay")) if limit is not None
+        ] + ([f"{self.deaths} death{'s' * (self.deaths > 1)}"] if self.deaths else [])
 
 
 class Explorer:
     """One search: a prepared scenario, its model, and what has been seen."""
 
-    def __init__(self, scenario: Scenario, model: str, variant: str | None, drop: Iterable[str]) -> None:
+    def __init__(
+        self, scenario: Scenario, model: str, variant: str | None, drop: Iterable[str], bounds: Bounds | None = None
+    ) -> None:
         self.scenario = scenario
+        self.bounds = bounds or Bounds()
         self.model = Model(model, drop)
         if variant is not None and variant not in VARIANTS:
             raise ValueError(f"no variant {variant!r}: {', '.join(VARIANTS)}")
         scenario.prepare(self.model, 0 if variant is None else VARIANTS[variant])
         self.model.freeze()
-        self.visited: set[tuple[Any, ...]] = set()
-        self.path: list[_Node] = []
-        # at the end of the last execution that was no search
-        self.where_they_stand: list[tuple[str, str]] = []
+        self.executions = Executions(scenario, self.model)
 
-    # ---- one execution
-
-    def _begin(self) -> list[Context]:
-        self.model.running = None
-        self.model.reset()
-        contexts = [
-            Context(number, name, run, server=server)
-            for number, (name, run, server) in enumerate(self.scenario.start(self.model))
-        ]
-        for context in contexts:
-            self._go(context)
-        return contexts
-
-    def _go(self, context: Context) -> None:
-        self.model.running = context
-        context.resume()
-        self.model.running = None
-
-    def _take(self, contexts: dict[str, Context], choice: str) -> None:
-        context = contexts.get(choice.removesuffix("~"))
-        if context is None:
-            raise ReplayError(f"no context {choice!r}")
-        if not choice.endswith("~"):
-            if not self.model.enabled(context):
-                raise ReplayError(f"{choice} cannot go on: {self.model.describe(context)}")
-            self._go(context)
-            return
-        if not context.buffer:
-            raise ReplayError(f"{context.name} has no store to flush")
-        self.model.flush(context)
-
-    def _choices(self, contexts: list[Context]) -> list[str]:
-        enabled = self.model.enabled
-        found = [context.name for context in contexts if enabled(context)]
-        found += [context.name + "~" for context in contexts if context.buffer]
-        return found
-
-    def _end(self, contexts: list[Context]) -> _End:
-        for context in contexts:
-            if context.error is not None:
-                return _End("exception", f"{context.name}: {type(context.error).__name__}: {context.error}")
-        stuck = [context for context in contexts if not context.finished and not context.server]
-        message = self.scenario.broken(self.model, [context.name for context in stuck])
-        if message is None and stuck:
-            message = "nobody can go on: " + ", ".join(f"{c.name} at {self.model.describe(c)}" for c in stuck)
-            return _End("deadlock", message)
-        waits = any(context.operation is not None and context.operation[0] == WAIT for context in stuck)
-        return _End(("lost wake-up" if waits else "property") if message else None, message or "")
-
-    def execute(self, prefix: Sequence[str], *, search: bool = True) -> _End:
-        """Run one execution: the choices of `prefix`, then, searching, the first choice of each new state."""
-        contexts = self._begin()
-        by_name = {context.name: context for context in contexts}
-        done: list[str] = []
-        alone, last = 0, ""
-        try:
-            while True:
-                if search and len(done) < len(prefix):
-                    last = prefix[len(done)]
-                    self._take(by_name, last)
-                    done.append(last)
-                    continue
-                choices = self._choices(contexts)
-                if not choices or any(context.error is not None for context in contexts):
-                    end = self._end(contexts)
-                    break
-                alone = alone + 1 if choices == [last] else 0
-                if len(done) >= STEPS_MAX:
-                    end = _End(too_long=True)
-                    if alone >= ALONE_STEPS_MIN:
-                        end = _End("livelock", f"{last} runs for ever, and nobody else can")
-                    break
-                if search and not self._enter(contexts, choices):
-                    end = _End(pruned=True)
-                    break
-                last = prefix[len(done)] if len(done) < len(prefix) else choices[0]
-                self._take(by_name, last)
-                done.append(last)
-        finally:
-            if not search:
-                describe = self.model.describe
-                self.where_they_stand = [(c.name, f"[{describe(c)}]") for c in contexts if not c.finished]
-            for context in contexts:
-                context.abandon()
-        end.choices = done
-        return end
-
-    def _enter(self, contexts: list[Context], choices: list[str]) -> bool:
-        """Put a state on the path; False if it was seen before. Where there is no choice, looking it up
-        costs more than it saves.
-        """
-        if len(choices) > 1:
-            state = self.model.state(contexts)
-            if state in self.visited:
-                return False
-            self.visited.add(state)
-        self.path.append(_Node(choices))
-        return True
+    def configure(
+        self, strategy: int, then: int = _RANDOM, *, table: bool = False, reduce: bool = False, sleep: bool = False
+    ) -> None:
+        """Tell the engine how to choose; forgets what was seen."""
+        bounds = self.bounds
+        preemptions, delay = (-1 if limit is None else limit for limit in (bounds.preemptions, bounds.flush_delay))
+        self.executions.contexts()
+        self.model.configure(strategy, then, STEPS_MAX, FAIR_FROM, bounds.deaths, preemptions, delay, table, reduce, sleep)
 
     # ---- all of them
 
-    def _backtrack(self) -> list[str] | None:
-        while self.path and self.path[-1].at + 1 == len(self.path[-1].choices):
-            self.path.pop()
-        if not self.path:
-            return None
-        self.path[-1].at += 1
-        return [node.choices[node.at] for node in self.path]
-
-    def run(self, executions_max: int) -> Result:
-        """Search until a failure, the end, or the bound."""
-        executions, too_long = 0, False
-        prefix: list[str] | None = []
-        while prefix is not None:
+    def run(
+        self, search: str, executions_max: int, seconds: float | None, seed: int, progress: Progress | None = None
+    ) -> Result:
+        """Search until a failure, the end, or a bound."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        if search in ("random", "pct"):
+            return self._draw(search, executions_max, seconds, deadline, seed, progress)
+        if search not in SEARCHES:
+            raise ValueError(f"no search {search!r}: {', '.join(SEARCHES)}")
+        free = self.bounds == Bounds()
+        self.configure(
+            DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
+        )
+        executions, cut, more = 0, False, True
+        while more:
             if executions == executions_max:
                 return self._result(f"bounded ({executions} executions)", executions)
+            if deadline is not None and time.monotonic() >= deadline:
+                return self._result(f"bounded ({seconds} s)", executions)
             executions += 1
-            end = self.execute(prefix)
-            if self.model.footprint.grown:  # a location turned out to be shared: begin anew, knowing it
-                self.visited.clear()
-                self.path.clear()
-                too_long = False
-                prefix = []
+            end = self.executions.run()
+            if self.model.grown:  # a location turned out to be shared: begin anew, knowing it
+                self.model.forget()
+                cut = False
                 continue
             if end.kind is not None:
-                return self._result("failed", executions, self.explained(end))
-            too_long |= end.too_long
-            prefix = self._backtrack()
-        verdict = f"bounded ({STEPS_MAX} steps an execution)" if too_long else "complete"
-        return self._result(verdict, executions)
+                return self._failed(executions, end)
+            if end.outcome == FAILED:
+                raise RuntimeError("the engine has stopped, and no context has failed")
+            cut |= self.model.cut
+            more = self.model.backtrack()
+            if progress is not None and executions % _PROGRESS_EACH == 0:
+                progress(executions, self.model.steps, self.model.waiting)
+        limits = self.bounds.said() + ([f"{FAIR_FROM} steps an execution"] if cut else [])
+        return self._result(f"bounded ({', '.join(limits)})" if limits else "complete", executions)
 
-    def explained(self, end: _End) -> Failure:
+    def _draw(
+        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, seed: int,
+        progress: Progress | None,
+    ) -> Result:  # fmt: skip
+        self.configure(PRIORITIES if search == "pct" else RANDOM_WALK)
+        executions, longest = 0, _LENGTH_FIRST
+        while executions < executions_max and (deadline is None or time.monotonic() < deadline):
+            self.model.seed((seed << 32) + executions, _CHANGES, longest)
+            executions += 1
+            end = self.executions.run()
+            longest = max(longest, self.model.depth)
+            if not self.model.grown and end.kind is not None:
+                return self._failed(executions, end)
+            if progress is not None and executions % _PROGRESS_EACH == 0:
+                progress(executions, self.model.steps, 0)
+        what = f"{executions} executions" if executions == executions_max else f"{seconds} s"
+        return self._result(f"bounded ({what}, {search})", executions)
+
+    def _failed(self, executions: int, end: End) -> Result:
+        result = self._result("failed", executions)
+        return replace(result, failure=self.explained(end))
+
+    def _result(self, verdict: str, executions: int) -> Result:
+        dropped = frozenset(self.model.sites_dropped)
+        return Result(verdict, executions, self.model.steps, self.model.states, None, dropped)
+
+    # ---- one of them
+
+    def follow(self, choices: Sequence[str], then: str, seed: int = 0) -> tuple[End, Run]:
+        """Run along choices with a trace, then stop, or go on with the first choice or by chance."""
+        model = self.model
+        names = self.executions.contexts()
+        self.configure(FOLLOW, _THEN[then])
+        model.seed(seed, 0, 0)
+        model.set_follow(read(choices, names))
+        model.trace = []
+        try:
+            outcome = self.executions.run(keep=True)
+            taken, open_choices = written(model.taken(), names), written(model.open(), names)
+            trace = columns([*model.trace, *self.executions.where_they_stand()], names)
+        finally:
+            model.clear()
+            model.trace = None
+        shared = tuple(sorted(model.shared))
+        failure = None if outcome.kind is None else Failure(outcome.kind, outcome.message, tuple(taken), shared, trace)
+        return outcome, Run(tuple(taken), tuple(open_choices), failure, trace)
+
+    def explained(self, end: End) -> Failure:
         """Run a failed execution once more for its trace."""
-        self.model.trace = []
-        with contextlib.suppress(ReplayError):
-            self.execute(end.choices, search=False)
-        self.model.trace += self.where_they_stand
-        trace = columns(self.model.trace, [name for name, _, _ in self.scenario.start(self.model)])
-        self.model.trace = None
-        shared = tuple(sorted(self.model.footprint.shared))
-        return Failure(end.kind or "", end.message, tuple(end.choices), shared, trace)
-
-    def _result(self, verdict: str, executions: int, failure: Failure | None = None) -> Result:
-        steps, dropped = self.model.steps, frozenset(self.model.dropped_seen)
-        return Result(verdict, executions, steps, len(self.visited), failure, dropped)
+        _, run = self.follow(end.choices, "stop")
+        shared = tuple(sorted(self.model.shared))
+        return Failure(end.kind or "", end.message, tuple(end.choices), shared, run.trace)
 
 
 def explore(
@@ -244,15 +230,48 @@ def explore(
     variant: str | None = None,
     drop: Iterable[str] = (),
     executions: int = EXECUTIONS_MAX,
+    search: str = "dfs",
+    seed: int = 0,
+    seconds: float | None = None,
+    preemptions: int | None = None,
+    deaths: int = 0,
+    flush_delay: int | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Search every interleaving of `scenario` under a memory model, until one fails.
 
-    `model` is `sc` or `tso`. `variant` names a defect of the driver to be switched on (VARIANTS). `drop`
-    names barriers that are left out, everywhere (`evr_wake`) or in one context (`evr_wake@reader`).
-    `executions` bounds the search; the verdict then says `bounded`. Deterministic: the same arguments give
-    the same result, step by step.
+    `model` is `sc`, `tso` or `arm`. `variant` names a defect of the driver to be switched on (VARIANTS). `drop`
+    names barriers that are left out, and acquire and release accesses that become relaxed, everywhere (`evr_wake`) or in
+    one context (`evr_wake@reader`). `search` is one of SEARCHES; `seed` is for those by chance.
+    `executions` and `seconds` bound the search, `preemptions`, `flush_delay` and `deaths` what an execution may contain; the
+    verdict says so. `progress` hears now and then of executions, steps, and choices that are left to be tried on the path.
+    Deterministic, unless `seconds` ends it: the same arguments give the same result, step by step.
     """
-    return Explorer(scenario, model, variant, drop).run(executions)
+    explorer = Explorer(scenario, model, variant, drop, Bounds(deaths, preemptions, flush_delay))
+    return explorer.run(search, executions, seconds, seed, progress)
+
+
+def follow(
+    scenario: Scenario,
+    choices: Sequence[str],
+    *,
+    then: str = "stop",
+    seed: int = 0,
+    shared: Iterable[int] = (),
+    model: str = "sc",
+    variant: str | None = None,
+    drop: Iterable[str] = (),
+    deaths: int = 0,
+) -> Run:
+    """Run one execution along a list of choices (`shared`: of the failure that they come from), then `stop` there, go on
+    with the `first` choice each time, or at `random`. Raises ReplayError if the choices do not fit.
+    """
+    if then not in _THEN:
+        raise ValueError(f"then {then!r}: {', '.join(_THEN)}")
+    explorer = Explorer(scenario, model, variant, drop, Bounds(deaths))
+    for location in shared:
+        explorer.model.share(location)
+    return explorer.follow(choices, then, seed)[1]
 
 
 def replay(
@@ -262,11 +281,11 @@ def replay(
     model: str = "sc",
     variant: str | None = None,
     drop: Iterable[str] = (),
+    deaths: int = 0,
 ) -> Failure | None:
     """Run the execution of a failure again, by its choices; give what fails now, or None. Raises
     ReplayError if they do not fit.
     """
-    explorer = Explorer(scenario, model, variant, drop)
-    explorer.model.footprint.shared.update(failure.shared)
-    end = explorer.execute(failure.choices, search=False)
-    return None if end.kind is None else explorer.explained(end)
+    return follow(
+        scenario, failure.choices, then="first", shared=failure.shared, model=model, variant=variant, drop=drop, deaths=deaths
+    ).failure

@@ -16,11 +16,12 @@ from typing import Final
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 
 RING_BYTES: Final = 8192  # the least
 DATA_BYTES: Final = RING_BYTES - ChannelControl.BYTES
 PACKET_BYTES: Final = 24  # an empty one
+FULL: Final = (DATA_BYTES - PACKET_BYTES,)  # as much is left as a packet has, which is not enough
 
 
 class ChannelRings(Scenario):
@@ -31,6 +32,10 @@ class ChannelRings(Scenario):
     """
 
     name = "channel-ring"
+    claims = claimed(
+        "sc tso", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
+        {"packets": 2, "filled": FULL, "masked": False},
+    )  # fmt: skip
 
     def __init__(
         self, *, packets: int = 2, batch: bool = False, masked: bool = True, filled: tuple[int, ...] = ()

@@ -29,7 +29,7 @@ from pvbus.shm.layout import (
     Vcpu,
 )
 from pvbus.verify.explorer.model import FilePort, Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios import loops
 
 RING_ENTRIES: Final = 64
@@ -49,6 +49,11 @@ class EventRing(Scenario):
     """
 
     name = "event-ring"
+    claims = (
+        *claimed("sc tso arm", {"events": 1}, {"events": 2}, {"events": 3}, {"events": 2, "batch": 1}),
+        *claimed("sc tso", {"events": 4}, {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),
+        *claimed("sc tso", {"events": 1, "heir": True}, {"events": 1, "readers": 2}),
+    )
 
     def __init__(
         self, *, events: int = 2, cpus: int = 1, batch: int = 16, upcall_budget: int = 1,

@@ -15,7 +15,7 @@ from typing import Final
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.layout import ABI_FIFO, PORTS_FIFO, Domain, Fifo, File, FilePage, Irq, Machine, Port, Vcpu
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 
 RING_ENTRIES: Final = 64
 CONTROL: Final = Domain.guest_page(0)
@@ -29,23 +29,29 @@ def word_at(port: int) -> int:
 
 class FifoQueue(Scenario):
     """`script`: what the hypervisor does, (`raise`, port) or (`eoi`, port); `before`: ports that it has
-    raised by then.
+    raised by then; `waiting`: ports that their user has, and that were raised again.
 
     `urgent` ports have priority 0, the others the default one. `upcall_budget` is how many events one
     upcall serves.
     """
 
     name = "fifo-queue"
+    claims = claimed(
+        "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
+        {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},
+        {"script": (("eoi", 1), ("raise", 1)), "before": (1,)},
+    )  # fmt: skip
 
     def __init__(
-        self, *script: tuple[str, int], before: tuple[int, ...] = (), urgent: tuple[int, ...] = (),
-        upcall_budget: int = 256,
+        self, script: tuple[tuple[str, int], ...] = (("raise", 1), ("raise", 2)), *, before: tuple[int, ...] = (),
+        waiting: tuple[int, ...] = (), urgent: tuple[int, ...] = (), upcall_budget: int = 256,
     ) -> None:  # fmt: skip
-        self.script = script or (("raise", 1), ("raise", 2))
+        self.script = tuple((what, int(port)) for what, port in script)
         self.before = before
+        self.waiting = waiting
         self.urgent = urgent
         self.upcall_budget = upcall_budget
-        self.raised = [*before, *(port for what, port in self.script if what == "raise")]
+        self.raised = [*before, *waiting, *(port for what, port in self.script if what == "raise")]
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages of a domain that is on the FIFO ABI, its ports bound to one file and unmasked."""
@@ -72,22 +78,29 @@ class FifoQueue(Scenario):
             domain.store64(Domain.table(Domain.IRQ_WORDS, port), 1 | Irq.ENABLED)
         for port in self.urgent:
             domain.store64(Domain.table(Domain.QUEUE_WORDS, port), Fifo.with_priority(0, 0))
-        for port in self.before:
+        for port in self.waiting:
+            domain.store64(Domain.table(Domain.IRQ_WORDS, port), 1 | Irq.ACTIVE | Irq.EOI_PENDING)
+            domain.store32(word_at(port), Fifo.MASKED)
+        for port in (*self.before, *self.waiting):
             self.path.set_pending(0, port)
 
     def start(self, model: Model) -> Iterable[Start]:
-        """Give the hypervisor and the CPU."""
-        yield "hypervisor", partial(self._hypervisor, model), False
+        """Give the CPU and the hypervisor."""
         yield "cpu0", partial(self._cpu, model), True
+        yield "hypervisor", partial(self._hypervisor, model), False
 
     def _hypervisor(self, model: Model) -> None:
         for what, port in self.script:
-            if (self.path.eoi(0, port, 0) if what == "eoi" else self.set_pending(port)) >= 0:
+            if (self.end(port) if what == "eoi" else self.set_pending(port)) >= 0:
                 model.ring(self.doorbell, "cpu.kick")
 
     def set_pending(self, port: int) -> int:
         """Raise a port; give the vCPU whose doorbell is to be rung, or -1."""
         return self.path.set_pending(0, port)
+
+    def end(self, port: int) -> int:
+        """End a port's interrupt; give the vCPU whose doorbell is to be rung, or -1."""
+        return self.path.eoi(0, port, 0)
 
     def _cpu(self, model: Model) -> None:
         """What CpuProcess does, but for the bytes of the file's doorbell: nobody reads."""
@@ -112,8 +125,8 @@ class FifoQueue(Scenario):
             left = word & Fifo.LINKED or (word & Fifo.PENDING and not word & Fifo.MASKED)
             if port not in came or left:
                 return f"port {port} was raised, and the CPU sleeps: word {word:#x}, came {came}"
-            if came.count(port) > self.raised.count(port):
-                return f"port {port} came {came.count(port)} times: {came}"
+            if came.count(port) + bool(word & Fifo.PENDING) > self.raised.count(port):
+                return f"port {port} was raised {self.raised.count(port)} times, came {came.count(port)} times: word {word:#x}"
         if not self.urgent and len(set(self.raised)) == len(self.raised) and came != self.raised:
             return f"came {came}, but raised {self.raised}"
         return None

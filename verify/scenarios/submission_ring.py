@@ -14,7 +14,7 @@ from functools import partial
 from pvbus.shm._core_explored import Context, EventPath, Memory, UserFile
 from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing
 from pvbus.verify.explorer.model import FilePort, Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 from pvbus.verify.scenarios import loops
 
 
@@ -22,6 +22,7 @@ class SubmissionRings(Scenario):
     """`users` processes of one file; each notifies `notifies` IPI ports of its own, once each."""
 
     name = "submission-ring"
+    claims = claimed("sc tso arm", {"notifies": 2}, {"notifies": 3}, {"users": 2, "notifies": 1})
 
     def __init__(self, *, users: int = 1, notifies: int = 2) -> None:
         self.users = users

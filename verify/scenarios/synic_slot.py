@@ -17,7 +17,7 @@ from pvbus.actors.hypervisor.synic import HvStatus, Synic, request_interrupt
 from pvbus.shm import hyperv
 from pvbus.shm._core_explored import Memory
 from pvbus.shm.hyperv import SINT_VMBUS, Frame, Slot, Vp
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
@@ -33,7 +33,8 @@ _TAKEN: Final = Vp.at(0, Vp.TAKEN + 4 * SINT_VMBUS)
 class SynicSlot(Scenario):
     """A host posts messages of the given types; `consumers` 2 adds one who looks into the slot once, uncalled (a crash)."""
 
-    name = "synic_slot"
+    name = "synic-slot"
+    claims = claimed("sc tso", {}, {"frees": "store"}) + claimed("sc", {"types": (1, 2), "consumers": 2})
     synic_type: type[Synic] = Synic
 
     def __init__(self, types: tuple[int, ...] = (1, 1), *, frees: str = "cas", consumers: int = 1) -> None:

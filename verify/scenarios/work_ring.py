@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, cast
 
 from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm._core_explored import EventPath, Memory
@@ -17,9 +16,6 @@ from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Sl
 from pvbus.shm.layout import Domain, Machine
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario, Start
-
-if TYPE_CHECKING:
-    import pvbus.shm.memory
 
 VECTOR = 0x37
 NUMBER_FIRST = 1000
@@ -64,7 +60,7 @@ class WorkRings(Scenario):
 
     def ring(self) -> WorkRing:
         """Make the consumer."""
-        return WorkRing(cast("pvbus.shm.memory.Memory", self.hv))
+        return WorkRing(self.hv)
 
     def _workqueue(self, model: Model) -> None:
         ring = self.ring()

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scenarios of the event path: clean as far as a bounded search looks, and each property sees what is planted.
+
+To their ends they are searched by `pvbus explore --all`.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from pvbus.actors.hypervisor.irqs import IrqLayer
+from pvbus.verify.explorer import MODELS, Model, Scenario, explore
+from pvbus.verify.scenarios.cpu_death import CpuDeath
+from pvbus.verify.scenarios.doorbell import Doorbell
+from pvbus.verify.scenarios.hypervisor_death import HypervisorDeath
+from pvbus.verify.scenarios.one_reference import OneReference
+from pvbus.verify.scenarios.port_life import PortLife
+from pvbus.verify.scenarios.ring_growth import RingGrowth
+from pvbus.verify.scenarios.ring_reset import RingReset
+from pvbus.verify.scenarios.unbinding import Unbinding
+from pvbus.verify.scenarios.write_back import WriteBack
+from pvbus.verify.zoo.by_hand import ByHand
+from pvbus.verify.zoo.by_hand_fifo import FifoByHand
+
+EXECUTIONS = 400
+
+
+class PortLifeByHand(ByHand, PortLife):
+    """The handler of the zoo, without any of its bugs."""
+
+
+BOUNDED: list[tuple[Scenario, dict[str, Any]]] = [
+    (PortLife(), {}),
+    (PortLife((("raise", 1), ("move", 1), ("raise", 1)), cpus=2), {}),
+    (PortLifeByHand(), {}),
+    (FifoByHand((("eoi", 1), ("raise", 1)), before=(1,)), {}),
+    (WriteBack(), {}),
+    (WriteBack(ports=2, raises=2), {}),
+    (RingGrowth(), {}),
+    (RingGrowth(doublings=2), {}),
+    (RingReset(), {}),
+    (RingReset(readers=2, events=3), {}),
+    (Unbinding(), {}),
+    (Unbinding(release=True, cpus=2), {}),
+    (OneReference(), {}),
+    (CpuDeath(reader=True), {"deaths": 1}),
+    (HypervisorDeath(), {"deaths": 1}),
+    (HypervisorDeath(enable=True), {"deaths": 1}),
+]
+
+
+@pytest.mark.parametrize(("scenario", "bounds"), BOUNDED, ids=lambda value: type(value).__name__)
+def test_nothing_fails_as_far_as_one_looks(scenario: Scenario, bounds: dict[str, Any]) -> None:
+    for model in MODELS:
+        result = explore(scenario, model=model, executions=EXECUTIONS, **bounds)
+
+        assert result.failure is None, f"{model}: {result.failure}"
+
+
+def test_a_ring_that_is_doubled_keeps_its_entries_wherever_its_indices_stand() -> None:
+    for at, unread in itertools.product(range(4), range(3)):
+        result = explore(RingGrowth(at=at, unread=unread, events=0))
+
+        assert (result.verdict, str(result.failure)) == ("complete", "None"), f"index {at}, {unread} unread"
+
+
+@pytest.mark.parametrize("sleeper", ["hypervisor", "file"])
+def test_a_doorbell_rings_when_there_is_work(sleeper: str) -> None:
+    result = explore(Doorbell(sleeper=sleeper), model="tso")
+
+    assert (result.verdict, str(result.failure)) == ("complete", "None")
+
+
+@pytest.mark.checklist("E12")
+def test_a_cpu_may_die_at_any_step_and_each_event_still_comes_once() -> None:
+    result = explore(CpuDeath(events=2), deaths=1)
+
+    assert result.failure is None, str(result.failure)
+    assert result.verdict.startswith(("complete", "bounded (1 death"))
+
+
+def test_three_events_into_a_ring_of_two_are_told_when_one_is_dropped() -> None:
+    result = explore(RingReset(events=3, resets=0))
+
+    assert (result.verdict, str(result.failure)) == ("complete", "None")
+
+
+# ---- planted bugs: a property that cannot fail is a defect
+
+
+class Forgetful(CpuDeath):
+    """An heir that begins as if nobody had been there before."""
+
+    def recover(self) -> None:
+        """Do nothing."""
+
+
+class Silent(CpuDeath):
+    """An heir that sends no byte for what its forerunner may have queued."""
+
+    def wake(self, model: Model) -> None:
+        """Do nothing."""
+
+
+class Deaf(Doorbell):
+    """A user that believes each byte to be an event."""
+
+    def _readable(self, model: Model) -> None:
+        file = self.user()
+        while True:
+            model.wait(self.door, "select")
+            model.take(self.door, "recv")
+            if file.poll():
+                self.read += file.read_ports(1)
+
+
+class Lossy(RingReset):
+    """A reader that takes EFBIG for nothing to read."""
+
+    def _reader(self, file: Any, index: int) -> None:
+        super()._reader(file, index)
+        self.told[index] = False
+
+
+class Late(WriteBack):
+    """A user that looks at the data before it waits for the event."""
+
+    def _user(self, file: Any) -> None:
+        while True:
+            early = self.data.load32(4, "data")
+            for port in file.read_ports(16):
+                self.seen[port] = early
+                file.enable([port])
+
+
+class Abandoned(Unbinding):
+    """Unbinds and leaves the channel open."""
+
+    def call(self, model: Model, irqs: IrqLayer) -> None:
+        """Disable, and no more."""
+        irqs.disable(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "bounds", "message"),
+    [
+        (Forgetful(), {"deaths": 1}, "came [], but raised [1]"),
+        (Silent(reader=True), {"deaths": 1, "search": "random"}, "the reader sleeps"),
+        (Deaf(sleeper="file"), {}, "the user sleeps"),
+        (Lossy(events=3, resets=0), {}, "an event was dropped"),
+        (Late(raises=1), {"search": "random"}, "the user sleeps, and has seen data 0"),
+        (Abandoned(), {}, "irq word of port 1"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Scenario) else "",
+)
+def test_a_planted_bug_is_seen(scenario: Scenario, bounds: dict[str, Any], message: str) -> None:
+    failure = explore(scenario, executions=3000, **bounds).failure
+
+    assert failure is not None
+    assert message in failure.message

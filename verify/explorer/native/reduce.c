@@ -1,0 +1,288 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Partial order reduction (Flanagan and Godefroid 2005): which events depend on each other, and where another order has to
+ * be tried.  At each new state every agent's next event is compared with the path; the last event of it that depends on
+ * that next event, and has not happened before it by other means, is a race, and the agent is wanted at the state before it.
+ *
+ * With the table of states (Yang, Chen, Gopalakrishnan, Kirby 2008): each state keeps the kinds of events that were seen
+ * from it on.  A path that ends in a known state is compared with those as if it had run into each of them, with none of
+ * the happened-before that they may have had between them; so it wants more than necessary, and never less.
+ *
+ * An event is a flush, or what a context does at one scheduling point.  What it does at locations that nobody shares
+ * depends on nothing.  Stores that go into a buffer are seen by others as flushes only; on arm they also decide which
+ * flushes are possible, hence E_PUSH.  On arm all stores that become visible depend on each other, since views compare times.
+ */
+#include "engine.h"
+
+static bool writes(enum effect e) { return e == E_WRITE || e == E_MEMORY_WRITE || e == E_ADD; }
+
+static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t *b)
+{
+    if (a->agent == b->agent)
+        return true;
+    if ((a->heap >= 0 && a->heap == b->cell && writes(b->effect)) || (b->heap >= 0 && b->heap == a->cell && writes(a->effect)))
+        return true;
+    if (a->effect == E_NONE || b->effect == E_NONE)
+        return false;
+    if (a->effect == E_PUSH || b->effect == E_PUSH)
+        return e->model == ARM && (a->agent ^ b->agent) == CONTEXTS_MAX && (a->agent | b->agent) >= CONTEXTS_MAX;
+    if (a->effect == E_SPIN || b->effect == E_SPIN)
+        return writes(a->effect) || writes(b->effect);
+    if (e->model == ARM && a->effect == E_MEMORY_WRITE && b->effect == E_MEMORY_WRITE)
+        return true;
+    if (a->cell != b->cell || (a->effect == E_READ && b->effect == E_READ) || (a->effect == E_ADD && b->effect == E_ADD))
+        return false;
+    /* tso: a load forwards what its own buffer's flush would write */
+    return !(e->model == TSO && (a->agent ^ b->agent) == CONTEXTS_MAX && (a->effect == E_READ || b->effect == E_READ));
+}
+
+static int intern(Engine *e, event_kind_t kind)
+{
+    uint32_t at = (uint32_t)pv_mix(kind.agent << 8 | kind.effect, (uint64_t)(uint32_t)kind.cell << 32 | (uint32_t)kind.heap) & 4095;
+    for (; e->kind_index[at] >= 0; at = (at + 1) & 4095) {
+        const event_kind_t *k = &e->kinds[e->kind_index[at]];
+        if (k->agent == kind.agent && k->effect == kind.effect && k->cell == kind.cell && k->heap == kind.heap)
+            return e->kind_index[at];
+    }
+    if (e->kind_count == KINDS_MAX) { /* begin anew without reduction */
+        e->reducing = e->sleeping = false;
+        e->grown = true;
+        return 0;
+    }
+    int id = (int)e->kind_count++;
+    e->kind_index[at] = (int16_t)id;
+    e->kinds[id] = kind;
+    for (int i = 0; i <= id; i++) {
+        if (!dependent(e, &e->kinds[i], &kind))
+            continue;
+        e->depends[id][i >> 6] |= 1ull << (i & 63);
+        e->depends[i][id >> 6] |= 1ull << (id & 63);
+    }
+    return id;
+}
+
+void pv_forget_kinds(Engine *e)
+{
+    memset(e->kind_index, 0xff, sizeof e->kind_index);
+    memset(e->depends, 0, sizeof e->depends);
+    e->kind_count = 0;
+}
+
+int pv_kind_of(Engine *e, int agent, enum effect effect, int32_t cell)
+{
+    return intern(e, (event_kind_t){(uint8_t)agent, effect, cell, -1});
+}
+
+static int pushing(Engine *e, int agent) { return pv_kind_of(e, agent, E_PUSH, -1); }
+
+int pv_pending_kind(Engine *e, const context_t *c)
+{
+    event_kind_t kind = {(uint8_t)pv_number(e, c), E_NONE, -1, -1};
+    switch (c->op.kind) {
+    case LOAD: case WAIT:
+        kind.effect = E_READ;
+        break;
+    case RING:
+        kind.effect = E_ADD;
+        break;
+    case STORE:
+        kind.effect = e->model == SC ? E_MEMORY_WRITE : E_NONE;
+        break;
+    case RMW: case CAS:
+        kind.effect = E_MEMORY_WRITE;
+        break;
+    case SPIN:
+        kind.effect = E_SPIN;
+        break;
+    case FENCE: case CHOOSE: case BURY:
+        return intern(e, kind);
+    default:
+        kind.effect = E_WRITE;
+    }
+    if (c->op.kind <= CAS)
+        kind.heap = e->cells[c->op.cell].heap;
+    if (kind.effect != E_NONE && kind.effect != E_SPIN)
+        kind.cell = c->op.cell;
+    return intern(e, kind);
+}
+
+static int flush_kind(Engine *e, const context_t *c, uint32_t which)
+{
+    return pv_kind_of(e, CONTEXTS_MAX + pv_number(e, c), E_MEMORY_WRITE, c->buffer[which].cell);
+}
+
+static bool depends(const Engine *e, int a, int b) { return e->depends[a][b >> 6] >> (b & 63) & 1; }
+
+static void join(uint16_t *clock, const uint16_t *with)
+{
+    for (int i = 0; i < AGENTS_MAX; i++)
+        clock[i] = clock[i] > with[i] ? clock[i] : with[i];
+}
+
+static int last_of(const Engine *e, uint32_t depth, int agent)
+{
+    for (uint32_t i = depth; i-- > 0;)
+        if (e->events[i].agent == agent)
+            return (int)i;
+    return -1;
+}
+
+/* What has happened before an agent's next event, as far as its own past, its buffer and its barriers say. */
+static void clock_of(const Engine *e, uint32_t depth, int agent, int pushed_at, bool drained, uint16_t *clock)
+{
+    int last[3] = {last_of(e, depth, agent), pushed_at, drained ? last_of(e, depth, CONTEXTS_MAX + agent) : -1};
+    memset(clock, 0, AGENTS_MAX * sizeof *clock);
+    for (int i = 0; i < 3; i++)
+        if (last[i] >= 0)
+            join(clock, e->events[last[i]].clock);
+}
+
+static bool drains(const Engine *e, const context_t *c)
+{
+    enum kind k = c->op.kind;
+    return k == RMW || k == FENCE || k == UNLOCK || k == POST || (k == CAS && e->model != ARM) || (k == RING && e->model == ARM);
+}
+
+/*
+ * Event i races with a later one of `agent`, which has `clock` before it.  What comes after i and not because of it, and then
+ * that event, could have come before i.  One of those who could have begun that (its initials) has to be tried instead of i.
+ * Of an event beyond the path only the beginning of that is known; where it is empty, everybody is tried.
+ */
+static void want(Engine *e, uint32_t i, uint32_t depth, int agent, const uint16_t *clock)
+{
+    node_t *n = &e->nodes[i];
+    uint32_t first[AGENTS_MAX], members = 0, initials = 0;
+    const event_t *at = &e->events[i];
+    for (uint32_t j = i + 1; j <= depth; j++) {
+        const event_t *event = &e->events[j];
+        const uint16_t *before = j < depth ? event->clock : clock;
+        int who = j < depth ? event->agent : agent;
+        if (who < 0 || (members >> who & 1) || (j < depth && event->clock[at->agent] > i))
+            continue;
+        bool initial = true;
+        for (uint32_t left = members; left != 0 && initial; left &= left - 1)
+            initial = before[__builtin_ctz(left)] <= first[__builtin_ctz(left)];
+        members |= 1u << who;
+        first[who] = j;
+        if (initial)
+            initials |= 1u << who;
+    }
+    initials &= n->steps;
+    if (initials & n->wanted)
+        return;
+    if (initials == 0)
+        n->wanted |= n->steps;
+    else
+        n->wanted |= agent >= 0 && (initials >> agent & 1) ? 1u << agent : initials & -initials;
+}
+
+static bool is_push(const Engine *e, const event_t *before, int agent)
+{
+    return before->pushed && e->model == ARM && before->agent + CONTEXTS_MAX == agent;
+}
+
+/* Find the races of an event of kind `id` with the path; afterwards `clock` has all that happened before it. */
+static void races(Engine *e, uint32_t depth, int agent, int id, uint16_t *clock)
+{
+    for (uint32_t i = depth; i-- > 0;) {
+        const event_t *before = &e->events[i];
+        if (before->agent == agent || clock[before->agent] > i || !(depends(e, id, before->id) || is_push(e, before, agent)))
+            continue;
+        want(e, i, depth, agent, clock);
+        join(clock, before->clock);
+    }
+}
+
+/* Note the event that is about to happen: its kind, its races, and all that has happened before it. */
+void pv_record(Engine *e, uint32_t depth, choice_t choice)
+{
+    event_t *event = &e->events[depth];
+    event->agent = choice.agent;
+    event->pushed = false;
+    if (choice.agent < CONTEXTS_MAX) {
+        const context_t *c = &e->contexts[choice.agent];
+        event->id = (int16_t)pv_pending_kind(e, c);
+        clock_of(e, depth, choice.agent, -1, drains(e, c), event->clock);
+    } else {
+        uint32_t which[BUFFER_MAX];
+        const context_t *c = &e->contexts[choice.agent - CONTEXTS_MAX];
+        pv_flushable(e, c, which);
+        event->id = (int16_t)flush_kind(e, c, which[choice.way]);
+        clock_of(e, depth, choice.agent, c->buffer[which[choice.way]].pushed_at, false, event->clock);
+    }
+    races(e, depth, choice.agent, event->id, event->clock);
+    event->clock[choice.agent] = (uint16_t)(depth + 1);
+}
+
+/* arm: the event before this state put stores into a buffer; a flush of that buffer before it might have come after. */
+static void races_of_push(Engine *e, uint32_t depth)
+{
+    event_t *event = &e->events[depth - 1];
+    if (e->model != ARM || !event->pushed || event->agent >= CONTEXTS_MAX)
+        return;
+    uint16_t clock[AGENTS_MAX];
+    memcpy(clock, event->clock, sizeof clock);
+    clock[event->agent] = 0;
+    races(e, depth - 1, event->agent, pushing(e, event->agent), clock);
+    join(event->clock, clock);
+}
+
+/* A new state: those who have to wait might have come before what makes them wait. */
+void pv_find_races(Engine *e, uint32_t depth)
+{
+    uint16_t clock[AGENTS_MAX];
+    if (depth == 0)
+        return;
+    races_of_push(e, depth);
+    for (uint32_t i = 0; i < e->context_count; i++) {
+        const context_t *c = &e->contexts[i];
+        if (!c->waiting || c->dead || pv_step_ways(e, c) != 0)
+            continue;
+        clock_of(e, depth, (int)i, -1, drains(e, c), clock);
+        races(e, depth, (int)i, pv_pending_kind(e, c), clock);
+    }
+}
+
+/* The path has come to a state that is known: compare it with all that follows there. */
+void pv_races_beyond(Engine *e, uint32_t depth, const uint64_t *summary)
+{
+    uint16_t clocks[AGENTS_MAX][AGENTS_MAX];
+    for (int agent = 0; agent < AGENTS_MAX; agent++)
+        clock_of(e, depth, agent, -1, false, clocks[agent]);
+    for (uint32_t i = depth; i-- > 0;) {
+        const event_t *before = &e->events[i];
+        int push = before->pushed && e->model == ARM ? pushing(e, before->agent) : before->id;
+        bool raced = false;
+        for (int w = 0; w < SUMMARY_WORDS && !raced; w++) {
+            uint64_t hits = summary[w] & (e->depends[before->id][w] | e->depends[push][w]);
+            for (; hits != 0 && !raced; hits &= hits - 1) {
+                int agent = e->kinds[w * 64 + __builtin_ctzll(hits)].agent;
+                raced = agent != before->agent && clocks[agent][before->agent] <= i;
+            }
+        }
+        if (raced)
+            want(e, i, depth, -1, NULL);
+    }
+}
+
+/* Sleep sets (Godefroid 1996): what was tried at the state before, and does not depend on what was done there instead. */
+uint32_t pv_asleep_after(Engine *e, uint32_t depth)
+{
+    const node_t *n = &e->nodes[depth - 1];
+    const event_t *event = &e->events[depth - 1];
+    uint32_t asleep = 0, candidates = (n->asleep | n->done) & ~(1u << event->agent);
+    int push = event->pushed && e->model == ARM ? pushing(e, event->agent) : -1;
+    for (; candidates != 0; candidates &= candidates - 1) {
+        int agent = __builtin_ctz(candidates);
+        const context_t *c = &e->contexts[agent & (CONTEXTS_MAX - 1)];
+        bool awake = agent < CONTEXTS_MAX && depends(e, pv_pending_kind(e, c), event->id);
+        uint32_t entries = agent < CONTEXTS_MAX ? 0 : e->model == ARM ? c->buffered : c->buffered != 0;
+        for (uint32_t k = 0; k < entries && !awake; k++) {
+            int id = flush_kind(e, c, k);
+            awake = depends(e, id, event->id) || (push >= 0 && depends(e, id, push));
+        }
+        if (!awake)
+            asleep |= 1u << agent;
+    }
+    return asleep;
+}

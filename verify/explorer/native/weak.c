@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What store buffers and views allow.
+ *
+ * arm   Multi-copy atomic: a store becomes visible to everybody at one moment.  Until then it waits in its context's buffer,
+ *       which keeps the order of stores to one location, of those on both sides of a wmb or mb, and lets a release store wait
+ *       for all before it; nothing else.  A load may be satisfied early: it reads any store of its location that had become
+ *       visible at some time between `floor`, or the last access of this context to the location (coherence), and now.  An
+ *       acquire load, and an rmb for all loads before it, raise the floor to the time of what was read; a full barrier waits
+ *       for the own buffer, too, and raises the floor to the own last store.  Address, data and control dependencies order
+ *       no loads (hardware keeps the first two: the model allows more).  A load never sees a store that comes after it in
+ *       the order of any context's program (load buffering): not covered.  A locked operation takes the newest value, waits
+ *       for the stores before it, is an acquire, and no full barrier for what comes after.
+ */
+#include "engine.h"
+
+static uint32_t max32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+const store_t *pv_own_store(const context_t *c, int32_t cell)
+{
+    for (uint32_t i = c->buffered; i-- > 0;)
+        if (c->buffer[i].cell == cell)
+            return &c->buffer[i];
+    return NULL;
+}
+
+/* Is there an older store with the same value that could be read instead?  Whatever follows this one may follow that one. */
+static bool outdone(const cell_t *at, uint32_t i, uint32_t oldest)
+{
+    for (uint32_t k = oldest; k < i; k++)
+        if (at->history[k].value == at->history[i].value)
+            return true;
+    return false;
+}
+
+/*
+ * arm: how many stores the load, or compare-exchange, that a context is about to do may read; the newest is way 0.  `which`
+ * is that of `way`.  A compare-exchange that finds what it expects needs the newest, and its buffer empty.
+ */
+uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t *which)
+{
+    const cell_t *at = &e->cells[c->op.cell];
+    uint32_t from = max32(c->floor, c->coherent[c->op.cell]), count = 0, oldest = at->messages - 1;
+    while (oldest > 0 && at->history[oldest].when > from)
+        oldest--;
+    for (uint32_t i = at->messages; i-- > oldest;) {
+        bool takes = c->op.kind == CAS && at->history[i].value == c->op.expected;
+        if (takes ? i + 1 < at->messages || c->buffered : outdone(at, i, oldest))
+            continue;
+        if (count == way && which != NULL)
+            *which = i;
+        count++;
+    }
+    return count;
+}
+
+uint64_t pv_read(Engine *e, context_t *c, bool acquire, bool *latest)
+{
+    const cell_t *at = &e->cells[c->op.cell];
+    uint32_t which = at->messages - 1;
+    pv_readable(e, c, e->way, &which);
+    uint32_t when = at->history[which].when;
+    *latest = which + 1 == at->messages;
+    c->coherent[c->op.cell] = max32(c->coherent[c->op.cell], when);
+    c->latest = max32(c->latest, when);
+    if (acquire)
+        c->floor = max32(c->floor, when);
+    return at->history[which].value;
+}
+
+void pv_read_latest(Engine *e, context_t *c, int32_t cell, bool acquire)
+{
+    if (e->model != ARM)
+        return;
+    uint32_t when = e->cells[cell].history[e->cells[cell].messages - 1].when;
+    c->coherent[cell] = max32(c->coherent[cell], when);
+    c->latest = max32(c->latest, when);
+    if (acquire)
+        c->floor = max32(c->floor, when);
+}
+
+/* arm: a doorbell, lock or mailbox passes on what who used it before had seen and done. */
+void pv_publish(Engine *e, const context_t *c, int32_t cell)
+{
+    if (e->model == ARM)
+        e->cells[cell].view = max32(e->cells[cell].view, max32(c->floor, max32(c->latest, c->own)));
+}
+
+void pv_synchronise(Engine *e, context_t *c, int32_t cell)
+{
+    c->floor = max32(c->floor, e->cells[cell].view);
+    c->latest = max32(c->latest, e->cells[cell].view);
+}
+
+void pv_inherit_view(Engine *e, context_t *c, const context_t *dead)
+{
+    if (e->model == ARM)
+        c->floor = c->latest = max32(c->floor, max32(dead->floor, max32(dead->latest, dead->own)));
+}
+
+/* Behind a full barrier, or a lock: whatever was seen or done before. */
+void pv_full_barrier(Engine *e, context_t *c)
+{
+    if (e->model == ARM)
+        c->floor = max32(c->floor, max32(c->latest, c->own));
+}
+
+/* The stores of a buffer that may become visible now: how many, and which (of the buffer, oldest first). */
+uint32_t pv_flushable(const Engine *e, const context_t *c, uint32_t *which)
+{
+    uint32_t count = 0;
+    if (e->model != ARM) {
+        which[0] = 0;
+        return c->buffered != 0;
+    }
+    for (uint32_t i = 0; i < c->buffered && count < WAYS_MAX; i++) {
+        const store_t *s = &c->buffer[i];
+        if ((s->release && i > 0) || (i > 0 && c->buffer[0].epoch < s->epoch))
+            continue;
+        uint32_t k = 0;
+        while (k < i && c->buffer[k].cell != s->cell)
+            k++;
+        if (k == i)
+            which[count++] = i;
+    }
+    return count;
+}
+
+/* Let a store of a buffer reach memory. */
+int pv_flush(Engine *e, context_t *c, uint32_t which)
+{
+    store_t s = c->buffer[which];
+    memmove(&c->buffer[which], &c->buffer[which + 1], (--c->buffered - which) * sizeof s);
+    if (c->buffered == 0)
+        c->epoch = 0;
+    e->now++;
+    c->own = c->coherent[s.cell] = e->now;
+    if (e->trace != NULL)
+        pv_trace(e, c, "~ %s %W := 0x%llx", s.site, s.cell, (unsigned long long)s.value);
+    return pv_set(e, s.cell, s.value);
+}
+
+/* ---- the identity of a state: everything that the future depends on ---- */
+
+/* arm: times matter only by which of the stores that can still be read they lie before or after. */
+#define TIMES_MAX 2048 /* of all stores that can still be read: 200 contexts' worth of buffers */
+
+static pair_t view_state(Engine *e, pair_t h)
+{
+    uint32_t times[TIMES_MAX], count = 0;
+    for (uint32_t k = 0; k < e->shared_count; k++) {
+        const cell_t *at = &e->cells[e->shared[k]];
+        if ((int64_t)at->key < 0)
+            continue; /* its view is ranked below */
+        uint32_t from = UINT32_MAX; /* what nobody can read any more, because of the floor or of coherence, is gone */
+        for (uint32_t i = 0; i < e->context_count; i++) {
+            const context_t *c = &e->contexts[i];
+            uint32_t low = max32(c->floor, c->coherent[e->shared[k]]);
+            if (!c->finished && !c->dead && low < from)
+                from = low;
+        }
+        for (uint32_t i = at->messages; i-- > 0;) {
+            h = pv_mix2(h, at->history[i].value);
+            if (count < TIMES_MAX)
+                times[count++] = at->history[i].when;
+            if (at->history[i].when <= from)
+                break;
+        }
+        h = pv_mix2(h, 0x6d657373u);
+    }
+    /* The rank of a time is how many of those times are not after it. */
+#define RANK(t) ({ uint32_t r_ = 0; for (uint32_t n_ = 0; n_ < count; n_++) r_ += times[n_] <= (t); r_; })
+    for (uint32_t n = 0; n < count; n++)
+        h = pv_mix2(h, RANK(times[n]));
+    for (uint32_t k = 0; k < e->shared_count; k++)
+        if (e->cells[e->shared[k]].view)
+            h = pv_mix2(h, (uint64_t)k << 32 | RANK(e->cells[e->shared[k]].view));
+    for (uint32_t i = 0; i < e->context_count; i++) {
+        const context_t *c = &e->contexts[i];
+        if (c->finished && !e->deaths_max)
+            continue;
+        h = pv_mix2(h, (uint64_t)RANK(c->floor) << 40 | (uint64_t)RANK(c->latest) << 20 | RANK(c->own));
+        for (uint32_t k = 0; k < e->shared_count; k++)
+            if (c->coherent[e->shared[k]] > c->floor)
+                h = pv_mix2(h, (uint64_t)k << 32 | RANK(c->coherent[e->shared[k]]));
+    }
+#undef RANK
+    return h;
+}
+
+pair_t pv_state(Engine *e)
+{
+    pair_t h = {e->dead, (uint64_t)e->ticked};
+    for (uint32_t k = 0; k < e->shared_count; k++)
+        h = pv_mix2(h, e->cells[e->shared[k]].value);
+    for (uint32_t i = 0; i < e->bells; i++)
+        for (uint32_t k = 0; k < e->boxes[i].count; k++)
+            h = pv_mix2(pv_mix2(h, e->boxes[i].ids[k].a), e->boxes[i].ids[k].b);
+    for (uint32_t i = 0; i < e->context_count; i++) {
+        const context_t *c = &e->contexts[i];
+        h = pv_mix2(pv_mix2(h, c->seen.a), c->seen.b);
+        h = pv_mix2(h, (uint64_t)c->buffered << 1 | (c->marked && c->mark != e->version));
+        for (uint32_t k = 0; k < c->buffered; k++) {
+            const store_t *s = &c->buffer[k];
+            uint32_t epoch = s->epoch - c->buffer[0].epoch, age = e->delay_max < 0 ? 0 : e->depth - (uint32_t)s->pushed_at;
+            h = pv_mix2(h, (uint64_t)(uint32_t)s->cell << 24 | epoch << 1 | s->release | (uint64_t)age << 48);
+            h = pv_mix2(h, s->value);
+        }
+        if (e->model == ARM && c->buffered)
+            h = pv_mix2(h, c->epoch - c->buffer[0].epoch);
+    }
+    if (e->preemptions_max >= 0)
+        h = pv_mix2(h, (uint64_t)e->preempted << 32 | (uint32_t)e->last_agent);
+    return e->model == ARM ? view_state(e, h) : h;
+}

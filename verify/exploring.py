@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pvbus explore`: which searches are wanted, what they found, and the list of what there is.
+
+Exit codes as those of every verb: 0 all held, 1 something failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from pvbus.verify import scenarios, zoo
+from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
+from pvbus.verify.explorer.scenario import Scenario
+from pvbus.verify.explorer.sites import ORDERED, SITES, check
+from pvbus.verify.searching import Job, Run, recorded, search, told, written
+
+SCHEMA: Final = 1
+HELD, BROKEN = 0, 1
+MODEL_SENTENCES: Final = {
+    "sc": "sequential consistency: one access after the other",
+    "tso": "x86: stores wait in a first-in-first-out buffer, and loads overtake them",
+    "arm": "arm64: loads may see any store that coherence and barriers do not exclude; no load buffering",
+}
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Carry out the verb. ValueError says what makes no sense."""
+    if arguments.list:
+        return _list(as_json=arguments.json)
+    wanted = list(jobs(arguments))
+    runs, files = [], []
+    for job in wanted:
+        run = search(job, show=not arguments.json)
+        runs.append(run)
+        file = None
+        if run.result.failure is not None:
+            recording = recorded(job, run.result.failure)
+            file = written(recording, Path())
+            if not arguments.json:
+                print(told(recording, job.make))
+        files.append(file)
+        if not arguments.json:
+            _say(run, file)
+    if arguments.json:
+        print(json.dumps({"schema": SCHEMA, **summary(runs, files)}))
+    elif len(runs) > 1:
+        failed = sum(not run.held for run in runs)
+        print(f"{len(runs)} searches, {failed} of them failed" if failed else f"{len(runs)} searches: all held")
+    return HELD if all(run.held for run in runs) else BROKEN
+
+
+def _say(run: Run, file: Path | None) -> None:
+    executions, steps = f"{run.result.executions:,} executions", f"{run.result.steps:,} steps"
+    print(f"{run.job.label}: {run.result.verdict}, {executions}, {steps}, {run.seconds:.1f} s", flush=True)
+    if file is not None:
+        print(f"replay: pvbus replay {file}", flush=True)
+    elif not run.held:
+        print("  it is claimed to be complete, and that it was not is a failure", flush=True)
+    missing = {site for site in run.job.drop if site not in run.result.sites_dropped}
+    if missing and run.result.failure is None:
+        print(f"  no context came by {', '.join(sorted(missing))}: that it was left out shows nothing here", file=sys.stderr)
+
+
+def summary(runs: list[Run], files: list[Path | None]) -> dict[str, Any]:
+    """Give the numbers of all runs, and of each."""
+    each = [{**run.as_dict(), **({"replay": str(file)} if file else {})} for run, file in zip(runs, files, strict=True)]
+    verdicts = {run.verdict for run in runs}
+    verdict = next((word for word in ("failed", "bounded") if word in verdicts), "complete")
+    data: dict[str, Any] = {
+        "verdict": verdict, "executions": sum(run.result.executions for run in runs),
+        "steps": sum(run.result.steps for run in runs), "seconds": round(sum(run.seconds for run in runs), 3),
+    }  # fmt: skip
+    if replays := [str(file) for file in files if file]:
+        data["replay"] = replays[0]
+    return {**data, "runs": each}
+
+
+# ---- what is wanted
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Give the searches that a command line asks for. ValueError names what makes no sense."""
+    settings = dict(_setting(text) for text in arguments.set)
+    models = _models(arguments.model)
+    bug = _bug(arguments.variant, arguments.scenario) if arguments.variant else None
+    drop = tuple(check(site) for site in arguments.drop)
+    bounds = _bounds(arguments)
+    if arguments.all and (settings or arguments.variant or drop):
+        raise ValueError("--all searches what is claimed: it takes no --set, --variant and --drop")
+    names = arguments.scenario or ([_scenario_of(bug)] if bug is not None else list(scenarios.scenarios()))
+    if settings and len(names) > 1:
+        raise ValueError(f"--set is for one scenario, and {len(names)} are wanted: {', '.join(names)}")
+    for name in names:
+        kind = scenarios.find(name)
+        if arguments.all:
+            for claim in scenarios.claims(kind):
+                if claim.model in (models or MODELS) and claim.model in MODELS:
+                    make = _maker(kind, claim.parameters)
+                    yield Job(
+                        kind.name, make, claim.parameters, claim.model, arguments=bounds, bounds=claim.bounds,
+                        claimed=not (arguments.executions or arguments.seconds),
+                    )  # fmt: skip
+            continue
+        given = scenarios.read_parameters(kind, settings)
+        for model in models or ("sc",):
+            job = _job(kind, given, model, bug, drop, bounds)
+            yield job if bug is not None or not arguments.variant else dataclasses.replace(job, variant=arguments.variant)
+
+
+def _job(
+    kind: type[Scenario], given: dict[str, Any], model: str, bug: zoo.Bug | None, drop: tuple[str, ...], bounds: dict[str, Any],
+) -> Job:  # fmt: skip
+    if bug is None:
+        return Job(kind.name, _maker(kind, given), given, model, drop=drop, arguments=bounds)
+    if bug.scenario is not kind:
+        if bug.variant is None:
+            raise ValueError(f"the variant {bug.name!r} is one of the scenario {_scenario_of(bug)}, not of {kind.name}")
+        return Job(kind.name, _maker(kind, given), given, model, variant=bug.variant, drop=drop, arguments=bounds)
+    parameters = {**bug.parameters, **given}
+    make = _maker(bug.handler or kind, parameters)
+    return Job(
+        kind.name, make, parameters, model, variant=bug.variant, drop=(*bug.drop, *drop), bug=bug.name,
+        arguments=bounds, bounds=bug.search,
+    )  # fmt: skip
+
+
+def _maker(kind: Any, parameters: Any) -> Any:
+    scenarios.made(kind, parameters)  # a bad value is said before anything is searched
+    return lambda: scenarios.made(kind, parameters)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set {text!r}: write NAME=VALUE, for example events=4")
+    return name, value
+
+
+def _models(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    names = tuple(MODELS) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in MODELS:
+            raise ValueError(f"no memory model {name!r}: {', '.join(MODELS)}")
+    return names
+
+
+def _bug(name: str, wanted: list[str]) -> zoo.Bug | None:
+    """Find the bug that a variant is; None for a variant of the machine that no bug of the zoo shows, if scenarios are named."""
+    for bug in zoo.bugs():
+        if name in (bug.variant, bug.name):
+            return bug
+    if name in VARIANTS and wanted:
+        return None
+    raise ValueError(f"no variant {name!r}: {', '.join(item['name'] for item in variants())}")
+
+
+def _scenario_of(bug: zoo.Bug) -> str:
+    return str(getattr(bug.scenario, "name", bug.scenario))
+
+
+def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
+    wanted = {name: getattr(arguments, name) for name in ("executions", "seconds", "search", "seed")}
+    if wanted["search"] not in (None, *SEARCHES):
+        raise ValueError(f"--search {wanted['search']!r}: {', '.join(SEARCHES)}")
+    for name in ("executions", "seconds"):
+        if wanted[name] is not None and wanted[name] <= 0:
+            raise ValueError(f"--{name} {wanted[name]}: it has to be more than nothing")
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+# ---- the list
+
+
+def variants() -> list[dict[str, str]]:
+    """Give each variant of a handler, and the scenario that shows it: the bugs of the zoo, by the name of the machine's variant
+    where it has one.
+    """
+    found = [{"name": bug.variant or bug.name, "sentence": bug.sentence, "scenario": _scenario_of(bug)} for bug in zoo.bugs()]
+    return sorted({item["name"]: item for item in reversed(found)}.values(), key=lambda item: item["name"])
+
+
+def listed() -> dict[str, list[dict[str, Any]]]:
+    """Give everything that a command line can name."""
+    return {
+        "scenarios": [
+            {
+                "name": name, "sentence": scenarios.sentence(kind),
+                "parameters": {key: said_default(value) for key, value in scenarios.defaults(kind).items()},
+            }
+            for name, kind in scenarios.scenarios().items()
+        ],
+        "variants": variants(),
+        "models": [{"name": name, "sentence": MODEL_SENTENCES.get(name, name)} for name in MODELS],
+        "searches": [{"name": name, "sentence": sentence} for name, sentence in SEARCHES.items()],
+        "sites": [{"name": name, "sentence": sentence} for name, sentence in {**SITES, **ORDERED}.items()],
+    }  # fmt: skip
+
+
+def said_default(value: Any) -> Any:
+    """Write a default as JSON can hold it."""
+    return value if isinstance(value, bool | int | str | None) else list(value) if isinstance(value, tuple) else repr(value)
+
+
+def _list(*, as_json: bool) -> int:
+    found = listed()
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, **found}))
+        return HELD
+    for kind, items in found.items():
+        print(f"{kind}:")
+        width = max(len(item["name"]) for item in items)
+        for item in items:
+            of = f" [{item['scenario']}]" if item.get("scenario") else ""
+            print(f"  {item['name'].ljust(width)}  {item['sentence']}{of}")
+            if item.get("parameters"):
+                print(" " * (width + 4) + "--set " + " ".join(f"{key}={value}" for key, value in item["parameters"].items()))
+        print()
+    return HELD

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hypervisor is killed at any step of a drain, and its heir goes on: each entry of a submission ring takes effect once.
+
+Claim, do, release: the claim in the ring's record says which entry is being executed and how often its port had been served,
+the doing is one exchange, and the index moves behind it. Contexts: the hypervisor, which may die anywhere; its heir; and the
+CPU (a server), whose process ends when it notices the death, between two upcalls, and whose heir begins as soon as the
+hypervisor's has repaired the pages: before the rings are back, or after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from pvbus.actors.hypervisor import recovery
+from pvbus.shm._core_explored import EventPath
+from pvbus.shm.layout import Domain, Irq, SubmissionRing
+from pvbus.verify.explorer.model import Model
+from pvbus.verify.explorer.scenario import Start
+from pvbus.verify.scenarios import loops
+from pvbus.verify.scenarios.xen import XenScenario
+
+NOTIFY, ENABLE = SubmissionRing.NOTIFY, SubmissionRing.ENABLE
+
+
+class HypervisorDeath(XenScenario):
+    """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask."""
+
+    name = "hypervisor-death"
+    mortal = ("hypervisor",)
+
+    def __init__(self, *, enable: bool = False) -> None:
+        self.enable = enable
+
+    def prepare(self, model: Model, variants: int) -> None:
+        """Make the pages; the ring holds one entry."""
+        self.make(model, ports=(1,), variants=variants)
+        self.hangup, self.go = model.bell("hangup"), model.bell("go")
+        if self.enable:
+            self.domain.store64(Domain.table(Domain.IRQ_WORDS, 1), 1 | Irq.ACTIVE | Irq.EOI_PENDING | Irq.SERVED_ONE)
+            self.path.mask(0, 1)
+            self.path.set_pending(0, 1)
+        self.rings[0].store32(SubmissionRing.DATA, (ENABLE if self.enable else NOTIFY) << 30 | 1)
+        self.rings[0].store32(SubmissionRing.TAIL, 1)
+
+    def start(self, model: Model) -> Iterable[Start]:
+        """Give the hypervisor, the CPU, and the heir."""
+        yield "hypervisor", partial(self._hypervisor, model), False
+        yield "cpu0", partial(self._cpu, model), True
+        yield "heir", partial(self._heir, model), True
+
+    def _hypervisor(self, model: Model) -> None:
+        while (drained := self.path.drain(256)) is not None:
+            for code in drained[1]:
+                model.ring(self.doorbells[code & 0xFF], "cpu.kick")
+
+    def _heir(self, model: Model) -> None:
+        """Mirror on_ready of a reborn hypervisor, then what its files send it."""
+        model.await_death("hypervisor")
+        model.ring(self.hangup, "hangup")
+        model.ring(self.doorbells[0], "hangup")
+        path = EventPath(self.machine, {0: self.domain})
+        path.attach_file(0, self.page)
+        irqs = self.irq_layer(model)
+        recovery.repair(irqs.channels, irqs)
+        model.ring(self.go, "go")
+        self.attach(path)
+        while (drained := path.drain(256)) is not None:
+            for code in drained[1]:
+                model.ring(self.doorbells[code & 0xFF], "cpu.kick")
+
+    def _cpu(self, model: Model) -> None:
+        while not model.take(self.hangup, "hung up?"):
+            if self.path.upcall(0, 0, 256) is None and self.path.cpu_may_sleep(0, 0):
+                loops.sleep(model, self.domain, 0, self.doorbells[0])
+        model.wait(self.go, "go.wait")
+        self.path.cpu_recover(0, 0)
+        self.cpu(model, 0)
+
+    def attach(self, path: EventPath) -> None:
+        """Take the ring over: an entry that was claimed is resolved."""
+        path.attach_submission(0, self.rings[0], 0)
+
+    def broken(self, model: Model, stuck: list[str]) -> str | None:
+        """The one event has come, once; the port is masked until its user writes it back."""
+        came = self.came()
+        if came != [1]:
+            return f"one event was {'waiting' if self.enable else 'notified'}, and {len(came)} came"
+        if self.is_pending(1):
+            return "the event came, and is pending once more: it will come twice"
+        if self.irq(1) & Irq.ENABLED:
+            return f"port 1 has come and was not written back, and its irq word is {self.irq(1):#x}"
+        return None

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One search as the command line wants it: what to search, how it went, and the file that replays what failed.
+
+`exploring.py` and `zooing.py` decide what is searched; the search itself is pvbus.verify.explorer's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvbus.verify.explorer import Failure, Result, explore
+from pvbus.verify.explorer.progress import Progress
+from pvbus.verify.explorer.recording import Recording, fingerprint
+from pvbus.verify.explorer.search import Bounds
+from pvbus.verify.explorer.shrink import shrink
+from pvbus.verify.explorer.trace import table
+from pvbus.verify.explorer.verdicts import forbidden_by
+from pvbus.verify.explorer.walk import Walked, Walker
+
+if TYPE_CHECKING:
+    from pvbus.verify.explorer.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scenario with everything that its search needs to know. `arguments` are further ones of explore()."""
+
+    scenario: str
+    make: Callable[[], Scenario]
+    parameters: Mapping[str, Any]
+    model: str
+    variant: str | None = None
+    drop: tuple[str, ...] = ()
+    bug: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    claimed: bool = False  # that its search ends and nothing fails
+
+    @property
+    def label(self) -> str:
+        """Name it in a line."""
+        parameters = [f"{name}={said(value)}" for name, value in {**self.parameters, **self.bounds}.items()]
+        switches = [*([self.variant] if self.variant else []), *(f"-{site}" for site in self.drop)]
+        return " ".join([self.bug or self.scenario, *parameters, *switches, f"under {self.model}"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a search went."""
+
+    job: Job
+    result: Result
+    seconds: float
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing failed; and for what is claimed to be complete, whether it was, within the bounds of the claim."""
+        return self.result.failure is None and (not self.job.claimed or self.result.verdict in ("complete", self._claim))
+
+    @property
+    def _claim(self) -> str:
+        """The verdict of a search that ended, and was bounded by nothing but what its claim says."""
+        allowed = {name: limit for name, limit in self.job.bounds.items() if name in ("deaths", "preemptions", "flush_delay")}
+        return f"bounded ({', '.join(Bounds(**allowed).said())})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the numbers."""
+        return {
+            "scenario": self.job.scenario, "parameters": dict(self.job.parameters), "model": self.job.model,
+            "variant": self.job.variant, "drop": list(self.job.drop), "verdict": self.verdict, "bounds": self.result.verdict,
+            "executions": self.result.executions, "steps": self.result.steps, "seconds": round(self.seconds, 3),
+        }  # fmt: skip
+
+    @property
+    def verdict(self) -> str:
+        """Give it in a word: complete, bounded or failed."""
+        return self.result.verdict.partition(" ")[0]
+
+
+def said(value: Any) -> str:
+    """Write a parameter as `--set` reads it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
+    return str(value)
+
+
+def search(job: Job, *, show: bool) -> Run:
+    """Search; `show` how it gets on."""
+    arguments: dict[str, Any] = {**job.arguments, **job.bounds}
+    progress = None
+    if show:
+        progress = Progress(job.label, executions_max=arguments.get("executions"), seconds=arguments.get("seconds"))
+        arguments["progress"] = progress
+    began_s = time.monotonic()
+    try:
+        result = explore(job.make(), model=job.model, variant=job.variant, drop=job.drop, **arguments)
+    finally:
+        if progress is not None:
+            progress.close()
+    return Run(job, result, time.monotonic() - began_s)
+
+
+def recorded(job: Job, failure: Failure) -> Recording:
+    """Shorten a failure, and make its recording."""
+    walker = Walker(
+        job.make, model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, bounds=job.bounds,
+    )  # fmt: skip
+    short = shrink(walker, failure.choices, failure.kind)
+    return Recording(
+        scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=short.choices, shared=failure.shared,
+        kind=failure.kind, message=short.message, variant=job.variant, drop=job.drop, bug=job.bug, bounds=dict(job.bounds),
+        fingerprint=fingerprint(),
+    )  # fmt: skip
+
+
+def written(recording: Recording, directory: Path) -> Path:
+    """Write the file, and give its path."""
+    path = directory / recording.name()
+    recording.write(path)
+    return path
+
+
+def told(recording: Recording, make: Callable[[], Scenario], walked: Walked | None = None) -> str:
+    """Say what failed: the trace with a column a context, and what would forbid it."""
+    walked = walked or Walker.of(make, recording).along(recording.choices)
+    lines = [f"{recording.kind}: {recording.message}", "", drawn(walked), "", "this trace is forbidden by"]
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in forbidden_by(make, recording) or ["nothing that was tried"])])
+
+
+def drawn(walked: Walked) -> str:
+    """Draw the steps of a walk, and what waits in store buffers behind each."""
+    beside = []
+    for waiting in walked.pending():
+        said_of = [f"{name}: " + ", ".join(f"{s.where} := {s.value}" for s in stores) for name, stores in waiting.items()]
+        beside.append("; ".join(said_of))
+    return table(walked.rows, walked.names, beside, "waits in store buffers")
