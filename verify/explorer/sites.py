@@ -113,7 +113,6 @@ STAYS: Final = {
     "vmr.claim": _OF_HEIRS,
     "mon.group": "what came before a trigger is read behind the exchange that takes the trigger back, not behind this look",
     "irq": "every decision made by it is a compare-exchange of the same word, which looks again",
-    "2l.is_pending": _OF_HEIRS,
     "fifo.word": _OF_HEIRS,
     "fifo.queue": _OF_HEIRS,
     "2l.arrival.head": _LOAD_BEFORE_STORE,
