@@ -51,6 +51,7 @@ class ChannelEcho(Scenario):
     name = "channel-echo"
     claims = claimed("sc tso", {}, {"packets": 3}, {"packets": 1, "full": True}) + claimed("arm", {"packets": 1})
     endpoint_type: type[Endpoint] = Endpoint
+    claim_words: tuple[Any, int] | None = None  # a host without an heir needs none
 
     def __init__(self, *, packets: int = 2, full: bool = False) -> None:
         self.packets = packets
@@ -77,9 +78,18 @@ class ChannelEcho(Scenario):
         yield "driver", partial(self._driver, model), False
 
     def _host(self, model: Model) -> None:
-        endpoint = self.endpoint_type(Echo(), self._host_ring)
-        endpoint.on_open(_Handle(model, self.door), RingPages(self.memory, 0, 2 * RING_BYTES, RING_BYTES))
+        endpoint = self.opened(model)
         endpoint.on_opened()
+        self.serve(model, endpoint)
+
+    def opened(self, model: Model) -> Endpoint:
+        """Map the rings."""
+        endpoint = self.endpoint_type(Echo(), self._host_ring, claims=self.claim_words)
+        endpoint.on_open(_Handle(model, self.door), RingPages(self.memory, 0, 2 * RING_BYTES, RING_BYTES))
+        return endpoint
+
+    def serve(self, model: Model, endpoint: Endpoint) -> None:
+        """Answer signals."""
         while True:
             while endpoint.due_ns() == 0:
                 endpoint.tick(0)

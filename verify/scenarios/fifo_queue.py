@@ -27,6 +27,15 @@ def word_at(port: int) -> int:
     return Domain.guest_page(ARRAY_FRAME) + 4 * port
 
 
+def move_to_fifo(domain: Memory, *, pages: int = 1) -> None:
+    """Leave a domain as it is on the FIFO ABI: its control block, and `pages` pages of its event array."""
+    for at, value in (
+        (Domain.ABI, ABI_FIFO), (Domain.PORTS_MAX, PORTS_FIFO), (Domain.ARRAY, ARRAY_FRAME + 1),
+        (Domain.ARRAY_PAGES, pages), (Domain.VALID_EVTCHNS, 64), (Domain.vcpu(0, Vcpu.CONTROL), CONTROL),
+    ):  # fmt: skip
+        domain.store32(at, value)
+
+
 class FifoQueue(Scenario):
     """`script`: what the hypervisor does, (`raise`, port) or (`eoi`, port); `before`: ports that it has
     raised by then; `waiting`: ports that their user has, and that were raised again.
@@ -66,11 +75,7 @@ class FifoQueue(Scenario):
         self.machine.store32(Machine.file(0, File.SIZE), RING_ENTRIES)
         self.page.store32(FilePage.SIZE, RING_ENTRIES)
         domain = self.domain
-        for at, value in (
-            (Domain.ABI, ABI_FIFO), (Domain.PORTS_MAX, PORTS_FIFO), (Domain.ARRAY, ARRAY_FRAME + 1),
-            (Domain.ARRAY_PAGES, 1), (Domain.VALID_EVTCHNS, 64), (Domain.vcpu(0, Vcpu.CONTROL), CONTROL),
-        ):  # fmt: skip
-            domain.store32(at, value)
+        move_to_fifo(domain)
         self.path = EventPath(self.machine, {0: domain})
         self.path.attach_file(0, self.page)
         for port in set(self.raised):

@@ -5,6 +5,9 @@ Claim, do, release: the claim in the ring's record says which entry is being exe
 the doing is one exchange, and the index moves behind it. Contexts: the hypervisor, which may die anywhere; its heir; and the
 CPU (a server), whose process ends when it notices the death, between two upcalls, and whose heir begins as soon as the
 hypervisor's has repaired the pages: before the rings are back, or after.
+
+On which ABI the domain is decides what the heir looks at: a pending bit (`2-level`), the event word (`fifo`), or, as long as the
+event array has no page for the port, what the hypervisor has noted of it (`early`; nobody serves that port).
 """
 
 from __future__ import annotations
@@ -14,29 +17,40 @@ from functools import partial
 
 from pvbus.actors.hypervisor import recovery
 from pvbus.shm._core_explored import EventPath
-from pvbus.shm.layout import Domain, Irq, SubmissionRing
+from pvbus.shm.layout import Domain, Fifo, Irq, SubmissionRing
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Start, claimed
 from pvbus.verify.scenarios import loops
+from pvbus.verify.scenarios.fifo_queue import move_to_fifo, word_at
 from pvbus.verify.scenarios.xen import XenScenario
 
 NOTIFY, ENABLE = SubmissionRing.NOTIFY, SubmissionRing.ENABLE
+ABIS = {"2-level": None, "fifo": 1, "early": 0}  # pages of the event array
 
 
 class HypervisorDeath(XenScenario):
-    """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask."""
+    """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask.
+
+    `abi`: 2-level, fifo, early.
+    """
 
     name = "hypervisor-death"
-    claims = claimed("sc", {}, {"enable": True}, deaths=1, preemptions=2)
+    claims = claimed("sc", {}, {"enable": True}, {"abi": "fifo"}, {"abi": "early"}, deaths=1, preemptions=2)
     mortal = ("hypervisor",)
 
-    def __init__(self, *, enable: bool = False) -> None:
-        self.enable = enable
+    def __init__(self, *, enable: bool = False, abi: str = "2-level") -> None:
+        if abi not in ABIS:
+            raise ValueError(f"no ABI {abi!r}: {', '.join(ABIS)}")
+        if enable and abi == "early":
+            raise ValueError("a port without an event word has no event that its user could write back")
+        self.enable, self.abi = enable, abi
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the ring holds one entry."""
         self.make(model, ports=(1,), variants=variants)
         self.hangup, self.go = model.bell("hangup"), model.bell("go")
+        if (pages := ABIS[self.abi]) is not None:
+            move_to_fifo(self.domain, pages=pages)
         if self.enable:
             self.domain.store64(Domain.table(Domain.IRQ_WORDS, 1), 1 | Irq.ACTIVE | Irq.EOI_PENDING | Irq.SERVED_ONE)
             self.path.mask(0, 1)
@@ -85,6 +99,8 @@ class HypervisorDeath(XenScenario):
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The one event has come, once; the port is masked until its user writes it back."""
         came = self.came()
+        if self.abi == "early":
+            return None if self.is_pending(1) and not came else f"one event was to be noted, pending {self.is_pending(1)}, came {came}"
         if came != [1]:
             return f"one event was {'waiting' if self.enable else 'notified'}, and {len(came)} came"
         if self.is_pending(1):
@@ -92,3 +108,11 @@ class HypervisorDeath(XenScenario):
         if self.irq(1) & Irq.ENABLED:
             return f"port 1 has come and was not written back, and its irq word is {self.irq(1):#x}"
         return None
+
+    def is_pending(self, port: int) -> bool:
+        """Tell whether an event is pending, as the ABI has it."""
+        if self.abi == "fifo":
+            return bool(self.domain.load32(word_at(port)) & Fifo.PENDING)
+        if self.abi == "early":
+            return bool(self.domain.load64(Domain.table(Domain.QUEUE_WORDS, port)) & Fifo.QUEUE_PENDING)
+        return super().is_pending(port)
