@@ -19,7 +19,7 @@ from typing import Any, Final
 from pvbus.verify import scenarios
 from pvbus.verify.explorer import MODELS, explore
 from pvbus.verify.explorer.scenario import Scenario
-from pvbus.verify.explorer.sites import ORDERED, SITES, STAYS
+from pvbus.verify.explorer.sites import ELSEWHERE, LOCKED, ORDERED, SITES, STAYS
 from pvbus.verify.explorer.walk import Walker
 from pvbus.verify.searching import said
 
@@ -175,6 +175,9 @@ def document(found: Matrix) -> str:
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
         lines.append("|---|---|" + "---|" * len(WEAK_MODELS))
         for site in sites:
+            if (apart := _apart(site)) is not None and site not in found:
+                lines.append("| " + " | ".join([f"`{site}`", "everywhere", *[apart] * len(WEAK_MODELS)]) + " |")
+                continue
             for place, by_model in found.get(site, {"": {}}).items():
                 missing = Finding("" if place else UNSEEN)
                 cells = [f"`{site}`" if not place else "", place or "everywhere"]
@@ -184,6 +187,15 @@ def document(found: Matrix) -> str:
     lines += ["## Why the redundant ones stay\n"]
     lines += [f"* `{site}`: {why}" for site, why in STAYS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _apart(site: str) -> str | None:
+    """Say of a label that is no access of its own why nothing can be left out."""
+    if site in LOCKED:
+        return f"locked: nothing to leave out, see `{LOCKED[site]}`"
+    if site in ELSEWHERE:
+        return f"left out as {', '.join(f'`{name}`' for name in ELSEWHERE[site])}"
+    return None
 
 
 HEAD: Final = """\
@@ -202,6 +214,8 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
   under `arm` is the usual case.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
+* **locked**: the label stands on locked operations only, which no model can leave out; the test that is named puts something
+  weaker in their place. **left out as**: the accesses of the label have names of their own, and rows below.
 
 "Everywhere" leaves a site out on both sides. Where that fails, the contexts stand below, each alone: which side needs it.
 """
@@ -209,7 +223,7 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 
 def main() -> None:
     """Write docs/barriers.md."""
-    found = matrix([*SITES, *ORDERED], say=sys.stderr)
+    found = matrix([site for site in (*SITES, *ORDERED) if _apart(site) is None], say=sys.stderr)
     DOCUMENT.write_text(document(found), encoding="utf-8")
 
 

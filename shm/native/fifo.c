@@ -81,9 +81,10 @@ static int64_t enqueue(MemoryObject *domain, uint32_t port, uint32_t vcpu, uint3
 /*
  * evtchn_fifo_set_pending.  PENDING, and LINKED if the port is neither masked nor in a queue, by one exchange of the event word:
  * also when that changes nothing, as a full barrier behind what the sender has written.  Mask and pending are bits of one word,
- * so the 2-level ABI's barrier between them is not needed: whoever unmasks sees PENDING, or we see no MASKED.
+ * so the 2-level ABI's barrier between them is not needed: whoever unmasks sees PENDING, or we see no MASKED.  With `again` nothing
+ * is raised that is not pending any more.
  */
-int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
+static int64_t set_pending(MemoryObject *domain, uint32_t port, uint64_t now, int again)
 {
     uint64_t entry, queue;
     uint32_t word, control, linked;
@@ -100,6 +101,8 @@ int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
     PV_LOAD32(control, domain, PV_VCPU(vcpu, control), PV_RELAXED, "fifo.control");
     PV_LOAD32(word, domain, at, PV_RELAXED, "fifo.word");
     while (!done) {
+        if (again && !(word & PV_FIFO_PENDING))
+            return 0;
         linked = control != 0 && !(word & (PV_FIFO_MASKED | PV_FIFO_LINKED)) ? PV_FIFO_LINKED : 0;
         PV_CAS32(done, domain, at, word, word | PV_FIFO_PENDING | linked, "fifo.pending");
     }
@@ -112,7 +115,15 @@ int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
     return 0;
 }
 
-/* Unmask; a port that is pending is raised again (EVTCHNOP_unmask), and stays where it is if it is linked already. */
+int64_t pv_fifo_set_pending(MemoryObject *domain, uint32_t port, uint64_t now)
+{
+    return set_pending(domain, port, now, 0);
+}
+
+/*
+ * Unmask; a port that is pending is linked again (EVTCHNOP_unmask), and stays where it is if it is linked already.  One that a CPU
+ * has taken out and served since is left alone: its event would come twice.
+ */
 int64_t pv_fifo_unmask(MemoryObject *domain, uint32_t port)
 {
     uint32_t word = 0;
@@ -128,7 +139,7 @@ int64_t pv_fifo_unmask(MemoryObject *domain, uint32_t port)
         else
             PV_CAS32(done, domain, at, word, word & ~PV_FIFO_MASKED, "fifo.unmask");
     }
-    return done && word & PV_FIFO_PENDING ? pv_fifo_set_pending(domain, port, 0) : 0;
+    return done && word & PV_FIFO_PENDING ? set_pending(domain, port, 0, 1) : 0;
 }
 
 /* Is the port in this queue, as far as its word and what we noted of it tell? */

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A message slot between Synic and consumers of the guest: nothing stays behind, and what makes it so."""
 
+from typing import TYPE_CHECKING
+
 import pytest
 
+from pvbus.shm.hyperv import Vp
 from pvbus.verify.explorer import Failure, explore
-from pvbus.verify.scenarios.synic_slot import SynicSlot, SynicSlotLatePending
+from pvbus.verify.scenarios.synic_slot import VECTOR, SynicSlot, SynicSlotLatePending
+
+if TYPE_CHECKING:
+    from pvbus.verify.explorer import Model
 
 
 def failure_of(scenario: SynicSlot, **arguments: object) -> Failure:
@@ -52,6 +58,35 @@ def test_behind_a_compare_exchange_the_guest_s_barrier_is_redundant_under_tso() 
 
 def test_a_host_that_sets_pending_after_its_last_look_strands_a_message() -> None:
     assert "messages [2]" in failure_of(SynicSlotLatePending()).message
+
+
+class TakesOnRequest(SynicSlot):
+    """A guest that looks into the slot only if its interrupt was requested; `late`: and takes the request behind its look."""
+
+    late = False
+
+    def _serve(self, model: "Model") -> None:
+        at = Vp.at(0, Vp.IRR + VECTOR // 64 * 8)
+        while True:
+            model.wait(self.irq, "wait for an interrupt")
+            model.take(self.irq, "irq")
+            requested = self.memory.load64(at, "look") if self.late else self.memory.exchange64(at, 0, "syn_irr")
+            while requested and self._consume(model):
+                pass
+            if self.late:
+                self.memory.exchange64(at, 0, "syn_irr")
+
+
+class TakesTooLate(TakesOnRequest):
+    """Such a one."""
+
+    late = True
+
+
+@pytest.mark.parametrize("model", ["sc", "tso"])
+def test_a_request_that_is_taken_too_late_is_lost(model: str) -> None:
+    assert explore(TakesOnRequest(), model=model).verdict == "complete"
+    assert "messages [2]" in failure_of(TakesTooLate(), model=model).message
 
 
 # ---- two consumers

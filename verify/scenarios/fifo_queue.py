@@ -28,9 +28,9 @@ def word_at(port: int) -> int:
 
 
 def move_to_fifo(domain: Memory, *, pages: int = 1) -> None:
-    """Leave a domain as it is on the FIFO ABI: its control block, and `pages` pages of its event array."""
+    """Leave a domain as it is on the FIFO ABI, with its control block, and one page of its event array or none."""
     for at, value in (
-        (Domain.ABI, ABI_FIFO), (Domain.PORTS_MAX, PORTS_FIFO), (Domain.ARRAY, ARRAY_FRAME + 1),
+        (Domain.ABI, ABI_FIFO), (Domain.PORTS_MAX, PORTS_FIFO), (Domain.ARRAY, (ARRAY_FRAME + 1) * pages),
         (Domain.ARRAY_PAGES, pages), (Domain.VALID_EVTCHNS, 64), (Domain.vcpu(0, Vcpu.CONTROL), CONTROL),
     ):  # fmt: skip
         domain.store32(at, value)

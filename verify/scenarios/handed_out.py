@@ -3,7 +3,8 @@
 
 The first port of a domain whose words nobody has counted yet: the number of valid ports grows before the port's word is written,
 so an heir, which looks at valid ports only, misses none. What was handed out and not bound is closed; what was bound stays. Contexts:
-the hypervisor, which may die anywhere, and its heir, which then hands out one more.
+the hypervisor, which may die anywhere; its heir, which then hands out one more; and an inspector, which looks at the words of all
+valid ports meanwhile, once, and decides nothing by them.
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ class HandedOut(XenScenario):
         self.domain.store32(Domain.VALID_EVTCHNS, 0)
 
     def start(self, model: Model) -> Iterable[Start]:
-        """Give the hypervisor and its heir."""
+        """Give the hypervisor, its heir and the inspector."""
         self.next = 0
+        self.seen: list[int] = []
         yield "hypervisor", partial(self._hypervisor, model), False
         yield "heir", partial(self._heir, model), True
+        yield "inspector", self._inspect, False
 
     def _hypervisor(self, model: Model) -> None:
         irqs = self.irq_layer(model)
         irqs.bind(0, irqs.channels.bind_ipi(0, 0), 0, static=False)
+
+    def _inspect(self) -> None:
+        valid = self.domain.load32(Domain.VALID_EVTCHNS, "inspect")
+        for port in range(1, min(valid, 2)):
+            self.seen.append(self.domain.load64(Domain.table(Domain.PORT_WORDS, port), "inspect") & 7)
+            self.domain.load64(Domain.table(Domain.IRQ_WORDS, port), "inspect")
 
     def _heir(self, model: Model) -> None:
         model.await_death("hypervisor")
@@ -55,6 +64,8 @@ class HandedOut(XenScenario):
         """A port that is bound is open, and no other's; one that is not is given to the next."""
         state = self.domain.load64(Domain.table(Domain.PORT_WORDS, 1)) & 7
         bound = bool(self.irq(1) & Irq.SLOT)
+        if any(seen not in (Port.FREE, Port.IPI) for seen in self.seen):
+            return f"an inspector has seen port 1 in the states {self.seen}"
         if state != Port.IPI:
             return f"port 1 is in state {state}, bound {bound}, after it was handed out"
         if not self.next:
