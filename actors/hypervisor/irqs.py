@@ -118,7 +118,17 @@ class IrqLayer:
         finally:
             left = memory.fetch_and64(at, ~Irq.TEMPORARY & 2**64 - 1) & ~Irq.TEMPORARY
             if not left & Irq.REASONS:
-                self.channels.unmask_and_raise(domid, port)
+                self.unmask(domid, port)
+
+    def unmask(self, domid: int, port: int) -> None:
+        """Unmask a port that was seen without a reason to be masked, and raise it if it is pending.
+
+        A CPU may have claimed it since, and our unmask come behind its mask. It claims first: looking again behind the unmask,
+        both of them locked, we see the claim, or it masks behind us.
+        """
+        self.channels.unmask_and_raise(domid, port)
+        if self._memory(domid).fetch_or64(Domain.table(Domain.IRQ_WORDS, port), 0) & Irq.REASONS:
+            self.channels.path.mask(domid, port)
 
     def disable(self, domid: int, port: int) -> bool:
         """Mirror disable_irq without the wait: mask (EXPLICIT), so that nobody claims the port; True while a handler runs.

@@ -51,6 +51,4 @@ def _finish_unmasks(channels: EventChannels, irqs: IrqLayer, domid: int) -> None
         irq = memory.load64(Domain.table(Domain.IRQ_WORDS, port))
         if irq & Irq.SLOT and not irq & (Irq.REASONS | Irq.IN_SERVICE):
             irqs.assign(domid, port, Port.unpack(channels.word(domid, port))[3])
-            asleep = channels.path.unmask(domid, port, 1)
-            if asleep >= 0:
-                channels.kick(domid, asleep)
+            irqs.unmask(domid, port)

@@ -33,6 +33,7 @@ class PortLifeByHand(ByHand, PortLife):
 BOUNDED: list[tuple[Scenario, dict[str, Any]]] = [
     (PortLife(), {}),
     (PortLife((("raise", 1), ("move", 1), ("raise", 1)), cpus=2), {}),
+    (PortLife((("raise", 1), ("move", 1)), cpus=2), {}),
     (PortLifeByHand(), {}),
     (FifoByHand((("eoi", 1), ("raise", 1)), before=(1,)), {}),
     (WriteBack(), {}),

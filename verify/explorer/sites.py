@@ -136,5 +136,5 @@ STAYS: Final = {
     "hv.eom": "a doorbell follows, a system call, which orders more; the count is for an heir",
     "syn.type": _LOAD_BEFORE_STORE,
     "syn.type.again": _LOAD_BEFORE_STORE,
-    "port.set": "who looks at it meanwhile is an inspector, which decides nothing; an heir begins when every store of the dead is seen",
+    "port.set": "inspectors, which look meanwhile, decide nothing; an heir begins when every store of the dead is seen",
 }

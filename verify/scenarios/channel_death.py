@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host is killed at any step while it echoes packets, and its heir goes on: does each packet come back, and once?
 
-Claim, do, release: the claim word says how far the answers will be written and how far the packets will be given back, before either
-is. Contexts: the host, which may die anywhere; its heir, which maps the rings anew and does what Endpoint does when it is restored;
+Claim, do, release: the claim word says how far the answers will be written and the packets given back, before either is.
+Contexts: the host, which may die anywhere; its heir, which maps the rings anew and does what Endpoint does when it is restored;
 and the driver, as in channel_echo.py.
 """
 

@@ -2,9 +2,9 @@
 """The hypervisor is killed at any step while it hands out a port and binds it: does its heir give it back, or leave it whole?
 
 The first port of a domain whose words nobody has counted yet: the number of valid ports grows before the port's word is written,
-so an heir, which looks at valid ports only, misses none. What was handed out and not bound is closed; what was bound stays. Contexts:
-the hypervisor, which may die anywhere; its heir, which then hands out one more; and an inspector, which looks at the words of all
-valid ports meanwhile, once, and decides nothing by them.
+so an heir, which looks at valid ports only, misses none. What was handed out and not bound is closed; what was bound stays.
+Contexts: the hypervisor, which may die anywhere; its heir, which then hands out one more; and an inspector, which looks at the
+words of all valid ports meanwhile, once, and decides nothing by them.
 """
 
 from __future__ import annotations
@@ -72,4 +72,4 @@ class HandedOut(XenScenario):
             return None if bound else "nobody has died, and port 1 is not bound"
         if self.next != 1 + bound:
             return f"port 1 is bound {bound}, and port {self.next} was handed out next"
-        return None if self.domain.load32(Domain.VALID_EVTCHNS) > self.next else f"port {self.next} is beyond those that are valid"
+        return None if self.domain.load32(Domain.VALID_EVTCHNS) > self.next else f"port {self.next} is not a valid one"

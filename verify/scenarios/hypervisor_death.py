@@ -100,14 +100,21 @@ class HypervisorDeath(XenScenario):
         """The one event has come, once; the port is masked until its user writes it back."""
         came = self.came()
         if self.abi == "early":
-            return None if self.is_pending(1) and not came else f"one event was to be noted, pending {self.is_pending(1)}, came {came}"
+            noted = self.is_pending(1) and not came
+            return None if noted else f"one event was to be noted, and no more: came {came}"
         if came != [1]:
             return f"one event was {'waiting' if self.enable else 'notified'}, and {len(came)} came"
         if self.is_pending(1):
             return "the event came, and is pending once more: it will come twice"
         if self.irq(1) & Irq.ENABLED:
             return f"port 1 has come and was not written back, and its irq word is {self.irq(1):#x}"
-        return None
+        return self.stranded((1,))
+
+    def is_masked(self, port: int) -> bool:
+        """Tell whether the port is masked, as the ABI has it."""
+        if self.abi == "fifo":
+            return bool(self.domain.load32(word_at(port)) & Fifo.MASKED)
+        return super().is_masked(port)
 
     def is_pending(self, port: int) -> bool:
         """Tell whether an event is pending, as the ABI has it."""

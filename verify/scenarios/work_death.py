@@ -2,8 +2,8 @@
 """The workqueue is killed at any step of a work item, and its heir goes on: is each message handled, and only one twice?
 
 Claim, do, release: an entry is TAKEN while its message is handled, then the head moves behind it, then it is free. An heir begins
-again what its forerunner has not ended, which may be half done; what had come to its end stays so. Contexts: one a virtual CPU, with
-one message each, the workqueue, which may die anywhere, and its heir.
+again what its forerunner has not ended, which may be half done; what had come to its end stays so. Contexts: one a virtual CPU,
+with one message each, the workqueue, which may die anywhere, and its heir.
 """
 
 from __future__ import annotations
