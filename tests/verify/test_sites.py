@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pvbus.verify.explorer.sites import ORDERED, SITES, STAYS, check
+from pvbus.verify.explorer.sites import ELSEWHERE, LOCKED, ORDERED, SITES, STAYS, check
 
 ROOT = Path(__file__).resolve().parents[2]
 LABEL = re.compile(r"\bSYNC\((\w+)\)")
@@ -59,3 +59,16 @@ def test_the_matrix_has_a_row_for_each_site_and_says_why_a_redundant_one_stays()
 
     assert ROW.findall(table) == [*SITES, *ORDERED]
     assert redundant <= set(STAYS)
+
+
+@pytest.mark.parametrize("site", LOCKED)
+def test_the_test_that_stands_for_a_label_of_locked_operations_is_there(site: str) -> None:
+    path, _, name = LOCKED[site].partition("::")
+
+    assert f"def {name}(" in (ROOT / path).read_text()
+    assert site in STAYS
+
+
+def test_a_label_that_is_left_out_under_other_names_names_ordered_accesses() -> None:
+    assert set(ELSEWHERE) | set(LOCKED) <= set(SITES)
+    assert {name for names in ELSEWHERE.values() for name in names} <= set(ORDERED)

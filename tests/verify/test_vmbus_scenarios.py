@@ -4,19 +4,22 @@
 That they are clean to the end of the search is shown by `pvbus explore --all`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pvbus.actors.hypervisor.synic import Synic
+from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.actors.workqueue.channel import Channel
 from pvbus.actors.workqueue.channels import Channels
 from pvbus.actors.workqueue.waits import Steps
+from pvbus.actors.workqueue.work import WorkRing
 from pvbus.shm.hyperv import Vp
 from pvbus.verify import scenarios
 from pvbus.verify.explorer import MODELS, Scenario, explore
 from pvbus.verify.explorer.scenario import Claim
 from pvbus.verify.scenarios.actor_stop import ActorStop, ExploredInbox
+from pvbus.verify.scenarios.channel_death import ChannelDeath
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
 from pvbus.verify.scenarios.event_flags import EventFlags
 from pvbus.verify.scenarios.hostile_ring import HostileRing
@@ -25,6 +28,7 @@ from pvbus.verify.scenarios.synic_death import SynicDeath
 from pvbus.verify.scenarios.synic_messages import SynicMessages
 from pvbus.verify.scenarios.teardown import Teardown
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
+from pvbus.verify.scenarios.work_death import WorkDeath
 from pvbus.verify.scenarios.work_ring_full import WorkRingFull
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 NUMBERS: dict[type[Scenario], str] = {
     SynicMessages: "E6", EventFlags: "E8", ChannelEcho: "E9", Offers: "E10", Teardown: "E11", SynicDeath: "E12", ActorStop: "E13",
-    WorkRingFull: "H5", HostileRing: "",
+    ChannelDeath: "E12", WorkDeath: "E12", WorkRingFull: "H5", HostileRing: "",
 }  # fmt: skip
 """Where the checklist has them; a reader who trusts nobody is no item of it."""
 
@@ -161,6 +165,44 @@ class GivesNothingUp(SynicDeath):
 ])
 def test_what_an_heir_of_a_cpu_has_to_do_is_noticed_when_it_is_left_out(kind: type[SynicDeath], what: str) -> None:
     failure = explore(kind(), deaths=1, search="random", executions=1000).failure
+
+    assert failure is not None
+    assert what in failure.message
+
+
+class Hasty(WorkRing):
+    """Gives an entry back before its message has been handled."""
+
+    def take(self) -> bytes | None:
+        payload = super().take()
+        if payload is not None:
+            super().done()
+        return payload
+
+    def done(self) -> None:
+        """Nothing is left to do."""
+
+
+class HastyWork(WorkDeath):
+    """A workqueue that does so."""
+
+    def ring(self) -> WorkRing:
+        return Hasty(cast("Any", self.hv))
+
+
+class Unaware(ChannelDeath):
+    """An heir that knows of no claim."""
+
+    def restore(self, endpoint: Endpoint) -> None:
+        words, at = self.claim_words or (None, 0)
+        words.store64(at + 8, 0)  # of relid 1
+        super().restore(endpoint)
+
+
+@pytest.mark.checklist("E12")
+@pytest.mark.parametrize(("scenario", "what"), [(HastyWork(), "messages handled [0] times"), (Unaware(), "was answered twice")])
+def test_an_heir_that_cannot_know_what_its_forerunner_did_is_noticed(scenario: Scenario, what: str) -> None:
+    failure = explore(scenario, deaths=1, search="random", executions=3000).failure
 
     assert failure is not None
     assert what in failure.message

@@ -13,6 +13,7 @@ from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.verify.explorer import MODELS, Model, Scenario, explore
 from pvbus.verify.scenarios.cpu_death import CpuDeath
 from pvbus.verify.scenarios.doorbell import Doorbell
+from pvbus.verify.scenarios.handed_out import HandedOut
 from pvbus.verify.scenarios.hypervisor_death import HypervisorDeath
 from pvbus.verify.scenarios.one_reference import OneReference
 from pvbus.verify.scenarios.port_life import PortLife
@@ -48,6 +49,10 @@ BOUNDED: list[tuple[Scenario, dict[str, Any]]] = [
     (CpuDeath(reader=True), {"deaths": 1}),
     (HypervisorDeath(), {"deaths": 1}),
     (HypervisorDeath(enable=True), {"deaths": 1}),
+    (HypervisorDeath(abi="fifo"), {"deaths": 1, "search": "random"}),
+    (HypervisorDeath(abi="fifo", enable=True), {"deaths": 1}),
+    (HypervisorDeath(abi="early"), {"deaths": 1}),
+    (HandedOut(), {"deaths": 1}),
 ]
 
 
@@ -64,6 +69,12 @@ def test_a_ring_that_is_doubled_keeps_its_entries_wherever_its_indices_stand() -
         result = explore(RingGrowth(at=at, unread=unread, events=0))
 
         assert (result.verdict, str(result.failure)) == ("complete", "None"), f"index {at}, {unread} unread"
+
+
+def test_a_port_that_is_claimed_while_it_moves_stays_masked() -> None:
+    result = explore(PortLife((("raise", 1), ("move", 1))))
+
+    assert (result.verdict, str(result.failure)) == ("complete", "None")
 
 
 @pytest.mark.parametrize("sleeper", ["hypervisor", "file"])
@@ -103,6 +114,13 @@ class Forgetful(CpuDeath):
     """An heir that begins as if nobody had been there before."""
 
     def recover(self) -> None:
+        """Do nothing."""
+
+
+class Careless(HandedOut):
+    """An heir that closes nothing."""
+
+    def repair(self, irqs: IrqLayer) -> None:
         """Do nothing."""
 
 
@@ -156,6 +174,7 @@ class Abandoned(Unbinding):
     ("scenario", "bounds", "message"),
     [
         (Forgetful(), {"deaths": 1}, "came [], but raised [1]"),
+        (Careless(), {"deaths": 1}, "port 1 is bound False, and port 2 was handed out next"),
         (Silent(reader=True), {"deaths": 1, "search": "random"}, "the reader sleeps"),
         (Deaf(sleeper="file"), {}, "the user sleeps"),
         (Lossy(events=3, resets=0), {}, "an event was dropped"),

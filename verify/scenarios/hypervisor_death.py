@@ -7,7 +7,7 @@ CPU (a server), whose process ends when it notices the death, between two upcall
 hypervisor's has repaired the pages: before the rings are back, or after.
 
 On which ABI the domain is decides what the heir looks at: a pending bit (`2-level`), the event word (`fifo`), or, as long as the
-event array has no page for the port, what the hypervisor has noted of it (`early`; nobody serves that port).
+event array has no page for the port, what the hypervisor has noted of it (`early`; nobody serves that port, an inspector looks at it).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class HypervisorDeath(XenScenario):
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the ring holds one entry."""
         self.make(model, ports=(1,), variants=variants)
-        self.hangup, self.go = model.bell("hangup"), model.bell("go")
+        self.hangup, self.gone, self.go = (model.bell(name) for name in ("hangup", "gone", "go"))
         if (pages := ABIS[self.abi]) is not None:
             move_to_fifo(self.domain, pages=pages)
         if self.enable:
@@ -63,6 +63,8 @@ class HypervisorDeath(XenScenario):
         yield "hypervisor", partial(self._hypervisor, model), False
         yield "cpu0", partial(self._cpu, model), True
         yield "heir", partial(self._heir, model), True
+        if self.abi == "early":  # the CPU never comes by the port, and one process alone is not interrupted
+            yield "inspector", partial(self.is_pending, 1), False
 
     def _hypervisor(self, model: Model) -> None:
         while (drained := self.path.drain(256)) is not None:
@@ -78,8 +80,14 @@ class HypervisorDeath(XenScenario):
         path.attach_file(0, self.page)
         irqs = self.irq_layer(model)
         recovery.repair(irqs.channels, irqs)
-        model.ring(self.go, "go")
-        self.attach(path)
+        if self.abi == "2-level":
+            model.ring(self.go, "go")
+            self.attach(path)
+        else:  # the queues are walked when the CPU comes up, before it runs
+            self.attach(path)
+            model.wait(self.gone, "gone.wait")
+            path.fifo_rebuild(0, 0)
+            model.ring(self.go, "go")
         while (drained := path.drain(256)) is not None:
             for code in drained[1]:
                 model.ring(self.doorbells[code & 0xFF], "cpu.kick")
@@ -88,6 +96,7 @@ class HypervisorDeath(XenScenario):
         while not model.take(self.hangup, "hung up?"):
             if self.path.upcall(0, 0, 256) is None and self.path.cpu_may_sleep(0, 0):
                 loops.sleep(model, self.domain, 0, self.doorbells[0])
+        model.ring(self.gone, "gone")
         model.wait(self.go, "go.wait")
         self.path.cpu_recover(0, 0)
         self.cpu(model, 0)
