@@ -237,6 +237,20 @@ def test_an_unmask_waits_while_a_word_is_busy() -> None:
     assert served(rig) == [1]
 
 
+def test_an_unmask_raises_nothing_that_a_cpu_has_served_since() -> None:
+    rig = Rig(_core_explored, (2,))
+    booted(rig, 1)
+    raised(rig, 1)
+    rig.path.mask(0, 1)
+    came: list[int] = []
+    rig.world.before["fifo.pending"] = lambda: came.extend(served(rig))  # unmasked by now, and still linked
+
+    rig.channels.unmask(0, 1)
+
+    assert came == [1]
+    assert not rig.word(1) & Fifo.PENDING
+
+
 # ------------------------------------------------------------------------------------------ a link and the CPU
 
 

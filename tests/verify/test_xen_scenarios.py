@@ -49,7 +49,7 @@ BOUNDED: list[tuple[Scenario, dict[str, Any]]] = [
     (CpuDeath(reader=True), {"deaths": 1}),
     (HypervisorDeath(), {"deaths": 1}),
     (HypervisorDeath(enable=True), {"deaths": 1}),
-    (HypervisorDeath(abi="fifo"), {"deaths": 1, "search": "random"}),
+    (HypervisorDeath(abi="fifo"), {"deaths": 1, "preemptions": 2}),
     (HypervisorDeath(abi="fifo", enable=True), {"deaths": 1}),
     (HypervisorDeath(abi="early"), {"deaths": 1}),
     (HandedOut(), {"deaths": 1}),
