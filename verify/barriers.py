@@ -31,6 +31,7 @@ SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
 CONFIGURATIONS_MAX: Final = 6  # the smallest that come by a site are searched for as long as this allows
 HUNT_EXECUTIONS_MAX: Final = 300  # and every one of them by chance before, for a failure that comes soon
+HUNT_LONGER: Final = {"2l.is_pending": 5_000}  # fails late
 HUNTS: Final = ("dfs", "pct", "random")
 NAMES_MAX: Final = 3  # that a cell of the table names
 NEEDED, REDUNDANT, OPEN, UNSEEN = "needed", "redundant", "open", "not reached"
@@ -113,10 +114,11 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
     """Search configurations without the site, until one fails."""
     ended: list[str] = []
     unfinished: list[str] = []
+    hunt_max = HUNT_LONGER.get(site.partition("@")[0], HUNT_EXECUTIONS_MAX)
     for configuration in where:
         for search in HUNTS:
             result = explore(
-                configuration.make(), model=model, drop=[site], search=search, executions=HUNT_EXECUTIONS_MAX,
+                configuration.make(), model=model, drop=[site], search=search, executions=hunt_max,
                 **dict(configuration.bounds),
             )  # fmt: skip
             if result.failure is not None:
@@ -209,9 +211,9 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions of each of {searches}. That
-  is a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed
-  under `arm` is the usual case.
+  for them; the {most} smallest are given {seconds:.0f} s each, and every one {hunts} executions of each of {searches} (a site
+  that is known to fail late has more). That is a statement about these configurations and this model. On x86 most orders come
+  for free: redundant under `tso` and needed under `arm` is the usual case.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 * **locked**: the label stands on locked operations only, which no model can leave out; the test that is named puts something

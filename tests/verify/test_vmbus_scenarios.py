@@ -194,13 +194,16 @@ class Unaware(ChannelDeath):
     """An heir that knows of no claim."""
 
     def restore(self, endpoint: Endpoint) -> None:
-        words, at = self.claim_words or (None, 0)
+        assert self.claim_words is not None
+        words, at = self.claim_words
         words.store64(at + 8, 0)  # of relid 1
         super().restore(endpoint)
 
 
 @pytest.mark.checklist("E12")
-@pytest.mark.parametrize(("scenario", "what"), [(HastyWork(), "messages handled [0] times"), (Unaware(), "the driver has [1, 1] back")])
+@pytest.mark.parametrize(("scenario", "what"), [
+    (HastyWork(), "messages handled [0] times"), (Unaware(), "the driver has [1, 1] back"),
+])  # fmt: skip
 def test_an_heir_that_cannot_know_what_its_forerunner_did_is_noticed(scenario: Scenario, what: str) -> None:
     failure = explore(scenario, deaths=1, search="random", executions=3000).failure
 

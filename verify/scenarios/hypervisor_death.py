@@ -7,7 +7,7 @@ CPU (a server), whose process ends when it notices the death, between two upcall
 hypervisor's has repaired the pages: before the rings are back, or after.
 
 On which ABI the domain is decides what the heir looks at: a pending bit (`2-level`), the event word (`fifo`), or, as long as the
-event array has no page for the port, what the hypervisor has noted of it (`early`; nobody serves that port, an inspector looks at it).
+event array has no page for the port, what the hypervisor has noted of it (`early`; nobody serves that port, an inspector looks).
 """
 
 from __future__ import annotations
