@@ -28,7 +28,8 @@ FUSE_SEES = {
     "read of an overflowed ring to NULL": "EFAULT",
     "read of 3 bytes to NULL": "EFAULT",
     "write of 3 bytes from NULL": "EFAULT",
-    "private mapping": "mapped",
+    "private mapping": "SIGBUS",
+    "shared mapping": "ENODEV",
 }
 
 
