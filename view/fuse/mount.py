@@ -146,4 +146,5 @@ def write_memory(pid: int, address: int, data: bytes) -> int:
     ctypes.memmove(_buffer, data, len(data))
     _ours.length = _theirs.length = len(data)
     _theirs.base = address
-    return max(_libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0), 0)
+    copied: int = _libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0)
+    return max(copied, 0)
