@@ -90,12 +90,18 @@ def overflowed() -> DeviceFile:
     return a
 
 
-def private_mapping(fd: int) -> str:
-    """Map it privately."""
+def mapping(fd: int, kind: int) -> str:
+    """Map it, and look at it in a child: what that dies of."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
-    at = library.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
-    return "mapped" if at != ctypes.c_void_p(-1).value else errno.errorcode[ctypes.get_errno()]
+    at = library.mmap(None, ctypes.c_size_t(4096), 1, kind, fd, ctypes.c_long(0))
+    if at == ctypes.c_void_p(-1).value:
+        return errno.errorcode[ctypes.get_errno()]
+    child = os.fork()
+    if child == 0:
+        ctypes.string_at(at, 1)
+        os._exit(0)
+    return signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name
 
 
 def main(library: str) -> None:
@@ -114,7 +120,8 @@ def main(library: str) -> None:
         "read of an overflowed ring to NULL": name_of(lambda: full.read_at(None, 4)),
         "read of 3 bytes to NULL": name_of(lambda: file.read_at(None, 3)),
         "write of 3 bytes from NULL": name_of(lambda: file.write_at(None, 3)),
-        "private mapping": private_mapping(file.fd),
+        "private mapping": mapping(file.fd, 2),
+        "shared mapping": mapping(file.fd, 1),
     }
     print(json.dumps(seen))
 

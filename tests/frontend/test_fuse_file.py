@@ -28,7 +28,8 @@ FUSE_SEES = {
     "read of an overflowed ring to NULL": "EFAULT",
     "read of 3 bytes to NULL": "EFAULT",
     "write of 3 bytes from NULL": "EFAULT",
-    "private mapping": "mapped",
+    "private mapping": "SIGBUS",
+    "shared mapping": "ENODEV",
 }
 
 
@@ -57,7 +58,8 @@ def inside(machine: BootedMachine, code: str) -> str:
 def test_readv_is_a_read_a_segment_up_to_the_first_short_one(pvbus_shared_machine: BootedMachine) -> None:
     code = """
 answers = []
-for first, second, events in [(8, 8, 4), (8, 8, 3), (6, 6, 4), (4, 4, 1), (0, 8, 2), (3, 8, 2), (4096, 8, 3), (2, 2, 2)]:
+for first, second, events in [(8, 8, 4), (8, 8, 3), (6, 6, 4), (4, 4, 1), (0, 8, 2), (3, 8, 2), (4096, 8, 3), (2, 2, 2),
+                              (2, 2, 1), (1, 3, 1), (3, 4, 0)]:
     a, b = opened(os.O_RDWR | os.O_NONBLOCK), opened()
     for _ in range(events):
         port = a.bind_unbound_port(0)
@@ -69,7 +71,7 @@ print(json.dumps(answers))
 """
     answers = json.loads(inside(pvbus_shared_machine, "from pvbus.actors.client import attach\nmachine = attach()\n" + code))
 
-    assert answers == [16, 12, 4, 4, 8, 0, 12, 0]
+    assert answers == [16, 12, 4, 4, 8, 0, 12, 0, 0, 0, 0]
 
 
 @pytest.mark.checklist("A12.3")
@@ -81,6 +83,75 @@ sizes = [(4, 4), (6, 4), (0, 8), (3, 4), (4096, 4), (4100, 4)]
 print(json.dumps([DeviceFile.driver.call("writev", a.fd, at, *map(ctypes.c_ulong, pair)) for pair in sizes]))
 """
     assert json.loads(inside(pvbus_shared_machine, code)) == [8, 4, 8, 0, 4100, 4096]
+
+
+PAGES = """
+library = ctypes.CDLL(None, use_errno=True)
+library.mmap.restype = ctypes.c_void_p
+pages = library.mmap(None, ctypes.c_size_t(3 * 4096), 3, 0x22, -1, ctypes.c_long(0))
+edge = pages + 4096                                     # between two pages
+
+def protect(at, rights):
+    assert library.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(4096), rights) == 0
+"""
+
+
+@pytest.mark.checklist("A9.3")
+def test_an_ioctls_structure_is_read_with_the_rights_that_its_page_has_now(pvbus_shared_machine: BootedMachine) -> None:
+    code = PAGES + """
+a, _, _, _ = pair()
+seen = []
+for rights in (3, 0, 1, 0, 2, 3):
+    protect(edge, 3)
+    ctypes.memset(edge, 0, 4)
+    protect(edge, rights)
+    seen.append(name_of(lambda: DeviceFile.driver.call("ioctl", a.fd, ctypes.c_ulong(0x44502), ctypes.c_void_p(edge)) > 0))
+protect(edge, 0)                                        # a structure that reaches into it
+seen.append(name_of(lambda: DeviceFile.driver.call("ioctl", a.fd, ctypes.c_ulong(0x44502), ctypes.c_void_p(edge - 2))))
+seen.append(name_of(lambda: DeviceFile.driver.call("ioctl", a.fd, ctypes.c_ulong(0x44502), ctypes.c_void_p(2**64 - 4096))))
+print(json.dumps(seen))
+"""
+    seen = json.loads(inside(pvbus_shared_machine, code))
+
+    assert seen == ["True", "EFAULT", "True", "EFAULT", "True", "True", "EFAULT", "EFAULT"]
+
+
+@pytest.mark.checklist("A4.9")
+def test_a_buffer_across_pages_is_one_transfer(pvbus_shared_machine: BootedMachine) -> None:
+    code = PAGES + """
+from pvbus.actors.client import attach
+machine = attach()
+
+def ready(count):
+    a, b = opened(os.O_RDWR | os.O_NONBLOCK), opened()
+    ports = []
+    for _ in range(count):
+        ports.append(a.bind_unbound_port(0))
+        b.notify(b.bind_interdomain(0, ports[-1]))
+    machine.settle()
+    return a, ports
+
+def read(a, at, size):
+    return name_of(lambda: DeviceFile.driver.call("read", a.fd, ctypes.c_void_p(at), ctypes.c_ulong(size)))
+
+def write(a, at, size):
+    return name_of(lambda: DeviceFile.driver.call("write", a.fd, ctypes.c_void_p(at), ctypes.c_ulong(size)))
+
+seen = []
+for before, size, events in [(4, 8, 1), (4, 8, 2), (4, 16, 3), (2, 4, 1), (3, 12, 3), (3, 12, 2), (1, 3, 1), (4, 4, 2)]:
+    a, ports = ready(events)
+    count = read(a, edge - before, size)
+    right = ctypes.string_at(edge - before, int(count)) == struct.pack(f"={len(ports)}I", *ports)[: int(count)]
+    seen.append([count, right, write(a, edge - before, int(count))])
+protect(edge, 0)
+a, ports = ready(2)                                     # nothing is taken, and nothing written back
+seen.append([read(a, edge - 4, 8), read(a, edge - 4, 4), write(a, edge - 4, 8), read(a, edge - 8, 8), read(a, edge - 4, 4)])
+print(json.dumps(seen))
+"""
+    *within, beyond = json.loads(inside(pvbus_shared_machine, code))
+
+    assert within == [[str(count), True, str(count)] for count in (4, 8, 12, 4, 12, 8, 0, 4)]
+    assert beyond == ["EFAULT", "4", "EFAULT", "4", "EAGAIN"]
 
 
 @pytest.mark.checklist("A12.4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,8 @@ def test_a_machine_that_runs_is_used_and_reached_from_inside(pvbus_shared_machin
         (["sh", "-c", "kill -KILL $$"], 128 + signal.SIGKILL, ""),
         (["there-is-no-such-command"], 127, "there is no command 'there-is-no-such-command'"),
         (["/etc"], 126, "'/etc' cannot be executed"),
+        ([""], 127, "there is no command ''"),
+        ([sys.executable, "-c", "import os, sys; sys.exit(os.fsencode(sys.argv[1])[1])", "a\udcfe"], 0xFE, ""),
     ],
 )
 def test_the_exit_code_is_the_commands(pvbus_shared_machine: BootedMachine, words: list[str], code: int, said: str) -> None:
@@ -93,6 +96,76 @@ def test_the_exit_code_is_the_commands(pvbus_shared_machine: BootedMachine, word
 
     assert done.returncode == code
     assert said in done.stderr
+
+
+def test_a_script_whose_interpreter_is_missing_is_there_and_cannot_be_executed(
+    pvbus_shared_machine: BootedMachine, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/there/is/none\n")
+    script.chmod(0o755)
+
+    done = run(str(script), name=pvbus_shared_machine.name)
+
+    assert done.returncode == 126
+    assert f"'{script}' cannot be executed: it needs a file that is not there" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
+def test_streams_that_are_closed_are_closed_for_the_command_as_well(closed: tuple[int, ...], tmp_path: Path) -> None:
+    need_namespaces()
+    seen = tmp_path / "seen"
+    look = "import os, sys; open(sys.argv[1], 'w').write(str([fd for fd in range(3) if os.path.exists(f'/proc/self/fd/{fd}')]))"
+    words = command(sys.executable, "-c", look, str(seen))
+    shell = 'exec "$@" ' + " ".join(f"{fd}>&-" for fd in closed)
+
+    done = subprocess.run(["sh", "-c", shell, "sh", *words], env=environment(), timeout=RUN_S_MAX, check=False)
+
+    assert done.returncode == 0
+    # The file that is written takes the lowest number.
+    assert seen.read_text() == str(sorted({0, 1, 2} - set(closed) | {min(closed)}))
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"\x03", 3), (b"\x1c", 4)])
+def test_a_key_of_the_terminal_is_the_commands_signal_once(
+    pvbus_shared_machine: BootedMachine, key: bytes, code: int
+) -> None:
+    need_namespaces()
+    traps = "trap 'n=$((n+1)); c=3' INT; trap 'n=$((n+1)); c=4' QUIT"
+    words = f"{traps}; echo ready; while [ ! $c ]; do sleep 0.02; done; sleep 0.1; echo $n; exit $c"
+    pid, fd = pty.fork()
+    if pid == 0:
+        given = command("sh", "-c", words, name=pvbus_shared_machine.name)
+        os.execvpe(given[0], given, environment())
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the last process with the terminal has ended
+        while piece := os.read(fd, 1024):
+            if b"ready" in piece:
+                os.write(fd, key)
+            said += piece
+    os.close(fd)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert said.endswith(b"1\r\n")
+
+
+@pytest.mark.parametrize("title", ["run", "evtchn", "sysfs"])
+def test_whichever_process_of_a_run_is_killed_the_rest_ends_with_its_command(
+    pvbus_shared_machine: BootedMachine, title: str
+) -> None:
+    words = "setsid sleep 1000 > /dev/null & echo $!; read line; exit 5"
+    with started("sh", "-c", words, name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline())]
+        pids += map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        titled = f"pvbus: {title}/{pvbus_shared_machine.name}".encode()
+        (victim,) = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titled)]
+        os.kill(victim, signal.SIGKILL)
+        _, errors = process.communicate("\n", timeout=RUN_S_MAX)
+
+    assert process.returncode == 5
+    assert title == "run" or f"the server of {title} has died" in errors
+    wait_until(lambda: not any(alive(pid) for pid in pids), "its processes are gone")
 
 
 def test_signals_are_passed_on(pvbus_shared_machine: BootedMachine) -> None:

@@ -29,6 +29,7 @@ NOTIFY_POLL = 1
 INIT_ATOMIC_O_TRUNC = 1 << 3  # O_TRUNC is a flag of OPEN, not a SETATTR behind it
 INIT_BIG_WRITES = 1 << 5
 INIT_PARALLEL_DIROPS = 1 << 18
+INIT_MAX_PAGES = 1 << 22  # we say how many pages of a buffer a request has
 
 FOPEN_DIRECT_IO = 1
 FOPEN_NONSEEKABLE = 4

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller has really asked for: FUSE shows a driver less than the driver's own call does.
 
-The kernel gathers the segments of readv and writev into one request, and cuts a buffer off where its memory ends. A driver sees
-each segment, and the fault. While its call waits for us, /proc shows which call it is. Who is in another kind of call (io_uring,
-a 32-bit program), or may not be looked at, is taken by FUSE's word. What an ioctl points to lies in the caller's memory.
+The kernel hands over a page of a buffer at a time (`pages_max` of the session), and so never two segments of readv or writev at
+once. A driver sees whole segments, and the fault at their end. While its call waits for us, /proc shows which call it is. Who is
+in another kind of call (io_uring, a 32-bit program), or may not be looked at, is taken by FUSE's word. What an ioctl points to
+lies in the caller's memory.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import platform
 import struct
+import time
 from collections import OrderedDict
+from typing import NamedTuple
 
 from pvbus.view.fuse.mount import read_memory
 
@@ -24,8 +29,24 @@ _NUMBERS = {
     "aarch64": {READ: (63, 65), WRITE: (64, 66)},
 }.get(platform.machine(), {READ: (-1, -1), WRITE: (-1, -1)})
 _VECTOR = struct.Struct("=QQ")
-PAGE_BITS = 12
-SHORTCUTS_MAX = 64  # then the page is looked at once more
+MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
+_QUERY, _QUERY_BYTES = struct.Struct("=QQQ"), 104  # procmap_query: its size, flags, the address
+_ANSWER, _ANSWER_AT = struct.Struct("=QQ"), 32  # in it, the end and the flags of the mapping
+_PROCMAP_QUERY = 3 << 30 | _QUERY_BYTES << 16 | ord("f") << 8 | 17
+_ACCESSIBLE = 1 | 2  # readable, or writable: no processor here has pages that can be written only
+
+
+class _MemoryFiles(NamedTuple):
+    """What /proc has of a caller's memory, and until when it is taken for the caller's."""
+
+    maps: int
+    mem: int
+    until_s: float
+
+    def close(self) -> None:
+        """Give the descriptors up."""
+        os.close(self.maps)
+        os.close(self.mem)
 
 
 class Callers:
@@ -33,67 +54,83 @@ class Callers:
 
     def __init__(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._pages: OrderedDict[int, list[int]] = OrderedDict()  # the page, /proc's file of the memory, how often it served
-        self._last_text, self._last_size, self._last_address = b"running", 0, 0
+        self._memories: OrderedDict[int, _MemoryFiles] = OrderedDict()
+        self._may_ask = True
+        self._asked = bytearray(_QUERY_BYTES)
+        self._last_text, self._last_size, self._last = b"running", 0, [(0, 0)]
 
-    def segments(self, thread: int, kind: str, size: int) -> tuple[list[int], int]:
-        """Give the lengths of the segments that a thread reads or writes, and the address of the first.
+    def segments(self, thread: int, kind: str, size: int) -> list[tuple[int, int]]:
+        """Give the address and the length of each segment that a thread reads or writes.
 
         `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known.
         """
         text = self._look(thread)
         if text == self._last_text and size == self._last_size:  # the same buffer, and all of it
-            return [size], self._last_address
+            return self._last
         simple, vectored = _NUMBERS[kind]
         words = text.split()
-        found: list[int] = []
-        address = 0
+        found: list[tuple[int, int]] = []
         try:
             number = int(words[0]) if len(words) > 3 else -2
             if number == simple:
-                address, length = int(words[2], 16), int(words[3], 16)
-                found = [length]
-                if length == size:
-                    self._last_text, self._last_size, self._last_address = text, size, address
+                found = [(int(words[2], 16), int(words[3], 16))]
+                if found[0][1] == size:
+                    self._last_text, self._last_size, self._last = text, size, found
             elif number == vectored:
                 count = min(int(words[3], 16), IOV_MAX)
-                vectors = read_memory(thread, int(words[2], 16), count * _VECTOR.size)
-                address = _VECTOR.unpack_from(vectors)[0] if count else 0
-                found = [length for _, length in _VECTOR.iter_unpack(vectors)]
+                found = list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
         except (OSError, ValueError):
             found = []
-        return (found, address) if sum(found) >= size else ([size], 0)
+        return found if sum(length for _, length in found) >= size else [(0, size)]
+
+    def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
+        """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin."""
+        for address, length in self.segments(thread, kind, offset + size):
+            if offset < length:
+                return address, length, offset
+            offset -= length
+        return 0, size, 0
 
     def memory(self, thread: int, address: int, size: int) -> bytes:
         """Read a caller's structure; EFAULT for what it cannot read itself.
 
-        process_vm_readv says what can be read, and takes three times as long as a look into /proc, which reads protected pages
-        as well: so that is for a page from which the same thread's last structure came.
+        process_vm_readv says what can be read. /proc/PID/mem takes a third of the time and reads protected pages as well: it is
+        asked where /proc/PID/maps, in a quarter, says that the caller may read there itself.
         """
-        known = self._pages.get(thread)
-        page = address >> PAGE_BITS
-        if known is not None and known[0] == page == (address + size - 1) >> PAGE_BITS and known[2] < SHORTCUTS_MAX:
-            known[2] += 1
+        known = self._memories.get(thread)
+        if known is None or known.until_s < time.monotonic():
+            known = self._open_memory(thread)
+        if known is not None and self._may_ask:
+            _QUERY.pack_into(self._asked, 0, _QUERY_BYTES, 0, address)
             try:
-                data = os.pread(known[1], size, address)
-            except OSError:
-                data = b""
-            if len(data) == size:
-                return data
-        data = read_memory(thread, address, size)
-        if known is not None:
-            os.close(known[1])
-            del self._pages[thread]
-        self._remember_page(thread, page)
-        return data
+                fcntl.ioctl(known.maps, _PROCMAP_QUERY, self._asked)
+                end, flags = _ANSWER.unpack_from(self._asked, _ANSWER_AT)
+                if flags & _ACCESSIBLE and address + size <= end:
+                    data = os.pread(known.mem, size, address)
+                    if len(data) == size:
+                        return data
+            except OSError as failed:  # nothing is there, or the process is another one now: the long look tells
+                self._may_ask = failed.errno != errno.ENOTTY  # a kernel before 6.11 cannot be asked
+        return read_memory(thread, address, size)
 
-    def _remember_page(self, thread: int, page: int) -> None:
+    def _open_memory(self, thread: int) -> _MemoryFiles | None:
+        """Open a thread's files anew: its number may be another's by now."""
+        old = self._memories.pop(thread, None)
+        if old is not None:
+            old.close()
         try:
-            self._pages[thread] = [page, os.open(f"/proc/{thread}/mem", os.O_RDONLY | os.O_CLOEXEC), 0]
+            maps = os.open(f"/proc/{thread}/maps", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # every look is a long one
-            return
-        if len(self._pages) > CALLERS_MAX:
-            os.close(self._pages.popitem(last=False)[1][1])
+            return None
+        try:
+            mem = os.open(f"/proc/{thread}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(maps)
+            return None
+        self._memories[thread] = known = _MemoryFiles(maps, mem, time.monotonic() + MEMORY_S_MAX)
+        if len(self._memories) > CALLERS_MAX:
+            self._memories.popitem(last=False)[1].close()
+        return known
 
     def _look(self, thread: int) -> bytes:
         """Give the line of a thread that waits: the number of its call, and six words; nothing, if it cannot be had."""

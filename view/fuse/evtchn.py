@@ -21,7 +21,7 @@ from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
 from pvbus.view.fuse.caller import READ, WRITE, Callers
-from pvbus.view.fuse.mount import write_memory
+from pvbus.view.fuse.mount import read_memory, write_memory
 from pvbus.view.fuse.node import Handle, Node, error
 
 if TYPE_CHECKING:
@@ -104,77 +104,82 @@ class OpenFile(Handle):
         self.device = device
         self.file = file
         self.readers: deque[_Reader] = deque()
+        self.rests: dict[int, bytes] = {}
+        """What has been taken for a thread's read and lies in the buffer's next pages, which the kernel comes for at once."""
         self.poller: Callable[[], None] | None = None
         file.on_ready = self._on_ready
 
     def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | int | None:
-        """Mirror evtchn_read (A4), once for each segment."""
-        if size >= _PORT.size and flags & os.O_NONBLOCK and not self.file.ready():
+        """Mirror evtchn_read (A4), once for each segment; the kernel asks for a page of it at a time."""
+        if self.rests and not offset:
+            self.rests.pop(request.pid, None)  # of a read that was killed
+        if not offset and size >= _PORT.size and flags & os.O_NONBLOCK and not self.file.ready():
             return errno.EAGAIN
-        reader = _Reader(request, size, nonblock=bool(flags & os.O_NONBLOCK))
-        if self._advance(reader):
-            return bytes(reader.collected)
-        self.readers.append(reader)
-        return None
+        reader = _Reader(request, offset, size, nonblock=bool(flags & os.O_NONBLOCK))
+        data = self._advance(reader)
+        if data is None:
+            self.readers.append(reader)
+        return data
 
-    def _advance(self, reader: _Reader) -> bool:
-        """Read as far as there is something; True when the call is over. OSError ends it only if nothing was read before."""
-        if reader.unknown:
-            if reader.room >= _PORT.size and not self.file.ready():
-                return False  # whatever it is, it waits
-            reader.unknown = False
-            if reader.room != _PORT.size or self.file.pending() > 1:  # else there is one port, and room for one
-                callers = self.device.callers
-                reader.segments, reader.address = callers.segments(reader.request.pid, READ, reader.room)
-        try:
-            while reader.segments:
-                length = reader.segments[0]
-                want = min(length & ~3, BYTES_A_CALL)
-                if want:
-                    if not self.file.ready():
-                        if reader.nonblock:
-                            raise error(errno.EAGAIN)
-                        return False
-                    data = self._take(reader, want)
-                    reader.collected += data
-                    want = len(data)
-                reader.segments.pop(0)
-                if want < length:
-                    break
-        except OSError:
-            if not reader.collected:
-                raise
-        return True
+    def _advance(self, reader: _Reader) -> bytes | None:
+        """Give what there is for a read, or None: it waits."""
+        file, room = self.file, reader.room
+        if reader.length < 0:
+            if not reader.offset and room >= _PORT.size:  # the beginning of a segment of at least one port
+                if not file.ready():
+                    return None
+                if file.pending() * _PORT.size <= room:  # and all that there is fits into this page of it
+                    return self._take(room)
+            reader.address, reader.length, reader.inner = self.device.callers.segment(
+                reader.request.pid, READ, reader.offset, room
+            )
+        want = min(reader.length & ~3, BYTES_A_CALL)
+        if reader.inner:
+            return self._take_more(reader, want)
+        if not want:
+            return b""
+        if not file.ready():
+            if reader.nonblock:
+                raise error(errno.EAGAIN)
+            return None
+        there = min(want, _PORT.size * file.pending())
+        if there <= room or file.dead or file.mask() & select.POLLERR:
+            return self._take(want)
+        entries = file.peek(there // _PORT.size)
+        # What fits is copied all the same; and where it cannot be copied, nothing is taken.
+        if write_memory(reader.request.pid, reader.address, entries) != there:
+            raise error(errno.EFAULT)
+        data = self._take(there)
+        self.rests[reader.request.pid] = data[room:]
+        return data[:room]
 
-    def _take(self, reader: _Reader, want: int) -> bytes:
-        """Take entries for a segment; EFAULT, and nothing is taken, if they reach beyond the caller's memory."""
-        file = self.file
-        if file.dead:
+    def _take_more(self, reader: _Reader, want: int) -> bytes:
+        """Give a further page of a segment, which waits for nothing: what its first page has left, or what has come since."""
+        rest = self.rests.pop(reader.request.pid, b"")
+        if rest:
+            if len(rest) > reader.room:
+                self.rests[reader.request.pid] = rest[reader.room :]
+            return rest[: reader.room]
+        more = min(want - reader.inner, reader.room) & ~3
+        if more <= 0 or reader.inner & 3 or self.file.dead or not self.file.pending() or self.file.mask() & select.POLLERR:
+            return b""
+        return self._take(more)
+
+    def _take(self, want: int) -> bytes:
+        if self.file.dead:
             raise error(errno.EIO)
-        room = reader.room - len(reader.collected)
-        if want > room and not file.mask() & select.POLLERR:
-            there = min(want, 4 * file.pending())
-            if there > room:
-                if reader.address and not reader.collected:  # what fits is copied all the same
-                    write_memory(reader.request.pid, reader.address, file.peek(there // 4)[:room])
-                raise error(errno.EFAULT)
-        return file.read(want)
+        return self.file.read(want & ~3)
 
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
-        """Mirror evtchn_write (A5), once for each segment."""
-        done = 0
-        for length in self.device.callers.segments(request.pid, WRITE, len(data))[0]:
-            count = min(length & ~3, BYTES_A_CALL)
-            if done + count > len(data):
-                if done:
-                    break
-                raise error(errno.EFAULT)
-            if count:
-                self.file.write(data[done : done + count])
-            done += count
-            if count < length:
-                break
-        return done
+        """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
+        size = len(data)
+        address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
+        count = min(length & ~3, BYTES_A_CALL)
+        if count and not inner:
+            if count > size:
+                data += read_memory(request.pid, address + size, count - size)
+            self.file.write(data[:count])
+        return max(min(count - inner, size), 0)
 
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
@@ -213,10 +218,7 @@ class OpenFile(Handle):
         for reader in self.readers:
             if reader.request is request:
                 self.readers.remove(reader)
-                if reader.collected:
-                    request.reply(bytes(reader.collected))
-                else:
-                    request.fail(errno.EINTR)
+                request.fail(errno.EINTR)
                 return
 
     def release(self, request: Request) -> bool:
@@ -237,10 +239,11 @@ class OpenFile(Handle):
         while self.readers and file.ready():
             reader = self.readers.popleft()
             try:
-                if self._advance(reader):
-                    reader.request.reply(bytes(reader.collected))
-                else:
+                data = self._advance(reader)
+                if data is None:
                     self.readers.appendleft(reader)
+                    return
+                reader.request.reply(data)
             except OSError as failed:
                 reader.request.fail(failed.errno or errno.EIO)
         if self.poller is not None and file.ready():
@@ -248,15 +251,13 @@ class OpenFile(Handle):
 
 
 class _Reader:
-    """A read that is under way: what is asked for, and what it has."""
+    """A read that is under way: how much the kernel takes, and what it is a part of."""
 
-    __slots__ = ("address", "collected", "nonblock", "request", "room", "segments", "unknown")
+    __slots__ = ("address", "inner", "length", "nonblock", "offset", "request", "room")
 
-    def __init__(self, request: Request, size: int, *, nonblock: bool) -> None:
+    def __init__(self, request: Request, offset: int, size: int, *, nonblock: bool) -> None:
         self.request = request
-        self.room = size  # the bytes that FUSE can hand over: less than the segments have, where memory ends
-        self.segments = [size]
-        self.address = 0
-        self.unknown = True  # whether that is all that was asked for
+        self.offset = offset  # of its first byte in the whole call
+        self.room = size  # less than the segment has, where a page ends, or the caller's memory
+        self.address, self.length, self.inner = 0, -1, 0  # of the segment, when it is known; where in it this is
         self.nonblock = nonblock
-        self.collected = bytearray()

@@ -141,9 +141,10 @@ def read_memory(pid: int, address: int, size: int) -> bytes:
     return ctypes.string_at(_buffer, size)
 
 
-def write_memory(pid: int, address: int, data: bytes) -> None:
-    """Write into the memory of the process that a thread belongs to, as far as it can be written."""
+def write_memory(pid: int, address: int, data: bytes) -> int:
+    """Write into the memory of the process that a thread belongs to, as far as it can be written; give how far."""
     ctypes.memmove(_buffer, data, len(data))
     _ours.length = _theirs.length = len(data)
     _theirs.base = address
-    _libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0)
+    copied: int = _libc.process_vm_writev(pid, _ours_at, 1, _theirs_at, 1, 0)
+    return max(copied, 0)

@@ -75,9 +75,10 @@ class Request:
 class Session:
     """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns."""
 
-    def __init__(self, fd: int, root: Node) -> None:
+    def __init__(self, fd: int, root: Node, *, pages_max: int = 0) -> None:
         self.fd = fd
         self.root = root
+        self.pages_max = pages_max  # of a buffer in one READ or WRITE; 0 leaves it to the kernel
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
         self.kept = 0
@@ -191,10 +192,12 @@ class Session:
             raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
         self.minor = min(minor, abi.VERSION_MINOR)
         wanted = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
+        if self.pages_max:
+            wanted |= abi.INIT_MAX_PAGES
         request.reply(
             abi.INIT_OUT.pack(
                 abi.VERSION_MAJOR, self.minor, readahead, flags & wanted,
-                0, 0, WRITE_BYTES_MAX, 1, 0, 0, 0,
+                0, 0, WRITE_BYTES_MAX, 1, self.pages_max, 0, 0,
             )
         )  # fmt: skip
 

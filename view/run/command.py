@@ -8,6 +8,7 @@ namespaces kills what is left there, and a machine that was booted for the run s
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -61,10 +62,25 @@ class Running(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Be the verb. EnvironmentLacksError, and any other OSError, says in a sentence what is missing here."""
+    closed = _fill_standard_streams()
     with _machine(arguments.name) as name:
         _check_domain(name, arguments.domain)
         fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
-        return _in_room(Room(name, arguments.domain), fittings, arguments.command)
+        room = Room(name, arguments.domain)
+        room.in_child += [functools.partial(os.close, fd) for fd in closed]  # the command finds them as we did
+        return _in_room(room, fittings, arguments.command)
+
+
+def _fill_standard_streams() -> list[int]:
+    """Put /dev/null where a standard stream is closed, lest a pipe of ours gets its number; give which were."""
+    closed = []
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            closed.append(os.open(os.devnull, os.O_RDWR))  # the lowest number that is free
+            os.set_inheritable(fd, True)
+    return closed
 
 
 def _machine(name: str | None) -> contextlib.AbstractContextManager[str]:
@@ -155,11 +171,17 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
         for hook in room.in_child:
             hook()
 
+    if not command[0]:  # for exec it would be each directory of PATH in turn
+        print("pvbus run: there is no command ''", file=sys.stderr)
+        return EXIT_NOT_FOUND
     try:
         return subprocess.Popen(
             command, env={**os.environ, **room.environment}, preexec_fn=in_child  # noqa: PLW1509 -- two system calls
         )  # fmt: skip
     except FileNotFoundError:
+        if os.path.lexists(command[0]):
+            print(f"pvbus run: {command[0]!r} cannot be executed: it needs a file that is not there", file=sys.stderr)
+            return EXIT_NOT_EXECUTABLE
         print(f"pvbus run: there is no command {command[0]!r}", file=sys.stderr)
         return EXIT_NOT_FOUND
     except OSError as error:
