@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pvbus.verify.explorer._engine import UseAfterFree
+from pvbus.verify.explorer.guard import RunsForEverError
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 
@@ -23,13 +24,17 @@ QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK = range(1, 7)
 _BUFFER: Final = 16  # agents from here on are the store buffers
 _WAIT: Final = 8
 _ALONE_STEPS_MIN: Final = 200  # nobody else could go on for as long as this
-_CHOICE: Final = re.compile(r"([^=~!]+)(?:([=~])([0-9]*)|(!))?")
+_CHOICE: Final = re.compile(r"([^=~!]+)(?:([=~])([0-9]{0,4})|(!))?")
 
 Choice = tuple[int, int, bool]  # agent, way, dies
 
 
 class ReplayError(RuntimeError):
-    """A list of choices does not fit: another scenario, other code, other parameters."""
+    """A list of choices does not fit: another scenario, other code, other parameters. `fitted` of them did."""
+
+    def __init__(self, text: str, fitted: int = 0) -> None:
+        super().__init__(text)
+        self.fitted = fitted
 
 
 @dataclass
@@ -57,8 +62,10 @@ def read(choices: Iterable[str], names: Sequence[str]) -> list[Choice]:
     found = []
     for text in choices:
         parts = _CHOICE.fullmatch(text)
-        if parts is None or parts[1] not in names:
-            raise ReplayError(f"no context {parts[1] if parts else text!r}")
+        if parts is None:
+            raise ReplayError(f"{text!r} is no choice")
+        if parts[1] not in names:
+            raise ReplayError(f"no context {parts[1]!r}")
         agent = names.index(parts[1]) + (_BUFFER if parts[2] == "~" else 0)
         found.append((agent, int(parts[3] or 0), parts[4] is not None))
     return found
@@ -98,7 +105,7 @@ class Executions:
             if outcome in (FAILED, MISFIT) or end.kind is not None:
                 end.choices = written(model.taken(), self.contexts())
             if outcome == MISFIT:
-                raise ReplayError(self._misfit(end))
+                raise ReplayError(self._misfit(end), len(end.choices))
             return end
         finally:
             if not keep:
@@ -115,6 +122,8 @@ class Executions:
         for name, _, _, _, _, _, error in standing:
             if isinstance(error, UseAfterFree):
                 end.kind, end.message = "use after free", str(error)
+            elif isinstance(error, RunsForEverError):
+                end.kind, end.message = "livelock", f"{name}: {error}"
             elif error is not None:
                 end.kind, end.message = "exception", f"{name}: {type(error).__name__}: {error}"
             if error is not None:

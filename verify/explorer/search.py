@@ -32,6 +32,7 @@ from pvbus.verify.explorer.execution import (
     read,
     written,
 )
+from pvbus.verify.explorer.guard import Guard
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
@@ -122,6 +123,7 @@ class Explorer:
         scenario.prepare(self.model, 0 if variant is None else VARIANTS[variant])
         self.model.freeze()
         self.executions = Executions(scenario, self.model)
+        self.guard = Guard(self.model)
 
     def configure(
         self, strategy: int, then: int = _RANDOM, *, table: bool = False, reduce: bool = False, sleep: bool = False
@@ -139,10 +141,16 @@ class Explorer:
     ) -> Result:
         """Search until a failure, the end, or a bound."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        if search in ("random", "pct"):
-            return self._draw(search, executions_max, seconds, deadline, seed, progress)
         if search not in SEARCHES:
             raise ValueError(f"no search {search!r}: {', '.join(SEARCHES)}")
+        with self.guard.on():
+            if search in ("random", "pct"):
+                return self._draw(search, executions_max, seconds, deadline, seed, progress)
+            return self._depth_first(search, executions_max, seconds, deadline, progress)
+
+    def _depth_first(
+        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, progress: Progress | None
+    ) -> Result:
         free = self.bounds == Bounds()
         self.configure(
             DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
@@ -155,6 +163,7 @@ class Explorer:
                 return self._result(f"bounded ({seconds} s)", executions)
             executions += 1
             end = self.executions.run()
+            self.guard.check()
             if self.model.grown:  # a location turned out to be shared: begin anew, knowing it
                 self.model.forget()
                 cut = False
@@ -180,6 +189,7 @@ class Explorer:
             self.model.seed((seed << 32) + executions, _CHANGES, longest)
             executions += 1
             end = self.executions.run()
+            self.guard.check()
             longest = max(longest, self.model.depth)
             if not self.model.grown and end.kind is not None:
                 return self._failed(executions, end)
@@ -207,7 +217,8 @@ class Explorer:
         model.set_follow(read(choices, names))
         model.trace = []
         try:
-            outcome = self.executions.run(keep=True)
+            with self.guard.on():
+                outcome = self.executions.run(keep=True)
             taken, open_choices = written(model.taken(), names), written(model.open(), names)
             trace = columns([*model.trace, *self.executions.where_they_stand()], names)
         finally:
