@@ -179,7 +179,7 @@ def test_bounds_on_an_execution_are_said_in_the_verdict(
     (["explore", "event-ring", "--set", "sender=perhaps"], "sender=perhaps: event-ring wants yes or no there"),
     (["explore", "--set", "events=2"], "--set is for one scenario"),
     (["explore", "event-ring", "--executions", "0"], "--executions 0: it must be more than 0"),
-    (["explore", "event-ring", "--deaths", "-1"], "--deaths -1: it must be 0 or more"),
+    (["explore", "event-ring", "--deaths", "-1"], "--deaths -1: it must be from 0 to"),
     (["explore", "--all", "--drop", "evr_wake"], "--all searches what is claimed"),
     (["explore", "--all", "--preemptions", "1"], "--all searches what is claimed"),
     (["explore", "event-ring", "--search", "luck"], "'luck'"),

@@ -9,8 +9,10 @@ reaches memory (`name~1`: a younger one overtakes); `name!`: it dies.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from pvbus.verify.explorer._engine import UseAfterFree
@@ -27,6 +29,13 @@ _ALONE_STEPS_MIN: Final = 200  # nobody else could go on for as long as this
 _CHOICE: Final = re.compile(r"([^=~!]+)(?:([=~])([0-9]{0,4})|(!))?")
 
 Choice = tuple[int, int, bool]  # agent, way, dies
+
+
+def _said(error: BaseException) -> str:
+    """Say what was raised, and where: whether the code under test or the scenario is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 class ReplayError(RuntimeError):
@@ -78,6 +87,7 @@ class Executions:
         self.scenario = scenario
         self.model = model
         self.names: list[str] = []
+        self.running = False  # an execution, so that Python code that runs now is a context's
         self.mortal = set(scenario.mortal)
 
     def contexts(self) -> list[str]:
@@ -87,6 +97,8 @@ class Executions:
             self.names = [name for name, _, _ in self.scenario.start(self.model)]
             if len(set(self.names)) != len(self.names) or any(set(name) & set("=~! ") for name in self.names):
                 raise ValueError(f"names of contexts are different, and without =, ~, ! and spaces: {self.names}")
+            if len(self.names) > _BUFFER:
+                raise ValueError(f"{len(self.names)} contexts: at most {_BUFFER} fit")
             if unknown := self.mortal - set(self.names):
                 raise ValueError(f"mortal, but no context: {', '.join(sorted(unknown))}")
             bits = [1 << i for i, name in enumerate(self.names) if not self.mortal or name in self.mortal]
@@ -97,7 +109,12 @@ class Executions:
         """Run one execution as the engine is configured, and judge it; unless `keep`, its contexts are gone afterwards."""
         model = self.model
         model.reset()
-        outcome = model.execute(list(self.scenario.start(model)))
+        starts = list(self.scenario.start(model))
+        self.running = True
+        try:
+            outcome = model.execute(starts)
+        finally:
+            self.running = False
         try:
             end = End(outcome)
             if not model.grown and outcome in (QUIET, FAILED, LIVELOCK):
@@ -125,7 +142,7 @@ class Executions:
             elif isinstance(error, RunsForEverError):
                 end.kind, end.message = "livelock", f"{name}: {error}"
             elif error is not None:
-                end.kind, end.message = "exception", f"{name}: {type(error).__name__}: {error}"
+                end.kind, end.message = "exception", f"{name}: {_said(error)}"
             if error is not None:
                 return
         if end.outcome == LIVELOCK:

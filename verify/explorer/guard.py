@@ -14,11 +14,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import greenlet
-
-from pvbus.verify.explorer.model import Model
+if TYPE_CHECKING:
+    from pvbus.verify.explorer.execution import Executions
 
 STILL_S: Final = 1.0  # of the processor, between two looks
 LOOKS_MAX: Final = 2  # that see no step in between: our contexts stop every few microseconds
@@ -31,8 +30,8 @@ class RunsForEverError(BaseException):
 class Guard:
     """The signals of one search."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, executions: Executions) -> None:
+        self.executions = executions
         self.interrupted = False
         self._steps = -1
         self._looks = 0
@@ -63,14 +62,12 @@ class Guard:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if greenlet.getcurrent().parent is None:
-            raise KeyboardInterrupt
         self.interrupted = True
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        steps = self.model.steps
-        self._looks = self._looks + 1 if steps == self._steps and greenlet.getcurrent().parent is not None else 0
+        steps = self.executions.model.steps
+        self._looks = self._looks + 1 if steps == self._steps and self.executions.running else 0
         self._steps = steps
         if self._looks >= LOOKS_MAX:
             self._looks = 0

@@ -83,6 +83,14 @@ class Result:
     sites_dropped: frozenset[str]  # those of `drop` that a context came by
 
 
+class SearchInterrupted(KeyboardInterrupt):
+    """Somebody has had enough; `result` is what was found so far."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Run:
     """One execution along given choices: those taken, those open where it stopped, what failed, and the trace."""
@@ -123,7 +131,7 @@ class Explorer:
         scenario.prepare(self.model, 0 if variant is None else VARIANTS[variant])
         self.model.freeze()
         self.executions = Executions(scenario, self.model)
-        self.guard = Guard(self.model)
+        self.guard = Guard(self.executions)
 
     def configure(
         self, strategy: int, then: int = _RANDOM, *, table: bool = False, reduce: bool = False, sleep: bool = False
@@ -163,7 +171,7 @@ class Explorer:
                 return self._result(f"bounded ({seconds} s)", executions)
             executions += 1
             end = self.executions.run()
-            self.guard.check()
+            self._go_on(executions)
             if self.model.grown:  # a location turned out to be shared: begin anew, knowing it
                 self.model.forget()
                 cut = False
@@ -189,7 +197,7 @@ class Explorer:
             self.model.seed((seed << 32) + executions, _CHANGES, longest)
             executions += 1
             end = self.executions.run()
-            self.guard.check()
+            self._go_on(executions)
             longest = max(longest, self.model.depth)
             if not self.model.grown and end.kind is not None:
                 return self._failed(executions, end)
@@ -197,6 +205,12 @@ class Explorer:
                 progress(executions, self.model.steps, 0)
         what = f"{executions} executions" if executions == executions_max else f"{seconds} s"
         return self._result(f"bounded ({what}, {search})", executions)
+
+    def _go_on(self, executions: int) -> None:
+        try:
+            self.guard.check()
+        except KeyboardInterrupt:
+            raise SearchInterrupted(self._result("bounded (interrupted)", executions)) from None
 
     def _failed(self, executions: int, end: End) -> Result:
         result = self._result("failed", executions)
@@ -219,6 +233,7 @@ class Explorer:
         try:
             with self.guard.on():
                 outcome = self.executions.run(keep=True)
+                self.guard.check()
             taken, open_choices = written(model.taken(), names), written(model.open(), names)
             trace = columns([*model.trace, *self.executions.where_they_stand()], names)
         finally:
