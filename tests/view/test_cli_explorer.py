@@ -319,3 +319,51 @@ def test_without_greenlet_each_verb_says_so_in_one_sentence(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert all("needs greenlet, which is not installed here: pip install" in line for line in said)
+
+
+# ---- what is around it
+
+
+def test_a_directory_that_cannot_be_written_costs_the_file_and_not_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    code, out, err = carried_out(capsys, *LOST, "--json")
+
+    assert (code, json.loads(out)["verdict"]) == (1, "failed")
+    assert "replay" not in json.loads(out)
+    assert "cannot be written to this directory" in err
+
+
+def test_a_variant_is_searched_under_the_simplest_model_that_can_show_it() -> None:
+    models = {bug.name: next(exploring.jobs(parsed("explore", "--variant", bug.name))).model for bug in bugs()}
+
+    assert models["lost-wakeup"] == "sc"
+    assert all(find(name).expected[model] == "caught" for name, model in models.items())
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"drop": ["nowhere"]}, "no site 'nowhere'"), ({"parameters": {"events": "x"}}, "events='x'"),
+    ({"parameters": {"events": 10**9}}, "events=1000000000"), ({"choices": ["cpu0=99999999999"]}, "is no choice"),
+])  # fmt: skip
+def test_a_recording_that_asks_for_nonsense_is_refused(
+    change: dict[str, Any], sentence: str, recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded.write_text(json.dumps({**json.loads(recorded.read_text()), **change}))
+
+    code, _, err = carried_out(capsys, "replay", str(recorded))
+
+    assert code == 2
+    assert sentence in err
+
+
+def test_the_file_of_a_scenario_that_is_no_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "unfinished.py").write_text("class Half(:\n")
+    monkeypatch.setattr(scenarios, "__path__", [*scenarios.__path__, str(tmp_path)])
+
+    with pytest.raises(scenarios.BrokenScenarioError, match=r"unfinished.py cannot be loaded: SyntaxError"):
+        scenarios.scenarios()

@@ -23,6 +23,7 @@ from pvbus.verify.explorer.scenario import Scenario
 # what native/engine.h numbers
 FOLLOW, DEPTH_FIRST, RANDOM_WALK, PRIORITIES = range(4)
 QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK = range(1, 7)
+ENDLESS: Final = "endless loop"  # the kind of failure whose every execution takes seconds
 _BUFFER: Final = 16  # agents from here on are the store buffers
 _WAIT: Final = 8
 _ALONE_STEPS_MIN: Final = 200  # nobody else could go on for as long as this
@@ -140,7 +141,7 @@ class Executions:
             if isinstance(error, UseAfterFree):
                 end.kind, end.message = "use after free", str(error)
             elif isinstance(error, RunsForEverError):
-                end.kind, end.message = "livelock", f"{name}: {error}"
+                end.kind, end.message = ENDLESS, f"{name}: {error}"
             elif error is not None:
                 end.kind, end.message = "exception", f"{name}: {_said(error)}"
             if error is not None:

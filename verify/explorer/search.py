@@ -60,7 +60,7 @@ Progress = Callable[[int, int, int], None]  # executions, steps, choices that ar
 class Failure:
     """What does not hold, the choices that lead there, and the trace with a column a context."""
 
-    kind: str  # lost wake-up, deadlock, property, exception, livelock, use after free, lock left by the dead
+    kind: str  # lost wake-up, deadlock, property, exception, livelock, endless loop, use after free, lock left by the dead
     message: str
     choices: tuple[str, ...]
     # the locations that were scheduling points: without them the choices mean nothing
