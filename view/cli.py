@@ -165,7 +165,8 @@ def run(arguments: argparse.Namespace, others: Mapping[str, Verb] | None = None)
     """
     try:
         code = {**_VERBS, **(others or {})}[arguments.verb](arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before we began
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except MachineNotFoundError as error:
