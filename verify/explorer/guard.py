@@ -52,13 +52,14 @@ class Guard:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             wanted[signal.SIGINT] = self._interrupt
         before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-        signal.setitimer(signal.ITIMER_VIRTUAL, STILL_S, STILL_S)
+        timer = signal.setitimer(signal.ITIMER_VIRTUAL, STILL_S, STILL_S)
         try:
             yield self
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
             for number, handler in before.items():
                 signal.signal(number, handler)
+        self.check()  # an interrupt that came behind the last execution
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
