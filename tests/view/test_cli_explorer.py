@@ -361,6 +361,20 @@ def test_a_recording_that_asks_for_nonsense_is_refused(
     assert sentence in err
 
 
+@pytest.mark.parametrize(("scenario", "setting", "sentence"), [
+    ("fifo-queue", "script=rise:1", "rise:1 is none of raise:N, eoi:N"), ("port-life", "script=raise:0", "raise:0 is none of"),
+    ("offers", "script=offer", "'offer' is none of again, offer X"), ("teardown", "ends=somehow", "ends a channel by 'somehow'"),
+    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "contexts"),
+])  # fmt: skip
+def test_a_parameter_that_makes_no_sense_is_no_complete_search(
+    scenario: str, setting: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = carried_out(capsys, "explore", scenario, "--set", setting, "--executions", "20")
+
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
 def test_the_file_of_a_scenario_that_is_no_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "unfinished.py").write_text("class Half(:\n")
     monkeypatch.setattr(scenarios, "__path__", [*scenarios.__path__, str(tmp_path)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any, Final
 
@@ -115,7 +115,10 @@ def _read(text: str, like: Any) -> Any:
         return int(text)
     if isinstance(like, tuple):
         items = [item for item in text.split(",") if item]
-        return tuple(_read_item(item) for item in items)
+        read = tuple(_read_item(item) for item in items)
+        if like and {type(item) for item in read} - {type(item) for item in like}:
+            raise ValueError(text)
+        return read
     if isinstance(like, str):
         return text
     raise ValueError(text)
@@ -137,3 +140,12 @@ def made(scenario: type[Scenario], parameters: Mapping[str, Any]) -> Scenario:
         return scenario(**parameters)
     except (TypeError, ValueError) as error:
         raise ParameterError(f"{scenario.name}: {error}") from None
+
+
+def script_of(script: Iterable[tuple[str, int]], *known: str) -> tuple[tuple[str, int], ...]:
+    """Check a script, which may come from a command line. ValueError: a word that nobody knows would be passed over."""
+    steps = tuple((what, int(of)) for what, of in script)
+    for what, of in steps:
+        if what not in known or of < 1:
+            raise ValueError(f"script: {what}:{of} is none of {', '.join(f'{word}:N' for word in known)}")
+    return steps
