@@ -16,12 +16,13 @@ from typing import Any, Final
 
 from pvbus.verify import scenarios, zoo
 from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
+from pvbus.verify.explorer.recording import BOUND_MAX
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ORDERED, SITES, check
-from pvbus.verify.searching import Job, Run, recorded, search, told, written
+from pvbus.verify.searching import Job, Run, recorded, said, search, told, written
 
 SCHEMA: Final = 1
-HELD, BROKEN = 0, 1
+HELD, BROKEN, INTERRUPTED = 0, 1, 130
 LOOK_SECONDS: Final = 5.0  # for each scenario, when nothing is asked for
 MODEL_SENTENCES: Final = {
     "sc": "sequential consistency: one access after the other",
@@ -35,25 +36,42 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(as_json=arguments.json)
     wanted = list(jobs(arguments))
-    runs, files = [], []
+    runs: list[Run] = []
+    files: list[Path | None] = []
     for job in wanted:
         run = search(job, show=not arguments.json)
         runs.append(run)
-        file = None
-        if run.result.failure is not None:
-            recording = recorded(job, run.result.failure)
-            file = written(recording, Path())
-            if not arguments.json:
-                print(told(recording, job.make))
-        files.append(file)
+        files.append(_failed(arguments, run) if run.result.failure is not None else None)
         if not arguments.json:
-            _say(run, file)
+            _say(run, files[-1])
+        if run.interrupted:
+            break
+    interrupted = runs[-1].interrupted
     if arguments.json:
-        print(json.dumps({"schema": SCHEMA, **summary(runs, files)}))
-    elif len(runs) > 1:
+        print(json.dumps({"schema": SCHEMA, **summary(runs, files), **({"interrupted": True} if interrupted else {})}))
+    elif len(wanted) > 1:
         failed = sum(not run.held for run in runs)
-        print(f"{len(runs)} searches, {failed} of them failed" if failed else f"{len(runs)} searches: all held")
-    return HELD if all(run.held for run in runs) else BROKEN
+        what = f"{failed} of them failed" if failed else "all held"
+        print(f"{len(runs)} of {len(wanted)} searches, interrupted: {what}" if interrupted else f"{len(runs)} searches: {what}")
+    if any(run.result.failure is not None for run in runs):
+        return BROKEN
+    return INTERRUPTED if interrupted else HELD if all(run.held for run in runs) else BROKEN
+
+
+def _failed(arguments: argparse.Namespace, run: Run) -> Path | None:
+    """Show a failure, and write its file; None where none can be written, which changes nothing about the failure."""
+    assert run.result.failure is not None
+    recording = recorded(run.job, run.result.failure)
+    if not arguments.json:
+        print(told(recording, run.job.make))
+    try:
+        return written(recording, Path())
+    except OSError as error:
+        print(
+            f"pvbus explore: {recording.name()} cannot be written to this directory: {error.strerror}; "
+            "the same command in another one finds the same failure", file=sys.stderr,
+        )  # fmt: skip
+        return None
 
 
 def _say(run: Run, file: Path | None) -> None:
@@ -61,7 +79,7 @@ def _say(run: Run, file: Path | None) -> None:
     print(f"{run.job.label}: {run.result.verdict}, {executions}, {steps}, {run.seconds:.1f} s", flush=True)
     if file is not None:
         print(f"replay: pvbus replay {file}", flush=True)
-    elif not run.held:
+    elif not run.held and run.result.failure is None and not run.interrupted:
         print("  it is claimed to be complete, and that it was not is a failure", flush=True)
     missing = {site for site in run.job.drop if site not in run.result.sites_dropped}
     if missing and run.result.failure is None:
@@ -111,7 +129,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
                     )  # fmt: skip
             continue
         given = scenarios.read_parameters(kind, settings)
-        for model in models or ("sc",):
+        for model in models or (_shows(bug) if bug is not None and bug.scenario is kind else "sc",):
             job = _job(kind, given, model, bug, drop, bounds, within)
             yield job if bug is not None or not arguments.variant else dataclasses.replace(job, variant=arguments.variant)
 
@@ -172,12 +190,17 @@ def _scenario_of(bug: zoo.Bug) -> str:
     return str(getattr(bug.scenario, "name", bug.scenario))
 
 
+def _shows(bug: zoo.Bug) -> str:
+    """Give the simplest model that can show a bug."""
+    return next((model for model in MODELS if bug.expected.get(model) == zoo.CAUGHT), "sc")
+
+
 def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = {name: getattr(arguments, name) for name in ("executions", "seconds", "search", "seed")}
     if wanted["search"] not in (None, *SEARCHES):
         raise ValueError(f"--search {wanted['search']!r}: {', '.join(SEARCHES)}")
     for name in ("executions", "seconds"):
-        if wanted[name] is not None and wanted[name] <= 0:
+        if wanted[name] is not None and not wanted[name] > 0:  # nan is not
             raise ValueError(f"--{name} {wanted[name]}: it must be more than 0")
     return {name: value for name, value in wanted.items() if value is not None}
 
@@ -186,8 +209,8 @@ def _within(arguments: argparse.Namespace) -> dict[str, int]:
     """Give the bounds on an execution: what lies beyond them is not searched, and the verdict says so."""
     wanted = {name: getattr(arguments, name) for name in ("preemptions", "flush_delay", "deaths")}
     for name, value in wanted.items():
-        if value is not None and value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 0 or more")
+        if value is not None and not 0 <= value <= BOUND_MAX:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be from 0 to {BOUND_MAX}")
     return {name: value for name, value in wanted.items() if value is not None}
 
 
@@ -208,7 +231,10 @@ def listed() -> dict[str, list[dict[str, Any]]]:
         "scenarios": [
             {
                 "name": name, "sentence": scenarios.sentence(kind),
-                "parameters": {key: said_default(value) for key, value in scenarios.defaults(kind).items()},
+                "parameters": {
+                    key: list(value) if isinstance(value, tuple) else value for key, value in scenarios.defaults(kind).items()
+                    if isinstance(value, scenarios.SETTABLE)
+                },
             }
             for name, kind in scenarios.scenarios().items()
         ],
@@ -217,11 +243,6 @@ def listed() -> dict[str, list[dict[str, Any]]]:
         "searches": [{"name": name, "sentence": sentence} for name, sentence in SEARCHES.items()],
         "sites": [{"name": name, "sentence": sentence} for name, sentence in {**SITES, **ORDERED}.items()],
     }  # fmt: skip
-
-
-def said_default(value: Any) -> Any:
-    """Write a default as JSON can hold it."""
-    return value if isinstance(value, bool | int | str | None) else list(value) if isinstance(value, tuple) else repr(value)
 
 
 def _list(*, as_json: bool) -> int:
@@ -236,6 +257,7 @@ def _list(*, as_json: bool) -> int:
             of = f" [{item['scenario']}]" if item.get("scenario") else ""
             print(f"  {item['name'].ljust(width)}  {item['sentence']}{of}")
             if item.get("parameters"):
-                print(" " * (width + 4) + "--set " + " ".join(f"{key}={value}" for key, value in item["parameters"].items()))
+                settings = [f"{key}={said(value)}" for key, value in item["parameters"].items()]
+                print(" " * (width + 4) + "--set " + " ".join(settings))
         print()
     return HELD

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from pvbus.verify import scenarios, zoo
 from pvbus.verify.explorer import ReplayError
 from pvbus.verify.explorer.recording import Recording, RecordingError, read
+from pvbus.verify.explorer.sites import check
 from pvbus.verify.explorer.walk import Walked, Walker
 from pvbus.verify.searching import drawn, told
 
@@ -72,6 +73,12 @@ def maker(recording: Recording) -> Callable[[], Scenario]:
             kind = zoo.find(recording.bug).handler or kind
         except KeyError as error:
             raise RecordingError(str(error.args[0])) from None
+    for site in recording.drop:
+        check(site)
+    known = scenarios.defaults(scenarios.find(recording.scenario))
+    for name, value in recording.parameters.items():
+        if name in known and type(value) is not type(known[name]):
+            raise RecordingError(f"the recording has {name}={value!r}, {recording.scenario} wants one like {known[name]!r}")
     scenarios.made(kind, recording.parameters)
     return lambda: scenarios.made(kind, recording.parameters)
 

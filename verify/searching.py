@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pvbus.verify.explorer import Failure, Result, explore
 from pvbus.verify.explorer.progress import Progress
 from pvbus.verify.explorer.recording import Recording, fingerprint
-from pvbus.verify.explorer.search import Bounds
+from pvbus.verify.explorer.search import Bounds, SearchInterrupted
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
@@ -23,6 +24,10 @@ from pvbus.verify.explorer.walk import Walked, Walker
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.scenario import Scenario
+
+
+class ScenarioError(ValueError):
+    """A scenario has raised something where it prepares, starts or judges an execution."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Run:
     job: Job
     result: Result
     seconds: float
+    interrupted: bool = False
 
     @property
     def held(self) -> bool:
@@ -85,13 +91,15 @@ def said(value: Any) -> str:
     """Write a parameter as `--set` reads it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return ",".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
+    if isinstance(value, tuple | list):
+        return ",".join(":".join(map(str, item)) if isinstance(item, tuple | list) else str(item) for item in value)
     return str(value)
 
 
 def search(job: Job, *, show: bool) -> Run:
-    """Search; `show` how it gets on."""
+    """Search; `show` how it gets on. An interrupt ends it as a bound does: see Run.interrupted. ValueError when the scenario
+    cannot be run at all.
+    """
     arguments: dict[str, Any] = {**job.arguments, **job.bounds}
     progress = None
     if show:
@@ -100,6 +108,14 @@ def search(job: Job, *, show: bool) -> Run:
     began_s = time.monotonic()
     try:
         result = explore(job.make(), model=job.model, variant=job.variant, drop=job.drop, **arguments)
+    except SearchInterrupted as stop:
+        return Run(job, stop.result, time.monotonic() - began_s, interrupted=True)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what contexts raise is a failure that is found: this comes from the scenario around them
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        raise ScenarioError(f"{job.label} cannot be searched, there is a mistake in the scenario itself: {text}") from error
     finally:
         if progress is not None:
             progress.close()

@@ -41,16 +41,24 @@ def shown(bug: zoo.Bug, *, show: bool = False, production_executions_max: int = 
     for model, expected in bug.expected.items():
         if model not in MODELS:
             continue
-        run = search(_job(bug, model, broken=True), show=show)
+        run = searched(_job(bug, model, broken=True), show=show)
         verdict = zoo.CAUGHT if run.result.failure is not None else zoo.CLEAN
         models.append({
             "model": model, "verdict": verdict, "expected": expected, "executions": run.result.executions,
             "seconds": round(run.seconds, 3),
         })  # fmt: skip
-        productions.append(search(_job(bug, model, broken=False, executions=production_executions_max), show=show))
+        productions.append(searched(_job(bug, model, broken=False, executions=production_executions_max), show=show))
     return {
         "bug": bug.name, "number": bug.number, "sentence": bug.sentence, "models": models, "production": _worst(productions),
     }  # fmt: skip
+
+
+def searched(job: Job, *, show: bool) -> Run:
+    """Search; half a search says nothing about a bug, so an interrupt ends the verb."""
+    run = search(job, show=show)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return run
 
 
 def as_expected(one: dict[str, Any]) -> bool:

@@ -23,7 +23,9 @@ def add_verbs(verb: MakeVerb) -> None:
     """Add the parsers."""
     explore = verb("explore", "search every interleaving of the production code", of_machine=False)
     explore.add_argument("scenario", nargs="*", metavar="SCENARIO", help="which (default: that of --variant, or each for 5 s)")
-    explore.add_argument("--model", metavar="M", help="sc, tso or arm, several with commas, or all (default: sc)")
+    explore.add_argument(
+        "--model", metavar="M", help="sc, tso or arm, several with commas, or all (default: sc, or what shows the variant)"
+    )
     explore.add_argument("--search", metavar="S", help="how: dfs (default), dpor, states, random or pct")
     explore.add_argument("--variant", metavar="V", help="with a defect switched on: see --list")
     explore.add_argument(

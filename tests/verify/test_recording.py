@@ -63,6 +63,8 @@ def test_two_failures_have_two_names_and_one_failure_one() -> None:
     ({"choices": "cpu0"}, "choices is 'cpu0'"), ({"choices": [1]}, "choices are not all words"),
     ({"shared": ["x"]}, "shared are not all numbers"), ({"schema": 7}, "no recording of schema 1"),
     ({"speed": 3}, "nobody knows speed"), ({"variant": 4}, "variant is 4"),
+    ({"shared": [-1]}, "shared are not all numbers"), ({"shared": [1 << 64]}, "shared are not all numbers"),
+    ({"bounds": {"deaths": "x"}}, "the bound deaths is 'x'"), ({"bounds": {"speed": 1}}, "nobody knows the bound 'speed'"),
 ])  # fmt: skip
 def test_what_is_no_recording_is_refused_by_what_is_wrong(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
     recording().write(tmp_path / "one.json")

@@ -179,7 +179,7 @@ def test_bounds_on_an_execution_are_said_in_the_verdict(
     (["explore", "event-ring", "--set", "sender=perhaps"], "sender=perhaps: event-ring wants yes or no there"),
     (["explore", "--set", "events=2"], "--set is for one scenario"),
     (["explore", "event-ring", "--executions", "0"], "--executions 0: it must be more than 0"),
-    (["explore", "event-ring", "--deaths", "-1"], "--deaths -1: it must be 0 or more"),
+    (["explore", "event-ring", "--deaths", "-1"], "--deaths -1: it must be from 0 to"),
     (["explore", "--all", "--drop", "evr_wake"], "--all searches what is claimed"),
     (["explore", "--all", "--preemptions", "1"], "--all searches what is claimed"),
     (["explore", "event-ring", "--search", "luck"], "'luck'"),
@@ -319,3 +319,65 @@ def test_without_greenlet_each_verb_says_so_in_one_sentence(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert all("needs greenlet, which is not installed here: pip install" in line for line in said)
+
+
+# ---- what is around it
+
+
+def test_a_directory_that_cannot_be_written_costs_the_file_and_not_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    code, out, err = carried_out(capsys, *LOST, "--json")
+
+    assert (code, json.loads(out)["verdict"]) == (1, "failed")
+    assert "replay" not in json.loads(out)
+    assert "cannot be written to this directory" in err
+
+
+def test_a_variant_is_searched_under_the_simplest_model_that_can_show_it() -> None:
+    models = {bug.name: next(exploring.jobs(parsed("explore", "--variant", bug.name))).model for bug in bugs()}
+
+    assert models["lost-wakeup"] == "sc"
+    assert all(find(name).expected[model] == "caught" for name, model in models.items())
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"drop": ["nowhere"]}, "no site 'nowhere'"), ({"parameters": {"events": "x"}}, "events='x'"),
+    ({"parameters": {"events": 10**9}}, "events=1000000000"), ({"choices": ["cpu0=99999999999"]}, "is no choice"),
+])  # fmt: skip
+def test_a_recording_that_asks_for_nonsense_is_refused(
+    change: dict[str, Any], sentence: str, recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded.write_text(json.dumps({**json.loads(recorded.read_text()), **change}))
+
+    code, _, err = carried_out(capsys, "replay", str(recorded))
+
+    assert code == 2
+    assert sentence in err
+
+
+@pytest.mark.parametrize(("scenario", "setting", "sentence"), [
+    ("fifo-queue", "script=rise:1", "rise:1 is none of raise:N, eoi:N"), ("port-life", "script=raise:0", "raise:0 is none of"),
+    ("offers", "script=offer", "'offer' is none of again, offer X"), ("teardown", "ends=somehow", "ends a channel by 'somehow'"),
+    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "contexts"),
+])  # fmt: skip
+def test_a_parameter_that_makes_no_sense_is_no_complete_search(
+    scenario: str, setting: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = carried_out(capsys, "explore", scenario, "--set", setting, "--executions", "20")
+
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_the_file_of_a_scenario_that_is_no_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "unfinished.py").write_text("class Half(:\n")
+    monkeypatch.setattr(scenarios, "__path__", [*scenarios.__path__, str(tmp_path)])
+
+    with pytest.raises(scenarios.BrokenScenarioError, match=r"unfinished.py cannot be loaded: SyntaxError"):
+        scenarios.scenarios()

@@ -9,27 +9,42 @@ reaches memory (`name~1`: a younger one overtakes); `name!`: it dies.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from pvbus.verify.explorer._engine import UseAfterFree
+from pvbus.verify.explorer.guard import RunsForEverError
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 
 # what native/engine.h numbers
 FOLLOW, DEPTH_FIRST, RANDOM_WALK, PRIORITIES = range(4)
 QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK = range(1, 7)
+ENDLESS: Final = "endless loop"  # the kind of failure whose every execution takes seconds
 _BUFFER: Final = 16  # agents from here on are the store buffers
 _WAIT: Final = 8
 _ALONE_STEPS_MIN: Final = 200  # nobody else could go on for as long as this
-_CHOICE: Final = re.compile(r"([^=~!]+)(?:([=~])([0-9]*)|(!))?")
+_CHOICE: Final = re.compile(r"([^=~!]+)(?:([=~])([0-9]{0,4})|(!))?")
 
 Choice = tuple[int, int, bool]  # agent, way, dies
 
 
+def _said(error: BaseException) -> str:
+    """Say what was raised, and where: whether the code under test or the scenario is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 class ReplayError(RuntimeError):
-    """A list of choices does not fit: another scenario, other code, other parameters."""
+    """A list of choices does not fit: another scenario, other code, other parameters. `fitted` of them did."""
+
+    def __init__(self, text: str, fitted: int = 0) -> None:
+        super().__init__(text)
+        self.fitted = fitted
 
 
 @dataclass
@@ -57,8 +72,10 @@ def read(choices: Iterable[str], names: Sequence[str]) -> list[Choice]:
     found = []
     for text in choices:
         parts = _CHOICE.fullmatch(text)
-        if parts is None or parts[1] not in names:
-            raise ReplayError(f"no context {parts[1] if parts else text!r}")
+        if parts is None:
+            raise ReplayError(f"{text!r} is no choice")
+        if parts[1] not in names:
+            raise ReplayError(f"no context {parts[1]!r}")
         agent = names.index(parts[1]) + (_BUFFER if parts[2] == "~" else 0)
         found.append((agent, int(parts[3] or 0), parts[4] is not None))
     return found
@@ -71,6 +88,7 @@ class Executions:
         self.scenario = scenario
         self.model = model
         self.names: list[str] = []
+        self.running = False  # an execution, so that Python code that runs now is a context's
         self.mortal = set(scenario.mortal)
 
     def contexts(self) -> list[str]:
@@ -80,6 +98,8 @@ class Executions:
             self.names = [name for name, _, _ in self.scenario.start(self.model)]
             if len(set(self.names)) != len(self.names) or any(set(name) & set("=~! ") for name in self.names):
                 raise ValueError(f"names of contexts are different, and without =, ~, ! and spaces: {self.names}")
+            if len(self.names) > _BUFFER:
+                raise ValueError(f"{len(self.names)} contexts: at most {_BUFFER} fit")
             if unknown := self.mortal - set(self.names):
                 raise ValueError(f"mortal, but no context: {', '.join(sorted(unknown))}")
             bits = [1 << i for i, name in enumerate(self.names) if not self.mortal or name in self.mortal]
@@ -90,7 +110,12 @@ class Executions:
         """Run one execution as the engine is configured, and judge it; unless `keep`, its contexts are gone afterwards."""
         model = self.model
         model.reset()
-        outcome = model.execute(list(self.scenario.start(model)))
+        starts = list(self.scenario.start(model))
+        self.running = True
+        try:
+            outcome = model.execute(starts)
+        finally:
+            self.running = False
         try:
             end = End(outcome)
             if not model.grown and outcome in (QUIET, FAILED, LIVELOCK):
@@ -98,7 +123,7 @@ class Executions:
             if outcome in (FAILED, MISFIT) or end.kind is not None:
                 end.choices = written(model.taken(), self.contexts())
             if outcome == MISFIT:
-                raise ReplayError(self._misfit(end))
+                raise ReplayError(self._misfit(end), len(end.choices))
             return end
         finally:
             if not keep:
@@ -115,8 +140,10 @@ class Executions:
         for name, _, _, _, _, _, error in standing:
             if isinstance(error, UseAfterFree):
                 end.kind, end.message = "use after free", str(error)
+            elif isinstance(error, RunsForEverError):
+                end.kind, end.message = ENDLESS, f"{name}: {error}"
             elif error is not None:
-                end.kind, end.message = "exception", f"{name}: {type(error).__name__}: {error}"
+                end.kind, end.message = "exception", f"{name}: {_said(error)}"
             if error is not None:
                 return
         if end.outcome == LIVELOCK:

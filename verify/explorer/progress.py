@@ -6,6 +6,7 @@ Goes to standard error, so that what is piped on stays what was asked for.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Final, TextIO
@@ -55,7 +56,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if self.terminal:
-            line = line[:118]
+            line = line[: max(shutil.get_terminal_size().columns - 1, 1)]  # a line that wraps cannot be written over
             self.stream.write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,8 +45,13 @@ class Recording:
     fingerprint: str = ""
 
     def write(self, path: Path) -> None:
-        """Write the file."""
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        """Write the file, whole or not at all: two searches may find the same failure at once."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def name(self) -> str:
         """Give a file name that tells failures apart, and is the same for the same failure."""
@@ -81,8 +87,13 @@ def read(path: Path) -> Recording:
     for name in ("choices", "drop"):
         if not all(isinstance(item, str) for item in data[name]):
             raise RecordingError(f"{path}: {name} are not all words")
-    if not all(isinstance(item, int) for item in data["shared"]):
-        raise RecordingError(f"{path}: shared are not all numbers")
+    if not all(type(item) is int and 0 <= item < 1 << 64 for item in data["shared"]):
+        raise RecordingError(f"{path}: shared are not all numbers of locations")
+    for name, bound in data["bounds"].items():
+        if name not in _BOUNDS:
+            raise RecordingError(f"{path}: nobody knows the bound {name!r}: {', '.join(_BOUNDS)}")
+        if name != "search" and not (type(bound) is int and 0 <= bound <= BOUND_MAX):
+            raise RecordingError(f"{path}: the bound {name} is {bound!r}, no number from 0 to {BOUND_MAX}")
     sequences = {name: tuple(data[name]) for name in ("choices", "drop", "shared")}
     return Recording(**{**data, **sequences, "parameters": _frozen(data["parameters"]), "bounds": _frozen(data["bounds"])})
 
@@ -91,6 +102,10 @@ _KINDS: Final[dict[str, Any]] = {
     "scenario": str, "parameters": dict, "model": str, "choices": list, "shared": list, "kind": str, "message": str,
     "variant": str | None, "drop": list, "bug": str | None, "bounds": dict, "fingerprint": str,
 }  # fmt: skip
+
+
+_BOUNDS: Final = ("deaths", "preemptions", "flush_delay", "search")
+BOUND_MAX: Final = 1 << 20  # an execution has a thousand steps
 
 
 def _frozen(value: Any) -> Any:

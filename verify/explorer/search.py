@@ -32,6 +32,7 @@ from pvbus.verify.explorer.execution import (
     read,
     written,
 )
+from pvbus.verify.explorer.guard import Guard
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.trace import columns
@@ -59,7 +60,7 @@ Progress = Callable[[int, int, int], None]  # executions, steps, choices that ar
 class Failure:
     """What does not hold, the choices that lead there, and the trace with a column a context."""
 
-    kind: str  # lost wake-up, deadlock, property, exception, livelock, use after free, lock left by the dead
+    kind: str  # lost wake-up, deadlock, property, exception, livelock, endless loop, use after free, lock left by the dead
     message: str
     choices: tuple[str, ...]
     # the locations that were scheduling points: without them the choices mean nothing
@@ -80,6 +81,14 @@ class Result:
     states: int
     failure: Failure | None
     sites_dropped: frozenset[str]  # those of `drop` that a context came by
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Somebody has had enough; `result` is what was found so far."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Explorer:
         scenario.prepare(self.model, 0 if variant is None else VARIANTS[variant])
         self.model.freeze()
         self.executions = Executions(scenario, self.model)
+        self.guard = Guard(self.executions)
 
     def configure(
         self, strategy: int, then: int = _RANDOM, *, table: bool = False, reduce: bool = False, sleep: bool = False
@@ -139,10 +149,16 @@ class Explorer:
     ) -> Result:
         """Search until a failure, the end, or a bound."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        if search in ("random", "pct"):
-            return self._draw(search, executions_max, seconds, deadline, seed, progress)
         if search not in SEARCHES:
             raise ValueError(f"no search {search!r}: {', '.join(SEARCHES)}")
+        with self.guard.on():
+            if search in ("random", "pct"):
+                return self._draw(search, executions_max, seconds, deadline, seed, progress)
+            return self._depth_first(search, executions_max, seconds, deadline, progress)
+
+    def _depth_first(
+        self, search: str, executions_max: int, seconds: float | None, deadline: float | None, progress: Progress | None
+    ) -> Result:
         free = self.bounds == Bounds()
         self.configure(
             DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
@@ -155,6 +171,7 @@ class Explorer:
                 return self._result(f"bounded ({seconds} s)", executions)
             executions += 1
             end = self.executions.run()
+            self._go_on(executions)
             if self.model.grown:  # a location turned out to be shared: begin anew, knowing it
                 self.model.forget()
                 cut = False
@@ -180,6 +197,7 @@ class Explorer:
             self.model.seed((seed << 32) + executions, _CHANGES, longest)
             executions += 1
             end = self.executions.run()
+            self._go_on(executions)
             longest = max(longest, self.model.depth)
             if not self.model.grown and end.kind is not None:
                 return self._failed(executions, end)
@@ -187,6 +205,12 @@ class Explorer:
                 progress(executions, self.model.steps, 0)
         what = f"{executions} executions" if executions == executions_max else f"{seconds} s"
         return self._result(f"bounded ({what}, {search})", executions)
+
+    def _go_on(self, executions: int) -> None:
+        try:
+            self.guard.check()
+        except KeyboardInterrupt:
+            raise SearchInterrupted(self._result("bounded (interrupted)", executions)) from None
 
     def _failed(self, executions: int, end: End) -> Result:
         result = self._result("failed", executions)
@@ -207,7 +231,9 @@ class Explorer:
         model.set_follow(read(choices, names))
         model.trace = []
         try:
-            outcome = self.executions.run(keep=True)
+            with self.guard.on():
+                outcome = self.executions.run(keep=True)
+                self.guard.check()
             taken, open_choices = written(model.taken(), names), written(model.open(), names)
             trace = columns([*model.trace, *self.executions.where_they_stand()], names)
         finally:

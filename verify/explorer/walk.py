@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pvbus.verify.explorer import ReplayError, follow
+from pvbus.verify.explorer import ReplayError
+from pvbus.verify.explorer.search import Bounds, Explorer, Run
 from pvbus.verify.explorer.trace import Row, rows_of
 
 if TYPE_CHECKING:
@@ -90,8 +91,13 @@ class Walker:
         shared: Sequence[int] = (), bounds: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.make = make
-        self.arguments: dict[str, Any] = {"model": model, "variant": variant, "drop": tuple(drop), "shared": tuple(shared)}
-        self.arguments["deaths"] = (bounds or {}).get("deaths", 0)
+        self.walks = 0  # executions so far
+        self._arguments: dict[str, Any] = {
+            "model": model, "variant": variant, "drop": tuple(drop), "bounds": Bounds((bounds or {}).get("deaths", 0)),
+        }  # fmt: skip
+        self._shared = tuple(shared)
+        self._known: set[int] = set()
+        self._explorer: Explorer | None = None
 
     @classmethod
     def of(cls, make: Callable[[], Scenario], recording: Recording) -> Walker:
@@ -103,7 +109,7 @@ class Walker:
 
     def along(self, choices: Sequence[str], *, then: str = "stop", seed: int = 0) -> Walked:
         """Walk, and behind the last choice `stop`, go on with the `first` that can, or at `random`. Raises ReplayError."""
-        run = follow(self.make(), tuple(choices), then=then, seed=seed, **self.arguments)
+        run = self._follow(tuple(choices), then, seed)
         rows, names = rows_of(run.trace)
         kind, message = (run.failure.kind, run.failure.message) if run.failure is not None else (None, "")
         walked = Walked(kind, message, tuple(run.choices), tuple(run.open_choices), tuple(rows), tuple(names))
@@ -116,24 +122,28 @@ class Walker:
         done: tuple[str, ...] = ()
         left = tuple(wanted)
         while left:
-            fits = self._fits(done, left)
-            done += left[:fits]
-            left = left[fits + 1 :]
+            try:
+                self._follow(done + left, "stop")
+            except ReplayError as error:
+                fits = error.fitted - len(done)
+                done += left[:fits]
+                possible = set(self._follow(done, "stop").open_choices)
+                left = next((left[i:] for i in range(fits + 1, len(left)) if left[i] in possible), ())
+            else:
+                return done + left
         return done
 
-    def _fits(self, done: tuple[str, ...], left: tuple[str, ...]) -> int:
-        """Give how many of `left` can be made behind `done`."""
-        if self._can(done + left):
-            return len(left)
-        low, high = 0, len(left)  # low can be made, high cannot
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._can(done + left[:middle]) else (low, middle)
-        return low
-
-    def _can(self, choices: tuple[str, ...]) -> bool:
+    def _follow(self, choices: Sequence[str], then: str, seed: int = 0) -> Run:
+        """Run along choices, over pages that are prepared once."""
+        self.walks += 1
+        if self._explorer is None:
+            self._explorer = Explorer(self.make(), **self._arguments)
+            for location in self._shared:
+                self._explorer.model.share(location)
+            self._known = set(self._explorer.model.shared)
+        explorer = self._explorer
         try:
-            follow(self.make(), choices, then="stop", **self.arguments)
-        except ReplayError:
-            return False
-        return True
+            return explorer.follow(choices, then, seed)[1]
+        finally:
+            if set(explorer.model.shared) != self._known:  # it has learned of a location: the next walk must not know of it
+                self._explorer = None

@@ -11,16 +11,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any, Final
 
 from pvbus.verify.explorer.scenario import Claim, Scenario
 
+SETTABLE: Final = (bool, int, tuple, str)  # kinds of parameters that a command line can give
+NUMBER_MAX: Final = 1024  # of anything: more events than that are no search that ends
 MODELS_OF_A_DEFAULT = ("sc", "tso")
 
 
 class UnknownScenarioError(ValueError):
     """There is no scenario of this name; the text names those that there are."""
+
+
+class BrokenScenarioError(ValueError):
+    """The file of a scenario is no Python, or raises something; the text names it."""
 
 
 class ParameterError(ValueError):
@@ -31,7 +38,7 @@ def scenarios() -> dict[str, type[Scenario]]:
     """Give every scenario by name, in the order of their names."""
     found: dict[str, type[Scenario]] = {}
     for module in pkgutil.iter_modules(__path__):
-        for kind in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+        for kind in vars(_loaded(module.name)).values():
             if not (inspect.isclass(kind) and issubclass(kind, Scenario) and kind.__module__.endswith("." + module.name)):
                 continue
             if isinstance(vars(kind).get("name"), str) and not inspect.isabstract(kind):
@@ -39,6 +46,13 @@ def scenarios() -> dict[str, type[Scenario]]:
                     raise RuntimeError(f"two scenarios are called {kind.name!r}: {found[kind.name]} and {kind}")
                 found[kind.name] = kind
     return dict(sorted(found.items()))
+
+
+def _loaded(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except Exception as error:
+        raise BrokenScenarioError(f"verify/scenarios/{name}.py cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def find(name: str) -> type[Scenario]:
@@ -101,7 +115,10 @@ def _read(text: str, like: Any) -> Any:
         return int(text)
     if isinstance(like, tuple):
         items = [item for item in text.split(",") if item]
-        return tuple(_read_item(item) for item in items)
+        read = tuple(_read_item(item) for item in items)
+        if like and {type(item) for item in read} - {type(item) for item in like}:
+            raise ValueError(text)
+        return read
     if isinstance(like, str):
         return text
     raise ValueError(text)
@@ -116,7 +133,19 @@ def _read_item(text: str) -> Any:
 
 def made(scenario: type[Scenario], parameters: Mapping[str, Any]) -> Scenario:
     """Make a scenario; what its constructor refuses is a ParameterError."""
+    for name, value in parameters.items():
+        if isinstance(value, int) and not 0 <= value <= NUMBER_MAX:
+            raise ParameterError(f"{name}={value}: {scenario.name} wants a number from 0 to {NUMBER_MAX} there")
     try:
         return scenario(**parameters)
     except (TypeError, ValueError) as error:
         raise ParameterError(f"{scenario.name}: {error}") from None
+
+
+def script_of(script: Iterable[tuple[str, int]], *known: str) -> tuple[tuple[str, int], ...]:
+    """Check a script, which may come from a command line. ValueError: a word that nobody knows would be passed over."""
+    steps = tuple((what, int(of)) for what, of in script)
+    for what, of in steps:
+        if what not in known or of < 1:
+            raise ValueError(f"script: {what}:{of} is none of {', '.join(f'{word}:N' for word in known)}")
+    return steps

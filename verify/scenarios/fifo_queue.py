@@ -16,6 +16,7 @@ from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.layout import ABI_FIFO, PORTS_FIFO, Domain, Fifo, File, FilePage, Irq, Machine, Port, Vcpu
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.scenarios import script_of
 
 RING_ENTRIES: Final = 64
 CONTROL: Final = Domain.guest_page(0)
@@ -55,7 +56,7 @@ class FifoQueue(Scenario):
         self, script: tuple[tuple[str, int], ...] = (("raise", 1), ("raise", 2)), *, before: tuple[int, ...] = (),
         waiting: tuple[int, ...] = (), urgent: tuple[int, ...] = (), upcall_budget: int = 256,
     ) -> None:  # fmt: skip
-        self.script = tuple((what, int(port)) for what, port in script)
+        self.script = script_of(script, "raise", "eoi")
         self.before = before
         self.waiting = waiting
         self.urgent = urgent

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pvbus.verify.explorer.scenario import claimed
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
+from pvbus.verify.scenarios.vmbus_sides import INSTANCES
 
 
 class Offers(VmbusPair):
@@ -30,7 +31,12 @@ class Offers(VmbusPair):
     def __init__(
         self, script: str = "rescind a, offer b", *, opens: bool = True, timeouts: int = 0, registers: bool = False
     ) -> None:
+        commands = tuple(command.strip() for command in script.split(",") if command.strip())
+        for command in commands:
+            what, _, instance = command.partition(" ")
+            if command != "again" and (what not in ("offer", "rescind") or instance not in INSTANCES):
+                raise ValueError(f"script: {command!r} is none of again, offer X, rescind X; X is one of {', '.join(INSTANCES)}")
         super().__init__(
-            toolstack=tuple(command.strip() for command in script.split(",") if command.strip()),
+            toolstack=commands,
             users=(("register",),) if registers else (), seconds=(5.0,) * timeouts, opens=opens, offered="a",
         )  # fmt: skip

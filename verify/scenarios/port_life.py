@@ -18,6 +18,7 @@ from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import FilePage, Port
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.scenarios import script_of
 from pvbus.verify.scenarios.xen import XenScenario
 
 Step = tuple[str, int]
@@ -37,7 +38,7 @@ class PortLife(XenScenario):
     def __init__(
         self, script: tuple[Step, ...] = (_RAISE, _AWAIT, _RAISE, _EOI), *, cpus: int = 1
     ) -> None:
-        self.script = tuple((what, int(of)) for what, of in script)
+        self.script = script_of(script, "raise", "await", "move", "eoi")
         self.cpus = cpus
         self.ports = sorted({of for what, of in self.script if what != "await"})
 

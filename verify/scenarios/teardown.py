@@ -34,6 +34,8 @@ class Teardown(VmbusPair):
     def __init__(
         self, *, ends: str = "close", rescind: bool = False, ticks: int = 1, reads: bool = False, timeouts: int = 0
     ) -> None:
+        if ends not in self.ENDS:
+            raise ValueError(f"nobody ends a channel by {ends!r}: {', '.join(filter(None, self.ENDS))}")
         self.ends = ends
         toolstack = ("tick",) * ticks + ("rescind a",) * rescind
         users = (self.ENDS[ends],) + ((("read",),) if reads else ())
