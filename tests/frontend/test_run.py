@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -135,15 +136,17 @@ def test_a_key_of_the_terminal_is_the_commands_signal_once(
     words = f"{traps}; echo ready; while [ ! $c ]; do sleep 0.02; done; sleep 0.1; echo $n; exit $c"
     pid, fd = pty.fork()
     if pid == 0:
+        for number in (signal.SIGINT, signal.SIGQUIT):  # a background job's are ignored, and no shell may trap those
+            signal.signal(number, signal.SIG_DFL)
         given = command("sh", "-c", words, name=pvbus_shared_machine.name)
         os.execvpe(given[0], given, environment())
     said = b""
     with contextlib.suppress(OSError):  # EIO: the last process with the terminal has ended
-        while piece := os.read(fd, 1024):
+        while select.select([fd], [], [], RUN_S_MAX)[0] and (piece := os.read(fd, 1024)):
             if b"ready" in piece:
                 os.write(fd, key)
             said += piece
-    os.close(fd)
+    os.close(fd)  # hangs up, and so ends whatever is left
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert said.endswith(b"1\r\n")
@@ -161,6 +164,8 @@ def test_whichever_process_of_a_run_is_killed_the_rest_ends_with_its_command(
         titled = f"pvbus: {title}/{pvbus_shared_machine.name}".encode()
         (victim,) = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titled)]
         os.kill(victim, signal.SIGKILL)
+        if title != "run":  # reaped, and said, before the command ends
+            wait_until(lambda: not Path(f"/proc/{victim}").exists(), f"{title} is gone")
         _, errors = process.communicate("\n", timeout=RUN_S_MAX)
 
     assert process.returncode == 5
