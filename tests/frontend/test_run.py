@@ -162,7 +162,15 @@ def test_whichever_process_of_a_run_is_killed_the_rest_ends_with_its_command(
         pids = [int(process.stdout.readline())]
         pids += map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         titled = f"pvbus: {title}/{pvbus_shared_machine.name}".encode()
-        (victim,) = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titled)]
+        victims: list[int] = []
+
+        def is_titled() -> bool:
+            """Whether it has given itself its title: the command may be quicker."""
+            victims[:] = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titled)]
+            return bool(victims)
+
+        wait_until(is_titled, f"{title} has its title")
+        (victim,) = victims
         os.kill(victim, signal.SIGKILL)
         if title != "run":  # reaped, and said, before the command ends
             wait_until(lambda: not Path(f"/proc/{victim}").exists(), f"{title} is gone")
