@@ -231,8 +231,8 @@ print(name_of(lambda: a.read(4)), name_of(lambda: a.notify(1)), name_of(lambda: 
         assert process.stdout is not None
         assert process.stdout.readline() == "reads\n"
         (server,) = [
-            int(entry.name) for entry in Path("/proc").iterdir()
-            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(title)
+            int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if Path("/proc", child, "cmdline").read_bytes().startswith(title)
         ]  # fmt: skip
         os.kill(server, signal.SIGKILL)
         answers, errors = process.communicate(timeout=20)
