@@ -55,10 +55,14 @@ def test_a_site_is_needed_where_a_scenario_fails_without_it(
 def test_a_search_that_did_not_end_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pvbus.verify.barriers.EXECUTIONS_MAX", 3)
     monkeypatch.setattr("pvbus.verify.barriers.HUNT_EXECUTIONS_MAX", 3)
+    monkeypatch.setattr("pvbus.verify.barriers.LAST_EXECUTIONS_MAX", 4)
 
     found = examined("evr_publish", "tso", [TWO])
 
     assert (found.verdict, found.evidence) == (OPEN, ["no end in event-ring events=2"])
+
+    monkeypatch.setattr("pvbus.verify.barriers.LAST_EXECUTIONS_MAX", 100_000)  # it is given more, and ends
+    assert str(examined("evr_publish", "tso", [TWO])) == "redundant: complete in event-ring events=2"
 
 
 def test_it_knows_which_context_comes_by_which_site() -> None:
