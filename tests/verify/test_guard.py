@@ -3,7 +3,7 @@
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -61,15 +61,22 @@ def job(where: str) -> Job:
     return Job("misbehaving", lambda: Misbehaving(where), {}, "sc")
 
 
-def test_an_interrupt_inside_a_context_is_no_failure_of_the_code_under_test() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt, also in a background job, where it is ignored from the start."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
 
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_inside_a_context_is_no_failure_of_the_code_under_test() -> None:
     with pytest.raises(SearchInterrupted) as stopped:
         explore(Misbehaving("interrupt"))
 
     assert (stopped.value.result.verdict, stopped.value.result.failure) == ("bounded (interrupted)", None)
     assert stopped.value.result.executions >= 1
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert search(job("interrupt"), show=False).interrupted
 
 
