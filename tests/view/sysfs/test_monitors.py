@@ -75,6 +75,7 @@ def test_udevd_runs_its_rules_and_tells_who_listens_to_udev(machine: Any, tmp_pa
 
 
 def test_all_of_it_works_without_rights_over_the_system(machine: Any, tmp_path: Path) -> None:
+    program("udevadm", "udev")
     setpriv = program("setpriv", "util-linux")
     if os.geteuid():
         pytest.skip("every room of this run is one of an ordinary user")
