@@ -136,7 +136,10 @@ static void breathe(void)
         PV_RELAX();
 }
 
-/* Spin for work that comes soon, if that has paid lately.  1 when some was done. */
+/*
+ * Spin for work that comes soon, if that has paid lately.  1 when some was done.  Whoever waits for this core goes first: it
+ * may be the one that we wait for, and with fewer cores than processes it mostly is.
+ */
 static int spin(server *s)
 {
     PathObject *path = s->path;
@@ -145,6 +148,7 @@ static int spin(server *s)
     uint64_t deadline = pv_now_ns() + SPIN_NS;
     do {
         breathe();
+        sched_yield();
         if (work(s)) {
             path->score += path->score < SCORE_MAX;
             return 1;
