@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def serve_nothing(fd: int) -> None:
     init = abi.INIT_OUT.pack(7, abi.VERSION_MINOR, 65536, abi.INIT_BIG_WRITES, 0, 0, 65536, 1, 0, 0, 0)
     answers = {
         abi.INIT: init, abi.GETATTR: attributes, abi.SETATTR: attributes, abi.OPEN: abi.OPEN_OUT.pack(1, 1 | 4 | 16, 0),
-        abi.READ: b"", abi.WRITE: abi.WRITE_OUT.pack(4, 0), abi.IOCTL: bytes(16), abi.POLL: bytes(8), abi.RELEASE: b"",
+        abi.READ: b"", abi.WRITE: struct.pack("=II", 4, 0), abi.IOCTL: bytes(16), abi.POLL: bytes(8), abi.RELEASE: b"",
     }  # fmt: skip
     while True:
         try:
@@ -74,8 +75,9 @@ def measure(frontend: str, rounds: int, calls: int, trips: int) -> dict[str, lis
         client = Path(directory, "client")
         subprocess.run([compiler, "-O2", "-o", str(client), str(CLIENT)], check=True)
         Path(directory, "bare").touch()
-        command = [sys.executable, "-P", "-m", "pvbus.supervisor", "run", "--frontend", frontend, "--", sys.executable]
-        command += [str(Path(__file__).resolve()), "--inside", str(client), str(rounds), str(calls), str(trips)]
+        command = [sys.executable, "-P", "-m", "pvbus.supervisor", "run", "--name", f"bench-{os.getpid()}"]
+        command += ["--frontend", frontend, "--", sys.executable, str(Path(__file__).resolve())]
+        command += ["--inside", str(client), str(rounds), str(calls), str(trips)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         environment.pop("PVBUS_MACHINE", None)
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout

@@ -174,6 +174,8 @@ class OpenFile(Handle):
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
+        if length == size:
+            return self.file.write(data)
         count = min(length & ~3, BYTES_A_CALL)
         if count and not inner:
             if count > size:
@@ -197,6 +199,11 @@ class OpenFile(Handle):
         if command == evtchn.IOCTL_NOTIFY and data is not None:
             self.file.notify(_PORT.unpack(data)[0])
             return 0
+        self._ask(request, command, data)
+        return None
+
+    def _ask(self, request: Request, command: int, data: bytes | None) -> None:
+        """Pass an ioctl to the file's process."""
 
         def answered(number: int, value: int) -> None:
             if number:
@@ -205,7 +212,6 @@ class OpenFile(Handle):
                 request.result(value)
 
         self.device.after_releases(lambda: self.file.ioctl(command, data, answered))
-        return None
 
     def poll(self, request: Request, kh: int, events: int) -> int:
         """Mirror evtchn_poll (A10.1)."""
