@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from pvbus.tests.contract.support import wait_until
 from pvbus.tests.frontend.support import driver, run, started
+from pvbus.view.fuse.caller import READ, WRITE, Callers
 from pvbus.view.pytest_plugin import BootedMachine
 
 FUSE_SEES = {
@@ -152,6 +154,19 @@ print(json.dumps(seen))
 
     assert within == [[str(count), True, str(count)] for count in (4, 8, 12, 4, 12, 8, 0, 4)]
     assert beyond == ["EFAULT", "4", "EFAULT", "4", "EAGAIN"]
+
+
+def test_a_request_of_a_caller_that_cannot_be_looked_at_is_a_call_of_its_own() -> None:
+    callers = Callers()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
+        wait_until(lambda: callers.segment(reader.pid, READ, 0, 8)[1] > 8, "it reads, and is seen to")
+        address, length, _ = callers.segment(reader.pid, READ, 0, 8)
+        seen = [callers.segment(reader.pid, kind, offset, 8) for kind in (READ, WRITE) for offset in (4, length)]
+    ended = callers.segment(reader.pid, READ, 4, 8)
+
+    assert address
+    assert seen == [(address, length, 4), (0, 8, 0), (0, 8, 0), (0, 8, 0)]
+    assert ended == (0, 8, 0)
 
 
 @pytest.mark.checklist("A12.4")

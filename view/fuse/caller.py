@@ -24,6 +24,8 @@ READ, WRITE = "read", "write"
 CALLERS_MAX = 64  # threads whose file in /proc stays open
 LOOKS_MAX = 50  # it is on its way into its sleep: a few microseconds
 IOV_MAX = 1024
+LINE_BYTES_MAX = 256
+_RUNNING = b"running"
 _NUMBERS = {
     "x86_64": {READ: (0, 19), WRITE: (1, 20)},
     "aarch64": {READ: (63, 65), WRITE: (64, 66)},
@@ -57,17 +59,22 @@ class Callers:
         self._memories: OrderedDict[int, _MemoryFiles] = OrderedDict()
         self._may_ask = True
         self._asked = bytearray(_QUERY_BYTES)
-        self._whole_text, self._whole = b"running", (0, 0, 0)
+        self._whole_text, self._whole = _RUNNING, (0, 0, 0)
 
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
         """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin.
 
         Where nothing else is known, they are a segment of their own, at address 0.
         """
-        text = self._look(thread)
+        fd = self._files.get(thread)
+        try:
+            text = os.pread(fd, LINE_BYTES_MAX, 0) if fd is not None else b""
+        except OSError:  # gone, and its number perhaps another's
+            self._forget(thread)
+            text = b""
         if text == self._whole_text and size == self._whole[1] and not offset:  # the same buffer again, and all of it
             return self._whole
-        segments = self._segments(thread, text, kind)
+        segments = self._segments(thread, text if text and not text.startswith(_RUNNING) else self._look(thread), kind)
         if sum(length for _, length in segments) < offset + size:  # that is not the call in which it waits for us
             return 0, size, 0
         inner = offset
@@ -136,17 +143,19 @@ class Callers:
         return known
 
     def _look(self, thread: int) -> bytes:
-        """Give the line of a thread that waits: the number of its call, and six words; nothing, if it cannot be had."""
+        """Give the line of a thread that waits, if need be anew: the number of its call, and six words; nothing, if it cannot
+        be had.
+        """
         fd = self._files.get(thread)
         for _ in range(LOOKS_MAX):
             try:
                 if fd is None:
                     fd = self._remember(thread)
-                text = os.pread(fd, 256, 0)
+                text = os.pread(fd, LINE_BYTES_MAX, 0)
             except OSError:  # gone, and its number perhaps another's: the next look opens anew
                 self._forget(thread)
                 return b""
-            if not text.startswith(b"running"):
+            if not text.startswith(_RUNNING):
                 return text
             os.sched_yield()  # it may wait for this very processor
         return b""

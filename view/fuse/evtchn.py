@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pvbus.actors.runtime.clock import Timer
     from pvbus.actors.runtime.inbox import Inbox
     from pvbus.actors.runtime.peer import Peer
-    from pvbus.view.fuse.session import Request
+    from pvbus.view.fuse.request import Request
 
 ARGUMENT_BYTES = {
     evtchn.IOCTL_BIND_VIRQ: 4, evtchn.IOCTL_BIND_INTERDOMAIN: 8, evtchn.IOCTL_BIND_UNBOUND_PORT: 4, evtchn.IOCTL_UNBIND: 4,
@@ -173,6 +173,7 @@ class OpenFile(Handle):
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
+        request.session.caller_is_off = True
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
         if length == size:
             return self.file.write(data)

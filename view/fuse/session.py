@@ -16,14 +16,19 @@ import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
-from pvbus.view.fuse.follow import IN_A_ROW, follow
+from pvbus.view.fuse.follow import IN_A_ROW, Follower
 from pvbus.view.fuse.node import Handle, Node, error
+from pvbus.view.fuse.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_HEAD, _HEAD_BYTES = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES
+_HEAD, _HEAD_BYTES, _DATA = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES, abi.WRITE_IN.size
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
+SERVED_ON_MAX = 8  # requests without a look at whom else there is
+PAUSE = 16  # requests without a try to serve on: one that finds nothing costs a tenth of a request
+GIVEN_WAY_S_MAX = 0.0005  # a caller that goes on and asks again takes a few microseconds: others take our turn,
+PAUSE_CROWDED = 4_000  # and would each time
 _REFUSED = {
     abi.CREATE: errno.EACCES,
     **dict.fromkeys(
@@ -32,42 +37,6 @@ _REFUSED = {
 }
 """What nobody may do in a tree of devices, and the answer of sysfs to it."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
-
-
-class Request:
-    """One that the kernel waits for: who asks, and the means to answer, once."""
-
-    __slots__ = ("nodeid", "pid", "session", "unique")
-
-    def __init__(self, session: Session, unique: int, nodeid: int, pid: int) -> None:
-        self.session = session
-        self.unique = unique
-        self.nodeid = nodeid
-        self.pid = pid  # of the calling thread
-
-    def reply(self, payload: bytes = b"") -> None:
-        """Answer with bytes: what was read, or nothing."""
-        self.session.answer(self.unique, 0, payload)
-
-    def fail(self, number: int) -> None:
-        """Answer with an errno."""
-        self.session.answer(self.unique, number)
-
-    def written(self, count: int) -> None:
-        """Answer WRITE."""
-        self.session.put(self.unique, abi.WRITE_ANSWER.pack(abi.WRITE_ANSWER.size, 0, self.unique, count, 0))
-
-    def result(self, value: int) -> None:
-        """Answer IOCTL: a value, or an errno below zero."""
-        self.session.put(self.unique, abi.IOCTL_ANSWER.pack(abi.IOCTL_ANSWER.size, 0, self.unique, value, 0, 0, 0))
-
-    def revents(self, mask: int) -> None:
-        """Answer POLL."""
-        self.session.put(self.unique, abi.POLL_ANSWER.pack(abi.POLL_ANSWER.size, 0, self.unique, mask, 0))
-
-    def opened(self, handle: Handle) -> None:
-        """Answer OPEN."""
-        self.session.answer_open(self, handle)
 
 
 class Session:
@@ -81,8 +50,12 @@ class Session:
         self.closed = False
         self.kept = 0
         """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
+        self.caller_is_off = False
+        """Set by who looks at a caller in /proc: that takes it off its processor's queue, and our answer brings it back late."""
+        self._pause = 0
         os.set_blocking(fd, False)
         self._caller = self._in_a_row = 0
+        self._follower = Follower()
         self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
         self._buffers = [self._buffer]
         self._view = memoryview(self._buffer)[_HEAD_BYTES:]
@@ -118,37 +91,62 @@ class Session:
             poller.poll()
             self.serve()
 
-    def serve(self, _events: int = 0) -> None:
-        """Handle one request, if one is there; `closed` is True after it once the file system is unmounted.
+    def serve(self, _events: int = 0) -> bool:
+        """Handle one request, and give whether one was there; `closed` is True after it once the file system is unmounted.
 
         A handler gets the buffer from behind the header: as much as its opcode has, and rubbish behind that.
         """
         try:
             os.readv(self.fd, self._buffers)
         except BlockingIOError:
-            return
+            return False
         except OSError as failed:
             if failed.errno in (errno.ENOENT, errno.EINTR):  # the one that we were to get was interrupted
-                return
+                return True
             if failed.errno not in _GONE:
                 raise
             self.closed = True
-            return
+            return True
         _, opcode, unique, nodeid, _, _, pid, _, _ = _HEAD(self._buffer)
         operation = self._operations.get(opcode)
         if operation is None:
             self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
-            return
+            return True
         if pid != self._caller:
             self._caller, self._in_a_row = pid, 0
         self._in_a_row += 1
         if self._in_a_row == IN_A_ROW:
             self._in_a_row = 0
-            follow(pid)
+            self._follower.look(pid)
         try:
             operation(Request(self, unique, nodeid, pid), self._view)
         except OSError as failed:
             self.answer(unique, failed.errno or errno.EIO)
+        return True
+
+    def serve_on(self) -> None:
+        """Handle a request that is there, and those that its caller makes as soon as it goes on: no look at others between them.
+
+        A caller on our own processor goes on within our answer, as a rule. It does not if it was looked at meanwhile: then we
+        give way to it. Where that has not paid, it is not tried for a while.
+        """
+        kept = self.kept
+        for _ in range(SERVED_ON_MAX):
+            self.caller_is_off = False
+            if not self.serve():
+                self._pause = PAUSE
+                return
+            if self._pause:
+                self._pause -= 1
+                return
+            if self.kept != kept or self.closed:
+                return
+            if self.caller_is_off:
+                begin_s = time.monotonic()
+                os.sched_yield()
+                if time.monotonic() - begin_s > GIVEN_WAY_S_MAX:
+                    self._pause = PAUSE_CROWDED
+                    return
 
     # ---- answers
 
@@ -338,7 +336,7 @@ class Session:
     def _write(self, request: Request, body: memoryview) -> None:
         fh, offset, size, _, _, flags, _ = abi.WRITE_IN.unpack_from(body)
         handle = self._handle_of(fh)
-        count = handle.write(request, offset, bytes(body[abi.WRITE_IN.size : abi.WRITE_IN.size + size]), flags)
+        count = handle.write(request, offset, body[_DATA : _DATA + size].tobytes(), flags)
         if count is None:
             self._keep(request, handle)
         else:
@@ -383,4 +381,5 @@ class Session:
         """Give the descriptor up: the kernel ends every call with ECONNABORTED, and new ones with ENOTCONN."""
         self.closed = True
         self._view.release()
+        self._follower.leave()
         os.close(self.fd)

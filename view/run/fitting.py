@@ -112,6 +112,7 @@ def serve_session(inbox: Inbox, session: Session) -> None:
     """
     both = select.epoll()
     both.register(session.fd, select.EPOLLIN)
+    look, serve, requests_only = both.poll, session.serve_on, [(session.fd, select.EPOLLIN)]
     watched = False
 
     def sleep(inbox_fd: int, timeout_ms: int) -> None:
@@ -121,13 +122,14 @@ def serve_session(inbox: Inbox, session: Session) -> None:
             watched = True
         kept = session.kept
         timeout_s = None if timeout_ms < 0 else timeout_ms / 1000
-        while not session.closed:
-            ready = both.poll(timeout_s, 2)
-            for fd, _ in ready:
-                if fd == session.fd:
-                    session.serve()
-            if len(ready) != 1 or ready[0][0] != session.fd or session.kept != kept:
-                break
+        while session.kept == kept and not session.closed:
+            ready = look(timeout_s, 2)
+            if ready == requests_only:
+                serve()
+                continue
+            if any(fd == session.fd for fd, _ in ready):
+                serve()
+            break
         if session.closed:
             inbox.call_soon(_leave)
 
