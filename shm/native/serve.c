@@ -240,7 +240,7 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
         uint64_t asleep = pv_now_ns();
         int other = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
-        if (!s->spun)
+        if (s->domain == NULL && !s->spun)
             s->path->short_sleeps = pv_now_ns() - asleep < SPIN_NS ? s->path->short_sleeps + 1 : 0;
         if ((other && !ours) || timeout_ms == 0)
             return;

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import driver, run, started
+from pvbus.tests.frontend.support import driver, not_shown, run, started
 from pvbus.view.fuse.caller import READ, WRITE, Callers
+from pvbus.view.fuse.follow import Follower, our_processor
 from pvbus.view.pytest_plugin import BootedMachine
 
 FUSE_SEES = {
@@ -233,6 +234,47 @@ os.waitpid(child, 0)
         process.communicate(timeout=20)
 
     assert process.returncode == 0
+
+
+def test_a_client_that_asks_without_a_pause_holds_up_no_other(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+a, _, b, at_b = pair()
+asking = []
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        c = opened()
+        while True:
+            c.poll(1, 0)
+            c.write(bytes(4))
+    asking.append(child)
+for _ in range(100):
+    b.notify(at_b)
+    a.write(a.read(4))                                  # blocks, and is woken while the others ask
+for child in asking:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("went on")
+"""
+    assert inside(pvbus_shared_machine, "import signal\n" + code) == "went on\n"
+
+
+def test_a_server_goes_to_the_processor_of_who_asks_and_stays_free() -> None:
+    ours = os.sched_getaffinity(0)
+    if len(ours) < 2:
+        not_shown("a server that follows its caller", "there is one processor only")
+    follower = Follower()
+    for processor in sorted(ours)[:2]:
+        with subprocess.Popen(["taskset", "-c", str(processor), "cat"], stdin=subprocess.PIPE) as caller:
+
+            def is_there(pid: int = caller.pid, processor: int = processor) -> bool:
+                follower.look(pid)
+                return our_processor() == processor and os.sched_getaffinity(caller.pid) == {processor}
+
+            wait_until(is_there, "the server is where its caller is")
+    follower.look(caller.pid)  # which has ended
+
+    assert os.sched_getaffinity(0) == ours
 
 
 def test_the_death_of_the_server_is_an_error_to_its_clients(pvbus_shared_machine: BootedMachine) -> None:

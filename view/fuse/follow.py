@@ -13,7 +13,7 @@ import os
 IN_A_ROW = 32  # a look costs a third of a request that comes from near, and a tenth of one that comes from afar
 
 _all = os.sched_getaffinity(0)
-_our_processor = ctypes.CDLL(None).sched_getcpu
+our_processor = ctypes.CDLL(None).sched_getcpu
 
 
 class Follower:
@@ -30,7 +30,7 @@ class Follower:
                 self._stat = os.open(f"/proc/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
                 self._thread = thread
             theirs = int(os.pread(self._stat, 1024, 0).rpartition(b")")[2].split(maxsplit=37)[36])
-            if theirs != _our_processor() and theirs in _all:
+            if theirs != our_processor() and theirs in _all:
                 os.sched_setaffinity(0, {theirs})
                 os.sched_setaffinity(0, _all)
         except OSError:  # it has ended, or may not be looked at
