@@ -19,6 +19,7 @@ from pvbus.tests.frontend.support import driver, not_shown, run, started
 from pvbus.view.fuse.caller import READ, WRITE, Callers
 from pvbus.view.fuse.follow import Follower, our_processor
 from pvbus.view.pytest_plugin import BootedMachine
+from pvbus.view.run.fitting import new_inbox, serve_session
 
 FUSE_SEES = {
     "unknown ioctl": "ENOTTY",
@@ -257,6 +258,28 @@ for child in asking:
 print("went on")
 """
     assert inside(pvbus_shared_machine, "import signal\n" + code) == "went on\n"
+
+
+def test_a_timer_is_due_however_much_is_asked() -> None:
+    class Asked:
+        """A session whose callers never pause."""
+
+        fd, kept, closed, served = os.eventfd(1), 0, False, 0
+
+        def serve_on(self) -> None:
+            self.served += 1
+
+        def close(self) -> None:
+            self.closed = True
+
+    inbox, session = new_inbox("test"), Asked()
+    inbox.call_at(inbox.clock.now_ns() + 20_000_000, session.close)
+
+    serve_session(inbox, session)  # type: ignore[arg-type]
+
+    inbox.abandon()
+    os.close(session.fd)
+    assert session.served > 1
 
 
 def test_a_server_goes_to_the_processor_of_who_asks_and_stays_free() -> None:
