@@ -26,7 +26,8 @@ typedef struct {
     int score, probe;         /* does spinning pay? */
     int nap_score, nap_probe; /* does a nap? */
     int short_sleeps;         /* in a row */
-    uint64_t moved_ns;        /* when we last moved to another processor */
+    uint64_t moved_ns;        /* when we last moved to another processor, */
+    int left;                 /* and from which, plus one; 0 = we are where we belong */
 } PathObject;
 
 typedef struct {

@@ -143,23 +143,34 @@ static void breathe(void)
 
 /*
  * Nothing comes while we spin, and it comes at once when we sleep: who sends waits for the processor on which we spin.  Go to
- * another, if there is one, and stay free to be moved on.
+ * another, if there is one; and back once spinning there does not pay: whoever takes part in a round trip is best off beside the
+ * others.  We stay free to be moved on.
  */
-static void move_away(PathObject *path)
+static void move(PathObject *path)
 {
-    cpu_set_t all, others;
+    cpu_set_t all, there;
     uint64_t now = pv_now_ns();
-    if (now - path->moved_ns < MOVE_NS_MIN)
+    size_t here = (size_t)sched_getcpu();
+    if (path->left == 0 && (path->short_sleeps < CROWDED || now - path->moved_ns < MOVE_NS_MIN))
         return;
     path->moved_ns = now;
+    path->short_sleeps = 0;
     if (sched_getaffinity(0, sizeof all, &all) != 0)
         return;
-    others = all;
-    CPU_CLR((size_t)sched_getcpu(), &others);
-    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0)
-        return;
-    (void)sched_setaffinity(0, sizeof all, &all);
-    path->score = SCORE_MAX;
+    there = all;
+    if (path->left == 0) {
+        CPU_CLR(here, &there);
+        path->left = (int)here + 1;
+        path->score = SCORE_MAX;
+    } else {
+        cpu_set_t back;
+        CPU_ZERO(&back);
+        CPU_SET((size_t)path->left - 1, &back);
+        CPU_AND(&there, &all, &back);
+        path->left = 0;
+    }
+    if (CPU_COUNT(&there) > 0 && sched_setaffinity(0, sizeof there, &there) == 0)
+        (void)sched_setaffinity(0, sizeof all, &all);
 }
 
 /* Spin for work that comes soon, if that has paid lately.  1 when some was done. */
@@ -179,8 +190,8 @@ static int spin(server *s)
         }
     } while (pv_now_ns() < deadline);
     path->score -= path->score > 0;
-    if (path->score == 0 && path->short_sleeps >= CROWDED)
-        move_away(path);
+    if (path->score == 0)
+        move(path);
     return 0;
 }
 
