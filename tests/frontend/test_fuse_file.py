@@ -8,14 +8,18 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import driver, run, started
+from pvbus.tests.frontend.support import driver, not_shown, run, started
+from pvbus.view.fuse.caller import READ, WRITE, Callers
+from pvbus.view.fuse.follow import Follower, our_processor
 from pvbus.view.pytest_plugin import BootedMachine
+from pvbus.view.run.fitting import new_inbox, serve_session
 
 FUSE_SEES = {
     "unknown ioctl": "ENOTTY",
@@ -154,6 +158,19 @@ print(json.dumps(seen))
     assert beyond == ["EFAULT", "4", "EFAULT", "4", "EAGAIN"]
 
 
+def test_a_request_of_a_caller_that_cannot_be_looked_at_is_a_call_of_its_own() -> None:
+    callers = Callers()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
+        wait_until(lambda: callers.segment(reader.pid, READ, 0, 8)[1] > 8, "it reads, and is seen to")
+        address, length, _ = callers.segment(reader.pid, READ, 0, 8)
+        seen = [callers.segment(reader.pid, kind, offset, 8) for kind in (READ, WRITE) for offset in (4, length)]
+    ended = callers.segment(reader.pid, READ, 4, 8)
+
+    assert address
+    assert seen == [(address, length, 4), (0, 8, 0), (0, 8, 0), (0, 8, 0)]
+    assert ended == (0, 8, 0)
+
+
 @pytest.mark.checklist("A12.4")
 def test_select_and_epoll_see_an_event_and_an_edge_is_seen_once(pvbus_shared_machine: BootedMachine) -> None:
     code = """
@@ -218,6 +235,69 @@ os.waitpid(child, 0)
         process.communicate(timeout=20)
 
     assert process.returncode == 0
+
+
+def test_a_client_that_asks_without_a_pause_holds_up_no_other(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+a, _, b, at_b = pair()
+asking = []
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        c = opened()
+        while True:
+            c.poll(1, 0)
+            c.write(bytes(4))
+    asking.append(child)
+for _ in range(100):
+    b.notify(at_b)
+    a.write(a.read(4))                                  # blocks, and is woken while the others ask
+for child in asking:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("went on")
+"""
+    assert inside(pvbus_shared_machine, "import signal\n" + code) == "went on\n"
+
+
+def test_a_timer_is_due_however_much_is_asked() -> None:
+    class Asked:
+        """A session whose callers never pause."""
+
+        fd, kept, closed, served = os.eventfd(1), 0, False, 0
+
+        def serve_on(self) -> None:
+            self.served += 1
+
+        def close(self) -> None:
+            self.closed = True
+
+    inbox, session = new_inbox("test"), Asked()
+    inbox.call_at(inbox.clock.now_ns() + 20_000_000, session.close)
+
+    serve_session(inbox, session)  # type: ignore[arg-type]
+
+    inbox.abandon()
+    os.close(session.fd)
+    assert session.served > 1
+
+
+def test_a_server_goes_to_the_processor_of_who_asks_and_stays_free() -> None:
+    ours = os.sched_getaffinity(0)
+    if len(ours) < 2:
+        not_shown("a server that follows its caller", "there is one processor only")
+    follower = Follower()
+    for processor in sorted(ours)[:2]:
+        with subprocess.Popen(["taskset", "-c", str(processor), "cat"], stdin=subprocess.PIPE) as caller:
+
+            def is_there(pid: int = caller.pid, processor: int = processor) -> bool:
+                follower.look(pid)
+                return our_processor() == processor and os.sched_getaffinity(caller.pid) == {processor}
+
+            wait_until(is_there, "the server is where its caller is")
+    follower.look(caller.pid)  # which has ended
+
+    assert os.sched_getaffinity(0) == ours
 
 
 def test_the_death_of_the_server_is_an_error_to_its_clients(pvbus_shared_machine: BootedMachine) -> None:

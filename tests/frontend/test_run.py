@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pvbus.actors.client import attach
 from pvbus.actors.runtime import rundir
 from pvbus.tests.contract.support import wait_until
 from pvbus.tests.frontend.support import RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
@@ -223,6 +224,26 @@ def test_a_run_that_is_killed_leaves_nothing_behind(pvbus_shared_machine: Booted
 
     wait_until(lambda: not any(alive(pid) for pid in pids), "the command's processes are gone")
     wait_until(lambda: machines() == before, "the machine is gone")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_machine_that_ends_under_a_run_is_said_in_one_sentence(number: signal.Signals) -> None:
+    name = f"ends-{os.getpid()}"
+    words = "ls /sys/bus/vmbus/devices > /dev/null && echo there; read line; exit 5"  # both of its servers are up
+    with started("sh", "-c", words, name=name) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "there\n"
+        with attach(name) as machine:
+            (supervisor,) = [entry["pid"] for entry in machine.status()["processes"] if entry["name"] == "supervisor"]
+        os.kill(supervisor, number)
+        said = process.stderr.readline()
+        _, more = process.communicate("\n", timeout=RUN_S_MAX)
+
+    assert (process.returncode, said, more) == (
+        5, f"pvbus run: machine {name!r} has stopped; its devices answer with errors\n", ""
+    )  # fmt: skip
+    assert name not in machines()
 
 
 def test_the_servers_of_a_run_end_with_it(pvbus_shared_machine: BootedMachine) -> None:

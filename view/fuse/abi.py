@@ -47,14 +47,15 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
 OPEN_IN = struct.Struct("=II")
 OPEN_OUT = struct.Struct("=QII")
 READ_IN = WRITE_IN = struct.Struct("=QQIIQII")
-WRITE_OUT = struct.Struct("=II")
+WRITE_ANSWER = struct.Struct("=IiQII")  # an answer is a header and what stands behind it; the frequent ones are packed in one go
 RELEASE_IN = struct.Struct("=QIIQ")
+FSYNC_IN = struct.Struct("=QII")
 GETATTR_IN = struct.Struct("=IIQ")
 SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
 IOCTL_IN = struct.Struct("=QIIQII")
-IOCTL_OUT = struct.Struct("=iIII")
+IOCTL_ANSWER = struct.Struct("=IiQiIII")
 POLL_IN = struct.Struct("=QQII")
-POLL_OUT = struct.Struct("=II")
+POLL_ANSWER = struct.Struct("=IiQII")
 POLL_WAKEUP = struct.Struct("=Q")
 INTERRUPT_IN = struct.Struct("=Q")
 FORGET_IN = struct.Struct("=Q")
@@ -69,6 +70,7 @@ ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 IN_HEADER_BYTES = IN_HEADER.size
 OUT_HEADER_BYTES = OUT_HEADER.size
 NAME_BYTES_MAX = 255
+LOOKUP_BYTES_MAX = 1025  # a name as the kernel may ask for it, and its NUL
 BLOCK_BYTES = 4096
 
 

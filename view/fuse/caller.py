@@ -24,6 +24,8 @@ READ, WRITE = "read", "write"
 CALLERS_MAX = 64  # threads whose file in /proc stays open
 LOOKS_MAX = 50  # it is on its way into its sleep: a few microseconds
 IOV_MAX = 1024
+LINE_BYTES_MAX = 256
+_RUNNING = b"running"
 _NUMBERS = {
     "x86_64": {READ: (0, 19), WRITE: (1, 20)},
     "aarch64": {READ: (63, 65), WRITE: (64, 66)},
@@ -57,39 +59,47 @@ class Callers:
         self._memories: OrderedDict[int, _MemoryFiles] = OrderedDict()
         self._may_ask = True
         self._asked = bytearray(_QUERY_BYTES)
-        self._last_text, self._last_size, self._last = b"running", 0, [(0, 0)]
+        self._whole_text, self._whole = _RUNNING, (0, 0, 0)
 
-    def segments(self, thread: int, kind: str, size: int) -> list[tuple[int, int]]:
-        """Give the address and the length of each segment that a thread reads or writes.
+    def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
+        """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin.
 
-        `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known.
+        Where nothing else is known, they are a segment of their own, at address 0.
         """
-        text = self._look(thread)
-        if text == self._last_text and size == self._last_size:  # the same buffer, and all of it
-            return self._last
-        simple, vectored = _NUMBERS[kind]
+        fd = self._files.get(thread)
+        try:
+            text = os.pread(fd, LINE_BYTES_MAX, 0) if fd is not None else b""
+        except OSError:  # gone, and its number perhaps another's
+            self._forget(thread)
+            text = b""
+        if text == self._whole_text and size == self._whole[1] and not offset:  # the same buffer again, and all of it
+            return self._whole
+        segments = self._segments(thread, text if text and not text.startswith(_RUNNING) else self._look(thread), kind)
+        if sum(length for _, length in segments) < offset + size:  # that is not the call in which it waits for us
+            return 0, size, 0
+        inner = offset
+        for address, length in segments:
+            if inner < length:
+                return address, length, inner
+            inner -= length
+        return 0, size, 0
+
+    def _segments(self, thread: int, text: bytes, kind: str) -> list[tuple[int, int]]:
+        """Give the address and the length of each segment that a thread reads or writes, by its line of /proc."""
         words = text.split()
-        found: list[tuple[int, int]] = []
+        simple, vectored = _NUMBERS[kind]
         try:
             number = int(words[0]) if len(words) > 3 else -2
             if number == simple:
-                found = [(int(words[2], 16), int(words[3], 16))]
-                if found[0][1] == size:
-                    self._last_text, self._last_size, self._last = text, size, found
-            elif number == vectored:
+                address, length = int(words[2], 16), int(words[3], 16)
+                self._whole_text, self._whole = text, (address, length, 0)
+                return [(address, length)]
+            if number == vectored:
                 count = min(int(words[3], 16), IOV_MAX)
-                found = list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
+                return list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
         except (OSError, ValueError):
-            found = []
-        return found if sum(length for _, length in found) >= size else [(0, size)]
-
-    def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
-        """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin."""
-        for address, length in self.segments(thread, kind, offset + size):
-            if offset < length:
-                return address, length, offset
-            offset -= length
-        return 0, size, 0
+            return []
+        return []
 
     def memory(self, thread: int, address: int, size: int) -> bytes:
         """Read a caller's structure; EFAULT for what it cannot read itself.
@@ -133,17 +143,19 @@ class Callers:
         return known
 
     def _look(self, thread: int) -> bytes:
-        """Give the line of a thread that waits: the number of its call, and six words; nothing, if it cannot be had."""
+        """Give the line of a thread that waits, if need be anew: the number of its call, and six words; nothing, if it cannot
+        be had.
+        """
         fd = self._files.get(thread)
         for _ in range(LOOKS_MAX):
             try:
                 if fd is None:
                     fd = self._remember(thread)
-                text = os.pread(fd, 256, 0)
+                text = os.pread(fd, LINE_BYTES_MAX, 0)
             except OSError:  # gone, and its number perhaps another's: the next look opens anew
                 self._forget(thread)
                 return b""
-            if not text.startswith(b"running"):
+            if not text.startswith(_RUNNING):
                 return text
             os.sched_yield()  # it may wait for this very processor
         return b""

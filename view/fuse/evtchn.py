@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pvbus.actors.runtime.clock import Timer
     from pvbus.actors.runtime.inbox import Inbox
     from pvbus.actors.runtime.peer import Peer
-    from pvbus.view.fuse.session import Request
+    from pvbus.view.fuse.request import Request
 
 ARGUMENT_BYTES = {
     evtchn.IOCTL_BIND_VIRQ: 4, evtchn.IOCTL_BIND_INTERDOMAIN: 8, evtchn.IOCTL_BIND_UNBOUND_PORT: 4, evtchn.IOCTL_UNBIND: 4,
@@ -173,7 +173,10 @@ class OpenFile(Handle):
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
+        request.session.caller_is_off = True
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
+        if length == size:
+            return self.file.write(data)
         count = min(length & ~3, BYTES_A_CALL)
         if count and not inner:
             if count > size:
@@ -197,6 +200,11 @@ class OpenFile(Handle):
         if command == evtchn.IOCTL_NOTIFY and data is not None:
             self.file.notify(_PORT.unpack(data)[0])
             return 0
+        self._ask(request, command, data)
+        return None
+
+    def _ask(self, request: Request, command: int, data: bytes | None) -> None:
+        """Pass an ioctl to the file's process."""
 
         def answered(number: int, value: int) -> None:
             if number:
@@ -205,7 +213,6 @@ class OpenFile(Handle):
                 request.result(value)
 
         self.device.after_releases(lambda: self.file.ioctl(command, data, answered))
-        return None
 
     def poll(self, request: Request, kh: int, events: int) -> int:
         """Mirror evtchn_poll (A10.1)."""

@@ -18,7 +18,7 @@ from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, Attributes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from pvbus.view.fuse.session import Request
+    from pvbus.view.fuse.request import Request
 
 TEXT_BYTES_MAX = 4096  # a page: what sysfs reads and writes at once
 

@@ -16,13 +16,19 @@ import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
-from pvbus.view.fuse.follow import IN_A_ROW, follow
+from pvbus.view.fuse.follow import IN_A_ROW, Follower
 from pvbus.view.fuse.node import Handle, Node, error
+from pvbus.view.fuse.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_HEAD, _HEAD_BYTES, _DATA = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES, abi.WRITE_IN.size
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
+SERVED_ON_MAX = 8  # requests without a look at whom else there is
+PAUSE = 16  # requests without a try to serve on: one that finds nothing costs a tenth of a request
+GIVEN_WAY_S_MAX = 0.0005  # a caller that goes on and asks again takes a few microseconds: others take our turn,
+PAUSE_CROWDED = 500  # and would each time
 _REFUSED = {
     abi.CREATE: errno.EACCES,
     **dict.fromkeys(
@@ -31,45 +37,6 @@ _REFUSED = {
 }
 """What nobody may do in a tree of devices, and the answer of sysfs to it."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
-
-
-class Request:
-    """One that the kernel waits for: who asks, and the means to answer, once."""
-
-    __slots__ = ("handle", "nodeid", "opcode", "pid", "session", "uid", "unique")
-
-    def __init__(self, session: Session, unique: int, opcode: int, nodeid: int, uid: int, pid: int) -> None:
-        self.session = session
-        self.unique = unique
-        self.opcode = opcode
-        self.nodeid = nodeid
-        self.uid = uid
-        self.pid = pid  # of the calling thread
-        self.handle: Handle | None = None
-
-    def reply(self, payload: bytes = b"") -> None:
-        """Answer with bytes: what was read, or nothing."""
-        self.session.answer(self.unique, 0, payload)
-
-    def fail(self, number: int) -> None:
-        """Answer with an errno."""
-        self.session.answer(self.unique, number)
-
-    def written(self, count: int) -> None:
-        """Answer WRITE."""
-        self.reply(abi.WRITE_OUT.pack(count, 0))
-
-    def result(self, value: int) -> None:
-        """Answer IOCTL: a value, or an errno below zero."""
-        self.reply(abi.IOCTL_OUT.pack(value, 0, 0, 0))
-
-    def revents(self, mask: int) -> None:
-        """Answer POLL."""
-        self.reply(abi.POLL_OUT.pack(mask, 0))
-
-    def opened(self, handle: Handle) -> None:
-        """Answer OPEN."""
-        self.session.answer_open(self, handle)
 
 
 class Session:
@@ -83,11 +50,15 @@ class Session:
         self.closed = False
         self.kept = 0
         """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
+        self.caller_is_off = False
+        """Set by who looks at a caller in /proc: that takes it off its processor's queue, and our answer brings it back late."""
+        self._pause = 0
         os.set_blocking(fd, False)
         self._caller = self._in_a_row = 0
+        self._follower = Follower()
         self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
         self._buffers = [self._buffer]
-        self._view = memoryview(self._buffer)
+        self._view = memoryview(self._buffer)[_HEAD_BYTES:]
         self._nodes: dict[int, Node] = {1: root}
         self._ids: dict[Node, int] = {root: 1}
         self._lookups: dict[int, int] = {1: 1}
@@ -96,7 +67,7 @@ class Session:
         self._listings: dict[int, list[tuple[str, Node]]] = {}
         self._next_handle = 1
         self._born_s = int(time.time())
-        self._waiting: dict[int, Request] = {}
+        self._waiting: dict[int, tuple[Request, Handle | None]] = {}
         self._operations: dict[int, Callable[[Request, memoryview], None]] = {
             abi.LOOKUP: self._lookup, abi.FORGET: self._forget, abi.BATCH_FORGET: self._batch_forget,
             abi.GETATTR: self._getattr, abi.SETATTR: self._setattr, abi.READLINK: self._readlink,
@@ -120,55 +91,80 @@ class Session:
             poller.poll()
             self.serve()
 
-    def serve(self, _events: int = 0) -> None:
-        """Handle one request, if one is there; `closed` is True after it once the file system is unmounted."""
+    def serve(self, _events: int = 0) -> bool:
+        """Handle one request, and give whether one was there; `closed` is True after it once the file system is unmounted.
+
+        A handler gets the buffer from behind the header: as much as its opcode has, and rubbish behind that.
+        """
         try:
-            size = os.readv(self.fd, self._buffers)
+            os.readv(self.fd, self._buffers)
         except BlockingIOError:
-            return
+            return False
         except OSError as failed:
             if failed.errno in (errno.ENOENT, errno.EINTR):  # the one that we were to get was interrupted
-                return
+                return True
             if failed.errno not in _GONE:
                 raise
             self.closed = True
-            return
-        self._handle(size)
-
-    def _handle(self, size: int) -> None:
-        _, opcode, unique, nodeid, uid, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
+            return True
+        _, opcode, unique, nodeid, _, _, pid, _, _ = _HEAD(self._buffer)
         operation = self._operations.get(opcode)
         if operation is None:
             self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
-            return
+            return True
         if pid != self._caller:
             self._caller, self._in_a_row = pid, 0
         self._in_a_row += 1
         if self._in_a_row == IN_A_ROW:
             self._in_a_row = 0
-            follow(pid)
-        request = Request(self, unique, opcode, nodeid, uid, pid)
+            self._follower.look(pid)
         try:
-            operation(request, self._view[abi.IN_HEADER_BYTES : size])
+            operation(Request(self, unique, nodeid, pid), self._view)
         except OSError as failed:
             self.answer(unique, failed.errno or errno.EIO)
+        return True
+
+    def serve_on(self) -> None:
+        """Handle a request that is there, and those that its caller makes as soon as it goes on: no look at others between them.
+
+        A caller on our own processor goes on within our answer, as a rule. It does not if it was looked at meanwhile: then we
+        give way to it. Where that has not paid, it is not tried for a while.
+        """
+        kept = self.kept
+        for _ in range(SERVED_ON_MAX):
+            self.caller_is_off = False
+            if not self.serve():
+                self._pause = PAUSE
+                return
+            if self._pause:
+                self._pause -= 1
+                return
+            if self.kept != kept or self.closed:
+                return
+            if self.caller_is_off:
+                begin_s = time.monotonic()
+                os.sched_yield()
+                if time.monotonic() - begin_s > GIVEN_WAY_S_MAX:
+                    self._pause = PAUSE_CROWDED
+                    return
 
     # ---- answers
 
     def answer(self, unique: int, number: int, payload: bytes = b"") -> None:
         """Write an answer: an errno, or a payload."""
-        self._waiting.pop(unique, None)
-        header = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + len(payload), -number, unique)
-        self._put(header + payload)
+        self.put(unique, abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + len(payload), -number, unique) + payload)
 
     def wake_pollers(self, kh: int) -> None:
         """Have those ask again who wait in poll, select or epoll for the handle that came with `kh`."""
         head = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + abi.POLL_WAKEUP.size, abi.NOTIFY_POLL, 0)
-        self._put(head + abi.POLL_WAKEUP.pack(kh))
+        self.put(0, head + abi.POLL_WAKEUP.pack(kh))
 
-    def _put(self, message: bytes) -> None:
+    def put(self, unique: int, message: bytes) -> None:
+        """Write an answer with its header. (For `Request`.)"""
         if self.closed:
             return
+        if self._waiting:
+            self._waiting.pop(unique, None)
         try:
             os.write(self.fd, message)
         except OSError as failed:
@@ -180,9 +176,8 @@ class Session:
 
     def _keep(self, request: Request, handle: Handle | None) -> None:
         """Remember a request that is answered later: an INTERRUPT may come for it."""
-        request.handle = handle
         self.kept += 1
-        self._waiting[request.unique] = request
+        self._waiting[request.unique] = request, handle
 
     # ---- INIT
 
@@ -221,7 +216,7 @@ class Session:
         return node
 
     def _lookup(self, request: Request, body: memoryview) -> None:
-        name = os.fsdecode(bytes(body).split(b"\0", 1)[0])
+        name = os.fsdecode(bytes(body[:abi.LOOKUP_BYTES_MAX]).split(b"\0", 1)[0])
         node = self._node(request.nodeid).lookup(name)
         nodeid = self._id_of(node)
         self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
@@ -341,7 +336,7 @@ class Session:
     def _write(self, request: Request, body: memoryview) -> None:
         fh, offset, size, _, _, flags, _ = abi.WRITE_IN.unpack_from(body)
         handle = self._handle_of(fh)
-        count = handle.write(request, offset, bytes(body[abi.WRITE_IN.size : abi.WRITE_IN.size + size]), flags)
+        count = handle.write(request, offset, body[_DATA : _DATA + size].tobytes(), flags)
         if count is None:
             self._keep(request, handle)
         else:
@@ -366,7 +361,7 @@ class Session:
             request.revents(mask)
 
     def _fsync(self, request: Request, body: memoryview) -> None:
-        self._handle_of(abi.RELEASE_IN.unpack_from(bytes(body) + bytes(8))[0]).fsync(request)
+        self._handle_of(abi.FSYNC_IN.unpack_from(body)[0]).fsync(request)
         request.reply()
 
     def _release(self, request: Request, body: memoryview) -> None:
@@ -378,12 +373,13 @@ class Session:
 
     def _interrupt(self, _request: Request, body: memoryview) -> None:
         """Pass it on; INTERRUPT itself has no answer, and one that comes too late finds nobody."""
-        waiting = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0])
-        if waiting is not None and waiting.handle is not None:
-            waiting.handle.interrupt(waiting)
+        request, handle = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0], (None, None))
+        if request is not None and handle is not None:
+            handle.interrupt(request)
 
     def close(self) -> None:
         """Give the descriptor up: the kernel ends every call with ECONNABORTED, and new ones with ENOTCONN."""
         self.closed = True
         self._view.release()
+        self._follower.leave()
         os.close(self.fd)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse.evtchn import Device
@@ -46,5 +47,13 @@ class XenDevices(Fitting):
         """Answer for every open file."""
         inbox = new_inbox(self.title)
         machine = connect(inbox, room.machine)
+
+        def say(peer: Peer) -> None:
+            """The run's own stop of a machine comes when its servers are gone: this one nobody here has asked for."""
+            if peer is machine:
+                said = f"pvbus run: machine {room.machine!r} has stopped; its devices answer with errors"
+                print(said, file=sys.stderr, flush=True)
+
+        inbox.on_hangup = say
         tree = Directory({name: make(inbox, machine, room) for name, make in self.nodes.items()})
         serve_session(inbox, Session(self.fds[0], tree, pages_max=1))  # segments come apart: see caller.py

@@ -8,11 +8,13 @@ and `start` (/sys is in place: daemons, as children). Add a fitting to FITTINGS 
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import select
 import signal
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
@@ -112,6 +114,7 @@ def serve_session(inbox: Inbox, session: Session) -> None:
     """
     both = select.epoll()
     both.register(session.fd, select.EPOLLIN)
+    look, serve, requests_only = both.poll, session.serve_on, [(session.fd, select.EPOLLIN)]
     watched = False
 
     def sleep(inbox_fd: int, timeout_ms: int) -> None:
@@ -121,13 +124,19 @@ def serve_session(inbox: Inbox, session: Session) -> None:
             watched = True
         kept = session.kept
         timeout_s = None if timeout_ms < 0 else timeout_ms / 1000
-        while not session.closed:
-            ready = both.poll(timeout_s, 2)
-            for fd, _ in ready:
-                if fd == session.fd:
-                    session.serve()
-            if len(ready) != 1 or ready[0][0] != session.fd or session.kept != kept:
-                break
+        until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while session.kept == kept and not session.closed:
+            ready = look(timeout_s, 2)
+            if ready == requests_only:
+                serve()
+                if timeout_s is None:
+                    continue
+                timeout_s = until_s - time.monotonic()
+                if timeout_s > 0:
+                    continue  # else a timer is due, however much is asked
+            elif any(fd == session.fd for fd, _ in ready):
+                serve()
+            break
         if session.closed:
             inbox.call_soon(_leave)
 

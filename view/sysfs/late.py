@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pvbus.view.fuse.node import TEXT_BYTES_MAX, Handle, Text, error
 
 if TYPE_CHECKING:
-    from pvbus.view.fuse.session import Request
+    from pvbus.view.fuse.request import Request
 
 Later = Callable[[Callable[[], None], Callable[[int], None]], object]
 """Runs the first outside of the loop; then, in the loop, the second with the errno that came of it, 0 for none."""

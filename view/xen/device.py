@@ -23,7 +23,7 @@ from pvbus.actors.runtime.peer import Peer
 from pvbus.shm.memory import Memory
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
 from pvbus.view.fuse.node import Handle, Node, error
-from pvbus.view.fuse.session import Request
+from pvbus.view.fuse.request import Request
 from pvbus.view.xen.ring import Ring, RingBroken
 from pvbus.view.xen.xenbus import ProtocolError, Xenbus
 

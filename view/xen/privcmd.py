@@ -19,7 +19,7 @@ from pvbus.actors.runtime.peer import Peer
 from pvbus.actors.runtime.wire import Failure, Message, close_fds
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, Attributes
 from pvbus.view.fuse.node import Handle, Node, error
-from pvbus.view.fuse.session import Request
+from pvbus.view.fuse.request import Request
 from pvbus.view.seccomp import abi
 
 IOCTL_HYPERCALL = 0x00305000
