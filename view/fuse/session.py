@@ -253,6 +253,9 @@ class Session:
     def _packed(self, node: Node, nodeid: int) -> bytes:
         """Give what stat shows; what has no time of its own is as old as we are."""
         attributes = node.attributes()
+        if node.changed:
+            mode = node.changed.get("mode", attributes.mode)
+            attributes = attributes._replace(**{**node.changed, "mode": stat.S_IFMT(attributes.mode) | stat.S_IMODE(mode)})
         if not attributes.time_s:
             attributes = attributes._replace(time_s=self._born_s)
         return attributes.pack(node.inode or nodeid)
@@ -262,13 +265,16 @@ class Session:
 
     def _setattr(self, request: Request, body: memoryview) -> None:
         valid, _, fh, size = abi.SETATTR_IN.unpack_from(body)[:4]
+        node, changed = self._node(request.nodeid), abi.changed_attributes(body)
         if valid & abi.SETATTR_SIZE:
             handle = self._handles.get(fh)
             if handle is not None:
                 handle.truncate(request, size)
             else:
-                self._node(request.nodeid).truncate(request, size)
-        request.reply(self._attributes(request))  # owner, mode and times stay what they are
+                node.truncate(request, size)
+        if changed:
+            node.changed = {**node.changed, **changed}
+        request.reply(self._attributes(request))
 
     def _readlink(self, request: Request, _body: memoryview) -> None:
         request.reply(os.fsencode(self._node(request.nodeid).readlink()))
