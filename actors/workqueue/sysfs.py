@@ -29,7 +29,7 @@ PARENT_MODALIAS = "acpi:VMBUS:"
 
 def synthetic(text: str) -> tuple[str, list[str]]:
     """Read `ACTION [UUID [KEY=VALUE ...]]`; give the action, and what the uevent says of its asker. EINVAL."""
-    action, *rest = text.removesuffix("\n").split(" ") if text else [""]
+    action, *rest = (text[:-1] if text.endswith(("\n", "\0")) else text).split(" ")
     if action not in ACTIONS:
         raise failed(errno.EINVAL, f"{action[:32]!r} is no action of a uevent")
     if not rest:

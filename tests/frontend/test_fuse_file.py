@@ -30,6 +30,24 @@ FUSE_SEES = {
     "write of 3 bytes from NULL": "EFAULT",
     "private mapping": "SIGBUS",
     "shared mapping": "ENODEV",
+    "read over SIGSTOP and SIGCONT": "EINTR",
+    "open with O_DIRECT": "EINVAL",  # this, and the next three, as on the device
+    "truncate": "EINVAL",
+    "splice from it": "EINVAL",
+    "splice to it": "EINVAL",
+    "copy_file_range": "EXDEV",
+    "pwritev2 with RWF_APPEND": "4",
+    "sync_file_range": "0",
+    "fallocate": "ENOTSUP",
+    "readahead": "0",
+    "F_SETLEASE": "EAGAIN",
+    "F_SETFL with O_DIRECT": "0",
+    "FIONREAD": "00000000",
+    "FIOQSIZE": "0000000000000000",
+    "getxattr": "ENOTSUP",
+    "an unknown ioctl with a size, and NULL": "EFAULT",
+    "an unknown ioctl of more than a page": "ENOMEM",
+    "the event": "4",
 }
 
 

@@ -37,6 +37,7 @@ FOPEN_NONSEEKABLE = 4
 FOPEN_STREAM = 16
 
 POLL_SCHEDULE_NOTIFY = 1
+READ_LOCKOWNER = 2  # of read(2) and its like; what the kernel reads into its own pages is without it
 SETATTR_MODE, SETATTR_UID, SETATTR_GID, SETATTR_SIZE, SETATTR_MTIME, SETATTR_MTIME_NOW = 1, 2, 4, 8, 32, 256
 
 # ---- layouts

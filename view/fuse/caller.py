@@ -28,6 +28,7 @@ _NUMBERS = {
     "x86_64": {READ: (0, 19), WRITE: (1, 20)},
     "aarch64": {READ: (63, 65), WRITE: (64, 66)},
 }.get(platform.machine(), {READ: (-1, -1), WRITE: (-1, -1)})
+_SPLICES = {"x86_64": (40, 275), "aarch64": (71, 76)}.get(platform.machine(), ())  # sendfile, splice
 _VECTOR = struct.Struct("=QQ")
 MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
 _QUERY, _QUERY_BYTES = struct.Struct("=QQQ"), 104  # procmap_query: its size, flags, the address
@@ -62,7 +63,8 @@ class Callers:
     def segments(self, thread: int, kind: str, size: int) -> list[tuple[int, int]]:
         """Give the address and the length of each segment that a thread reads or writes.
 
-        `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known.
+        `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known. EINVAL: it is a splice,
+        which drivers without a method for it refuse.
         """
         text = self._look(thread)
         if text == self._last_text and size == self._last_size:  # the same buffer, and all of it
@@ -79,8 +81,12 @@ class Callers:
             elif number == vectored:
                 count = min(int(words[3], 16), IOV_MAX)
                 found = list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
+            elif number in _SPLICES:
+                size = -1
         except (OSError, ValueError):
             found = []
+        if size < 0:
+            raise OSError(errno.EINVAL, "a splice")
         return found if sum(length for _, length in found) >= size else [(0, size)]
 
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:

@@ -334,8 +334,10 @@ class Session:
         return handle
 
     def _read(self, request: Request, body: memoryview) -> None:
-        fh, offset, size, _, _, flags, _ = abi.READ_IN.unpack_from(body)
+        fh, offset, size, read_flags, _, flags, _ = abi.READ_IN.unpack_from(body)
         handle = self._handle_of(fh)
+        if not read_flags & abi.READ_LOCKOWNER and handle.open_flags & abi.FOPEN_STREAM:
+            raise error(errno.EINVAL)  # splice and readahead: pages of a stream would be lost to its readers
         data = handle.read(request, offset, size, flags)
         if data is None:
             self._keep(request, handle)
