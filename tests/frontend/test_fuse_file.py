@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pvbus.actors.client import attach
 from pvbus.tests.contract.support import wait_until
 from pvbus.tests.frontend.support import driver, run, started
 from pvbus.view.pytest_plugin import BootedMachine
@@ -283,3 +284,21 @@ print(len(a.read(4)), flush=True)
         answers, _ = process.communicate(timeout=20)
 
     assert answers.split() == [errno.errorcode[errno.EIO]] * 2 + [str(select.POLLERR), "4"]
+
+
+def test_when_the_whole_machine_dies_every_call_says_so_at_once() -> None:
+    name = f"dies-{os.getpid()}"
+    code = INSIDE + """
+a, at_a, _, _ = pair()
+print("reads", flush=True)
+print(name_of(lambda: a.read(4)), name_of(lambda: a.write(bytes(4))), name_of(lambda: a.notify(at_a)), name_of(opened))
+"""
+    with started(sys.executable, "-c", code, str(driver()), name=name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reads\n"
+        with attach(name) as machine:
+            supervisor = next(row["pid"] for row in machine.status()["processes"] if row["name"] == "supervisor")
+        os.kill(supervisor, signal.SIGKILL)
+        answers, _ = process.communicate(timeout=20)
+
+    assert answers.split() == ["EIO"] * 4

@@ -183,7 +183,8 @@ def test_a_uevent_with_more_arguments_than_there_is_room_for_is_enomem() -> None
 
 @pytest.mark.parametrize("action", ["add", "remove", "change", "move", "online", "offline", "bind", "unbind"])
 def test_every_action_of_the_kernel_may_be_asked_for(action: str) -> None:
-    assert synthetic(action) == (action, ["SYNTH_UUID=0"])
+    for end in ("", "\n", "\0"):
+        assert synthetic(action + end) == (action, ["SYNTH_UUID=0"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "a\nb", "x" * 4096])

@@ -222,6 +222,17 @@ def test_a_value_is_that_of_the_moment_it_is_read_and_one_read_is_of_one_moment(
     assert handle.read(Caller(), 0, 9, 0) == b"67890\n"  # type: ignore[arg-type]
 
 
+def test_who_begins_in_the_middle_reads_from_there(tree: Tree, source: Source) -> None:
+    handle = find(tree, f"{DEVICE}/id").open(Caller(), os.O_RDONLY)  # type: ignore[arg-type]
+    assert handle is not None
+    source.devices["vmbus_0_1"]["attributes"]["id"] = "12345\n"
+
+    assert handle.read(Caller(), 3, 9, 0) == b"45\n"  # type: ignore[arg-type]
+    assert handle.read(Caller(), 4000, 9, 0) == b""  # type: ignore[arg-type]
+    source.devices["vmbus_0_1"]["attributes"]["id"] = "67890\n"
+    assert handle.read(Caller(), 1, 2, 0) == b"78"  # type: ignore[arg-type]
+
+
 def test_writes_go_where_they_belong_and_give_their_errors(tree: Tree, source: Source) -> None:
     assert write(tree, f"{DEVICE}/driver_override", b"other\n") == 6
     assert write(tree, f"{DEVICE}/uevent", b"change") == 6
