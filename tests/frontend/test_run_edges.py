@@ -36,6 +36,16 @@ def test_the_command_has_the_descriptors_that_the_run_was_given_and_no_others(pv
     assert {0, 1, 2, write_end} < seen
 
 
+@pytest.mark.parametrize(("place", "path"), [("/dev", "xen/evtchn"), ("/sys/class", "misc/xen!evtchn"), ("/dev/shm", "/dev/xen")])
+def test_who_begins_in_dev_or_sys_is_in_those_of_the_run(place: str, path: str) -> None:
+    need_namespaces()
+    words = command("sh", "-c", f"pwd -P; cd ..; cd -; ls -d {path}")
+
+    done = subprocess.run(words, check=False, env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX, cwd=place)
+
+    assert (done.returncode, done.stdout) == (0, f"{place}\n{place}\n{path}\n"), done.stderr
+
+
 def test_a_script_without_a_first_line_is_the_shells(pvbus_shared_machine: BootedMachine, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text('echo "$# $1"; exit 4\n')

@@ -81,6 +81,7 @@ class Room:
                     os.close(old)
         mount.unmount(STAGE)
         Path(STAGE).rmdir()
+        _look_again()
 
 
 @contextlib.contextmanager
@@ -123,6 +124,14 @@ def _own_dev() -> None:
         Path("/dev/xen").mkdir()
     finally:
         os.close(old)
+
+
+def _look_again() -> None:
+    """Go to our own place in /dev or /sys, if we are in one of the host's."""
+    with contextlib.suppress(OSError):  # it has been removed
+        here = Path.cwd()
+        if here.parts[1:2] in (("dev",), ("sys",)):
+            os.chdir(here)
 
 
 def _mounted_below(directory: str) -> Iterator[str]:
