@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a write to a file of the bus's sysfs tree does: drivers_autoprobe, drivers_probe, bind, unbind, uevent.
+"""What a write to a file of the bus's sysfs tree does: drivers_autoprobe, drivers_probe, bind, unbind, new_id, remove_id, uevent.
 
 Pure: the tree itself, its links and its modes are made by who shows it (view/sysfs). What a device's own files hold stands in
 attributes.py; its driver_override is written in process.py.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import uuid
 from typing import TYPE_CHECKING
 
 from pvbus.actors.runtime import vmbus_messages as vm
@@ -44,6 +45,14 @@ def synthetic(text: str) -> tuple[str, list[str]]:
     return action, said
 
 
+def _class_id(text: str) -> bytes:
+    """Read a GUID as the kernel does: without braces, and whatever stands behind it. EINVAL."""
+    found = UUID.match(text)
+    if found is None:
+        raise failed(errno.EINVAL, f"{text[:64]!r} is no GUID")
+    return uuid.UUID(found[0]).bytes_le
+
+
 class Sysfs:
     """The bus, as writes to its files see it."""
 
@@ -76,11 +85,15 @@ class Sysfs:
             raise failed(errno.ENOENT, f"the bus has no file {name} to write")
 
     def write_driver(self, driver: str, name: str, text: str) -> Steps[None]:
-        """Write a file of /sys/bus/vmbus/drivers/DRIVER. ENOENT, ENODEV, EBUSY, what a probe says."""
+        """Write a file of /sys/bus/vmbus/drivers/DRIVER. ENOENT, ENODEV, EBUSY, EINVAL, EEXIST, what a probe says."""
         if name == "bind":
             yield from self._bus.attach(self._driver(driver), self._device(text))
         elif name == "unbind":
             yield from self._bus.detach(self._driver(driver), self._device(text))
+        elif name == "new_id":
+            yield from self._bus.add_id(self._driver(driver), _class_id(text))
+        elif name == "remove_id":
+            self._bus.remove_id(self._driver(driver), _class_id(text))
         else:
             raise failed(errno.ENOENT, f"driver {driver} has no file {name} to write")
 

@@ -157,8 +157,8 @@ def test_the_bus_has_the_files_and_directories_of_any_bus(tree: Tree) -> None:
         "devices": "0o40755", "drivers": "0o40755", "drivers_autoprobe": "0o100644", "drivers_probe": "0o100200",
         "uevent": "0o100200",
     }  # fmt: skip
-    assert names(tree, f"{BUS}/drivers/idle") == ["bind", "uevent", "unbind"]
-    assert names(tree, f"{BUS}/drivers/heartbeat") == ["bind", "uevent", "unbind", "vmbus_0_1"]
+    assert names(tree, f"{BUS}/drivers/idle") == ["bind", "new_id", "remove_id", "uevent", "unbind"]
+    assert names(tree, f"{BUS}/drivers/heartbeat") == ["bind", "new_id", "remove_id", "uevent", "unbind", "vmbus_0_1"]
 
 
 def test_links_lead_to_what_they_name(tree: Tree) -> None:
