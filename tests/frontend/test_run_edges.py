@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_the_command_has_the_descriptors_that_the_run_was_given_and_no_others(pv
     need_namespaces()
     read_end, write_end = os.pipe()
     tell = f"import os; os.write({write_end}, ' '.join(os.listdir('/proc/self/fd')).encode())"
-    words = command("python3", "-c", tell, name=pvbus_shared_machine.name)
+    words = command(sys.executable, "-c", tell, name=pvbus_shared_machine.name)
 
     done = subprocess.run(
         words, check=False, env=environment(), pass_fds=[write_end], timeout=RUN_S_MAX, stdin=subprocess.DEVNULL
@@ -87,7 +88,7 @@ except FileExistsError:
 os.close(os.open("/dev/xen/evtchn", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND))
 """
 
-    done = run("python3", "-c", code, name=pvbus_shared_machine.name, options=["--frontend", frontend])
+    done = run(sys.executable, "-c", code, name=pvbus_shared_machine.name, options=["--frontend", frontend])
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["O_DIRECT EINVAL", "O_DIRECTORY ENOTDIR", "O_TMPFILE ENOTDIR", "EEXIST"]
