@@ -81,14 +81,17 @@ static double poll_us(int fd, int calls)
     return (now_us() - begin) / calls;
 }
 
-/* Go there, and stay free to be moved on. */
-static void put_beside_us(pid_t server)
+/* The server of a file comes to our processor, and stays free to be moved on.  It sleeps: where it may run counts when it wakes. */
+static void put_beside_us(pid_t server, int fd)
 {
+    struct pollfd look = {fd, POLLIN, 0};
     cpu_set_t all, here;
     CPU_ZERO(&here);
     CPU_SET((size_t)sched_getcpu(), &here);
     must(sched_getaffinity(server, sizeof all, &all) == 0, "sched_getaffinity");
-    must(sched_setaffinity(server, sizeof here, &here) == 0 && sched_setaffinity(server, sizeof all, &all) == 0, "sched_setaffinity");
+    must(sched_setaffinity(server, sizeof here, &here) == 0, "sched_setaffinity");
+    must(poll(&look, 1, 0) == 0, "poll");
+    must(sched_setaffinity(server, sizeof all, &all) == 0, "sched_setaffinity");
 }
 
 static int compare(const void *a, const void *b)
@@ -110,16 +113,16 @@ int main(int argc, char **argv)
     take(b); /* its port is born pending */
     must(fcntl(bare, F_SETFL, O_NONBLOCK) == 0 && fcntl(b, F_SETFL, O_NONBLOCK) == 0, "fcntl");
     for (int i = 0; i < rounds; i++) {
-        put_beside_us(server);
+        put_beside_us(server, bare);
         double n0 = notify_us(bare, to_b, calls), n1 = notify_us(a, to_b, calls);
         struct pollfd quiet = {b, POLLIN, 0};
         while (poll(&quiet, 1, 50) == 1) /* what was raised while masked comes once more */
             take(b);
-        put_beside_us(server);
+        put_beside_us(server, bare);
         double r0 = read_us(bare, calls), r1 = read_us(b, calls);
-        put_beside_us(server);
+        put_beside_us(server, bare);
         double w0 = write_us(bare, to_a, calls), w1 = write_us(b, to_a, calls);
-        put_beside_us(server);
+        put_beside_us(server, bare);
         double p0 = poll_us(bare, calls), p1 = poll_us(b, calls);
         printf("notify %.2f %.2f\nread %.2f %.2f\nwrite %.2f %.2f\npoll %.2f %.2f\n", n0, n1, r0, r1, w0, w1, p0, p1);
     }

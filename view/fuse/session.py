@@ -28,7 +28,7 @@ WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that t
 SERVED_ON_MAX = 8  # requests without a look at whom else there is
 PAUSE = 16  # requests without a try to serve on: one that finds nothing costs a tenth of a request
 GIVEN_WAY_S_MAX = 0.0005  # a caller that goes on and asks again takes a few microseconds: others take our turn,
-PAUSE_CROWDED = 4_000  # and would each time
+PAUSE_CROWDED = 500  # and would each time
 _REFUSED = {
     abi.CREATE: errno.EACCES,
     **dict.fromkeys(
