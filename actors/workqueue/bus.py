@@ -46,6 +46,7 @@ class Driver:
     has_probe: bool = True
     has_remove: bool = True
     has_shutdown: bool = True
+    new_ids: list[bytes] = field(default_factory=list)  # that were written to its file new_id
 
     @property
     def devpath(self) -> str:
@@ -91,11 +92,16 @@ def get_id(driver: Driver, class_id: bytes) -> bytes | None:
     return None
 
 
+def matching_id(driver: Driver, class_id: bytes) -> bytes | None:
+    """Find a class in what the driver takes: ids that were added since, then its table."""
+    return class_id if class_id in driver.new_ids else get_id(driver, class_id)
+
+
 def match(driver: Driver, device: Device) -> bool:
     """Mirror vmbus_match (B3.4). A device with a driver_override takes that driver only, and whatever its table says."""
     if device.driver_override:
         return device.driver_override == driver.name
-    return get_id(driver, device.channel.offer.class_id.bytes_le) is not None
+    return matching_id(driver, device.channel.offer.class_id.bytes_le) is not None
 
 
 def uevent(device: Device, action: str, driver: Driver | None, synthetic: Sequence[str] = ()) -> list[str]:
@@ -220,6 +226,23 @@ class Bus:
 
         yield from self._in_turn(device, steps())
 
+    def add_id(self, driver: Driver, class_id: bytes) -> Steps[None]:
+        """Have a driver take one more class, as a write to its `new_id` asks, and try its devices. EINVAL, EEXIST, ENOMEM."""
+        if is_null_guid(class_id):
+            raise failed(errno.EINVAL)
+        if matching_id(driver, class_id) is not None:
+            raise failed(errno.EEXIST)
+        if len(driver.new_ids) >= IDS_MAX:
+            raise failed(errno.ENOMEM)
+        driver.new_ids.append(class_id)
+        yield from self._on_each(list(self.devices.values()), lambda device: self._bind(device, driver))
+
+    def remove_id(self, driver: Driver, class_id: bytes) -> None:
+        """Have it take a class no more that was added; who is bound stays so. ENODEV."""
+        if class_id not in driver.new_ids:
+            raise failed(errno.ENODEV)
+        driver.new_ids.remove(class_id)
+
     def detach(self, driver: Driver, device: Device) -> Steps[None]:
         """Take a device from its driver, as a write to `unbind` asks: ENODEV when it is another's, or nobody's."""
 
@@ -253,7 +276,7 @@ class Bus:
 
     def _probe(self, driver: Driver, device: Device) -> Steps[int]:
         """Mirror vmbus_probe (B3.5)."""
-        matched = get_id(driver, device.channel.offer.class_id.bytes_le)
+        matched = matching_id(driver, device.channel.offer.class_id.bytes_le)
         if not driver.has_probe:
             self._log(f"driver not set for {device.name}")
             return errno.ENODEV

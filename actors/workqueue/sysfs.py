@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a write to a file of the bus's sysfs tree does: drivers_autoprobe, drivers_probe, bind, unbind, uevent.
+"""What a write to a file of the bus's sysfs tree does: drivers_autoprobe, drivers_probe, bind, unbind, new_id, remove_id, uevent.
 
 Pure: the tree itself, its links and its modes are made by who shows it (view/sysfs). What a device's own files hold stands in
 attributes.py; its driver_override is written in process.py.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import uuid
 from typing import TYPE_CHECKING
 
 from pvbus.actors.runtime import vmbus_messages as vm
@@ -29,7 +30,7 @@ PARENT_MODALIAS = "acpi:VMBUS:"
 
 def synthetic(text: str) -> tuple[str, list[str]]:
     """Read `ACTION [UUID [KEY=VALUE ...]]`; give the action, and what the uevent says of its asker. EINVAL."""
-    action, *rest = text.removesuffix("\n").split(" ") if text else [""]
+    action, *rest = (text[:-1] if text.endswith(("\n", "\0")) else text).split(" ")
     if action not in ACTIONS:
         raise failed(errno.EINVAL, f"{action[:32]!r} is no action of a uevent")
     if not rest:
@@ -42,6 +43,14 @@ def synthetic(text: str) -> tuple[str, list[str]]:
             raise failed(errno.EINVAL, f"{argument[:64]!r} is no KEY=VALUE of letters and digits")
         said.append(f"SYNTH_ARG_{argument}")
     return action, said
+
+
+def _class_id(text: str) -> bytes:
+    """Read a GUID as the kernel does: without braces, and whatever stands behind it. EINVAL."""
+    found = UUID.match(text)
+    if found is None:
+        raise failed(errno.EINVAL, f"{text[:64]!r} is no GUID")
+    return uuid.UUID(found[0]).bytes_le
 
 
 class Sysfs:
@@ -76,11 +85,15 @@ class Sysfs:
             raise failed(errno.ENOENT, f"the bus has no file {name} to write")
 
     def write_driver(self, driver: str, name: str, text: str) -> Steps[None]:
-        """Write a file of /sys/bus/vmbus/drivers/DRIVER. ENOENT, ENODEV, EBUSY, what a probe says."""
+        """Write a file of /sys/bus/vmbus/drivers/DRIVER. ENOENT, ENODEV, EBUSY, EINVAL, EEXIST, what a probe says."""
         if name == "bind":
             yield from self._bus.attach(self._driver(driver), self._device(text))
         elif name == "unbind":
             yield from self._bus.detach(self._driver(driver), self._device(text))
+        elif name == "new_id":
+            yield from self._bus.add_id(self._driver(driver), _class_id(text))
+        elif name == "remove_id":
+            self._bus.remove_id(self._driver(driver), _class_id(text))
         else:
             raise failed(errno.ENOENT, f"driver {driver} has no file {name} to write")
 

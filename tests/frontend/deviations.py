@@ -20,12 +20,15 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pvbus.tests.golden.session import wait_until_blocked
 from pvbus.tests.golden.through_file import DeviceFile, Driver
 
 DEVICE = b"/dev/xen/evtchn"
+FIONREAD, FIOQSIZE = 0x541B, 0x5460
+READ_CALL = {"x86_64": "0", "aarch64": "63"}.get(os.uname().machine, "")
 
 
 def opened(flags: int = os.O_RDWR) -> DeviceFile:
@@ -104,6 +107,59 @@ def mapping(fd: int, kind: int) -> str:
     return signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name
 
 
+def continued() -> str:
+    """Be stopped and continued in a blocked read, as by a shell's Ctrl-Z and fg; no handler is there."""
+    a, _, _, _ = pair()
+    said, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(say, name_of(lambda: a.read(4)).encode())
+        os._exit(0)
+    state = Path(f"/proc/{child}/syscall")
+    while state.read_text().split()[0] != READ_CALL:
+        os.sched_yield()
+    os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    os.kill(child, signal.SIGCONT)
+    answer = os.read(said, 16).decode()
+    os.waitpid(child, 0)
+    return answer
+
+
+def of_regular_files() -> dict[str, str]:
+    """Make calls that a character device refuses, and say what they answer; events that lie there stay."""
+    library = ctypes.CDLL(None, use_errno=True)
+    a, _, b, at_b = pair()
+    fcntl.fcntl(a.fd, fcntl.F_SETFL, os.O_NONBLOCK)
+    b.notify(at_b)
+    a.poll(select.POLLIN, 2000)
+    pipe_out, pipe_in = os.pipe()
+    os.write(pipe_in, bytes(8))
+    regular = os.memfd_create("regular")
+
+    def call(name: str, *words: int) -> str:
+        value = getattr(library, name)(a.fd, *map(ctypes.c_long, words))
+        return errno.errorcode[ctypes.get_errno()] if value < 0 else str(value)
+
+    answers = {
+        "splice from it": name_of(lambda: os.splice(a.fd, pipe_in, 4)),
+        "splice to it": name_of(lambda: os.splice(pipe_out, a.fd, 4)),
+        "copy_file_range": name_of(lambda: os.copy_file_range(a.fd, regular, 4)),
+        "pwritev2 with RWF_APPEND": name_of(lambda: os.pwritev(a.fd, [bytes(4)], -1, os.RWF_APPEND)),
+        "sync_file_range": call("sync_file_range", 0, 0, 0),
+        "fallocate": call("fallocate", 0, 0, 8),
+        "readahead": call("readahead", 0, 4096),
+        "F_SETLEASE": name_of(lambda: fcntl.fcntl(opened(os.O_RDONLY).fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)),
+        "F_SETFL with O_DIRECT": name_of(lambda: fcntl.fcntl(a.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)),
+        "FIONREAD": name_of(lambda: fcntl.ioctl(a.fd, FIONREAD, bytes(4)).hex()),
+        "FIOQSIZE": name_of(lambda: fcntl.ioctl(a.fd, FIOQSIZE, bytes(8)).hex()),
+        "getxattr": name_of(lambda: os.getxattr(a.fd, "user.x")),
+        "an unknown ioctl with a size, and NULL": name_of(lambda: a.ioctl(0x40044599, None)),
+        "an unknown ioctl of more than a page": name_of(lambda: a.ioctl(0x5F404599, None)),
+    }
+    return answers | {"the event": str(len(a.read(8)))}
+
+
 def main(library: str) -> None:
     """Look, and print."""
     DeviceFile.driver = Driver(library)
@@ -122,6 +178,10 @@ def main(library: str) -> None:
         "write of 3 bytes from NULL": name_of(lambda: file.write_at(None, 3)),
         "private mapping": mapping(file.fd, 2),
         "shared mapping": mapping(file.fd, 1),
+        "read over SIGSTOP and SIGCONT": continued(),
+        "open with O_DIRECT": name_of(lambda: opened(os.O_RDWR | os.O_DIRECT)),
+        "truncate": name_of(lambda: os.truncate(DEVICE, 0)),
+        **of_regular_files(),
     }
     print(json.dumps(seen))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pvbus.actors.client import attach
 from pvbus.tests.contract.support import wait_until
 from pvbus.tests.frontend.support import driver, not_shown, run, started
 from pvbus.view.fuse.caller import READ, WRITE, Callers
@@ -34,6 +35,24 @@ FUSE_SEES = {
     "write of 3 bytes from NULL": "EFAULT",
     "private mapping": "SIGBUS",
     "shared mapping": "ENODEV",
+    "read over SIGSTOP and SIGCONT": "EINTR",
+    "open with O_DIRECT": "EINVAL",  # this, and the next three, as on the device
+    "truncate": "EINVAL",
+    "splice from it": "EINVAL",
+    "splice to it": "EINVAL",
+    "copy_file_range": "EXDEV",
+    "pwritev2 with RWF_APPEND": "4",
+    "sync_file_range": "0",
+    "fallocate": "ENOTSUP",
+    "readahead": "0",
+    "F_SETLEASE": "EAGAIN",
+    "F_SETFL with O_DIRECT": "0",
+    "FIONREAD": "00000000",
+    "FIOQSIZE": "0000000000000000",
+    "getxattr": "ENOTSUP",
+    "an unknown ioctl with a size, and NULL": "EFAULT",
+    "an unknown ioctl of more than a page": "ENOMEM",
+    "the event": "4",
 }
 
 
@@ -345,3 +364,21 @@ print(len(a.read(4)), flush=True)
         answers, _ = process.communicate(timeout=20)
 
     assert answers.split() == [errno.errorcode[errno.EIO]] * 2 + [str(select.POLLERR), "4"]
+
+
+def test_when_the_whole_machine_dies_every_call_says_so_at_once() -> None:
+    name = f"dies-{os.getpid()}"
+    code = INSIDE + """
+a, at_a, _, _ = pair()
+print("reads", flush=True)
+print(name_of(lambda: a.read(4)), name_of(lambda: a.write(bytes(4))), name_of(lambda: a.notify(at_a)), name_of(opened))
+"""
+    with started(sys.executable, "-c", code, str(driver()), name=name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reads\n"
+        with attach(name) as machine:
+            supervisor = next(row["pid"] for row in machine.status()["processes"] if row["name"] == "supervisor")
+        os.kill(supervisor, signal.SIGKILL)
+        answers, _ = process.communicate(timeout=20)
+
+    assert answers.split() == ["EIO"] * 4

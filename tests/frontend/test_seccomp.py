@@ -230,6 +230,31 @@ def test_threads_of_a_program_call_at_the_same_time(machine_name: str) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.parametrize(("frontend", "interrupted"), [("seccomp", True), ("fuse", False)])
+def test_a_signal_before_a_call_is_taken_up_ends_it_and_nothing_is_done(
+    machine_name: str, frontend: str, interrupted: bool
+) -> None:
+    script = (
+        "import fcntl, os, signal, time\n"
+        "from pvbus.actors.client import attach\n"
+        "fd, bound, interrupted, end_s = os.open('/dev/xen/evtchn', os.O_RDWR), 0, False, time.monotonic() + 20\n"
+        "signal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)\n"
+        f"while (not interrupted and time.monotonic() < end_s) if {interrupted} else bound < 500:\n"
+        "    try:\n"
+        "        bound += fcntl.ioctl(fd, 0x44502, bytearray(4)) > 0\n"
+        "    except InterruptedError:\n"
+        "        interrupted = True\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "with attach() as machine:\n"
+        "    print(interrupted, bound == len(machine.ports(0)))\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=["--frontend", frontend])
+
+    assert (done.stdout, done.stderr) == (f"{interrupted} True\n", "")
+
+
 def test_an_ordinary_user_runs_so_in_a_user_namespace() -> None:
     python = users_python()
     script = f"""

@@ -132,6 +132,19 @@ def test_a_message_too_long_and_one_too_many_are_refused() -> None:
         bus.write(user, message(READ, 1, 0, b"/\0"))
 
 
+def test_a_watch_that_is_too_long_with_our_number_is_refused_before_xenstored_hangs_up() -> None:
+    bus = Xenbus()
+    user = bus.open()
+
+    bus.write(user, message(WATCH, 7, 0, b"x" * 4096))
+
+    assert user.replies == message(ERROR, 7, 0, b"EINVAL\0")
+    assert sent(bus) == []
+    bus.write(user, message(WATCH, 8, 0, b"/\0" + b"t" * 4080 + b"\0"))
+    ((_, _, _, payload),) = sent(bus)
+    assert len(payload) <= 4096
+
+
 def test_an_answer_that_nobody_asked_for_is_the_end_of_the_connection() -> None:
     with pytest.raises(xenbus.ProtocolError, match="request 77"):
         Xenbus().receive(message(READ, 77, 0, b""))

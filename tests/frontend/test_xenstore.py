@@ -62,6 +62,28 @@ def test_xenstored_answers_over_the_event_channel(pvbus_shared_machine: BootedMa
 
 
 @pytest.mark.usefixtures("xenstore_tools")
+def test_a_signal_to_the_command_s_whole_group_leaves_xenstored_alone(machine_name: str) -> None:
+    script = "trap : INT; kill -INT 0; xenstore-write /a b; xenstore-read /a"
+
+    done = subprocess.run(
+        command("sh", "-c", script, name=machine_name, options=["--xenstore"]), capture_output=True, text=True, check=False,
+        timeout=RUN_S_MAX, env=environment(), stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, "b\n"), done.stderr
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_a_machine_has_one_xenstored_also_for_a_run_within_a_run(machine_name: str) -> None:
+    inner = [*COMMAND, "--xenstore", "--", "true"]
+
+    done = run(*inner, name=machine_name, options=["--xenstore"])
+
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == "pvbus run: xenstored did not start (exit code 1)"
+
+
+@pytest.mark.usefixtures("xenstore_tools")
 def test_a_watch_sees_what_another_user_writes(machine_name: str) -> None:
     script = (
         "xenstore-watch -n 2 /seen > /dev/shm/pvbus-test-watch-$$ & w=$!\n"

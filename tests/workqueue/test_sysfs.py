@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a write to a file of the bus does: bind, unbind, drivers_probe, drivers_autoprobe, uevent."""
+"""What a write to a file of the bus does: bind, unbind, new_id, drivers_probe, drivers_autoprobe, uevent."""
 
 import errno
+import uuid
 from typing import Any
 
 import pytest
@@ -72,6 +73,34 @@ def test_a_bind_gives_the_error_of_the_probe() -> None:
 
     assert (bus.write("bind", "vmbus_0_1"), bus.driver) == (errno.ENXIO, None)
     bus.guest.check_at_rest()
+
+
+@pytest.mark.parametrize("autoprobe", [False, True])
+def test_a_driver_takes_the_classes_of_its_new_id_at_once(autoprobe: bool) -> None:
+    bus = Bus()
+    bus.guest.run(bus.guest.bus.register(driver("uio", KVP)))
+    bus.guest.bus.autoprobe = autoprobe
+
+    assert bus.write("new_id", f"{ECHO}\n", of="uio") == 0
+
+    assert (bus.driver, bus.guest.calls) == ("uio", [("probe", "uio", "vmbus_0_1")])
+    assert bus.write("new_id", str(ECHO), of="uio") == errno.EEXIST
+    assert bus.write("new_id", str(KVP), of="uio") == errno.EEXIST  # of its own table
+    assert bus.write("remove_id", f"{ECHO}\n", of="uio") == 0
+    assert bus.driver == "uio"
+    assert (bus.write("unbind", "vmbus_0_1", of="uio"), bus.write("bind", "vmbus_0_1", of="uio")) == (0, errno.ENODEV)
+    assert bus.write("remove_id", f"{ECHO}\n", of="uio") == errno.ENODEV
+    assert bus.write("remove_id", f"{KVP}\n", of="uio") == errno.ENODEV
+    bus.guest.check_at_rest()
+
+
+def test_a_new_id_that_is_none_is_refused_and_there_is_an_end_of_them() -> None:
+    bus = Bus()
+
+    assert [bus.write("new_id", text) for text in ("", "x", f"{{{KVP}}}", str(uuid.UUID(int=0)))] == [errno.EINVAL] * 4
+    assert bus.write("remove_id", "x") == errno.EINVAL
+    assert bus.write("new_id", str(KVP), of="nobody") == errno.ENODEV
+    assert [bus.write("new_id", str(uuid.UUID(int=at + 1))) for at in range(257)] == [0] * 256 + [errno.ENOMEM]
 
 
 def test_a_device_that_goes_before_its_turn_cannot_be_bound() -> None:
@@ -183,7 +212,8 @@ def test_a_uevent_with_more_arguments_than_there_is_room_for_is_enomem() -> None
 
 @pytest.mark.parametrize("action", ["add", "remove", "change", "move", "online", "offline", "bind", "unbind"])
 def test_every_action_of_the_kernel_may_be_asked_for(action: str) -> None:
-    assert synthetic(action) == (action, ["SYNTH_UUID=0"])
+    for end in ("", "\n", "\0"):
+        assert synthetic(action + end) == (action, ["SYNTH_UUID=0"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "a\nb", "x" * 4096])

@@ -7,6 +7,7 @@ Facts of the interface (fuse(4)) and nothing else: what is done with them stands
 from __future__ import annotations
 
 import struct
+import time
 from typing import NamedTuple
 
 VERSION_MAJOR = 7
@@ -36,7 +37,8 @@ FOPEN_NONSEEKABLE = 4
 FOPEN_STREAM = 16
 
 POLL_SCHEDULE_NOTIFY = 1
-SETATTR_SIZE = 8
+READ_LOCKOWNER = 2  # of read(2) and its like; what the kernel reads into its own pages is without it
+SETATTR_MODE, SETATTR_UID, SETATTR_GID, SETATTR_SIZE, SETATTR_MTIME, SETATTR_MTIME_NOW = 1, 2, 4, 8, 32, 256
 
 # ---- layouts
 
@@ -92,6 +94,16 @@ class Attributes(NamedTuple):
             inode, self.size, blocks, self.time_s, self.time_s, self.time_s, 0, 0, 0,
             self.mode, self.nlink, self.uid, self.gid, self.rdev, BLOCK_BYTES, 0,
         )  # fmt: skip
+
+
+def changed_attributes(body: memoryview) -> dict[str, int]:
+    """Give the fields of `Attributes` that a SETATTR changes, but for the size."""
+    valid, _, _, _, _, _, mtime_s, _, _, _, _, mode, _, uid, gid, _ = SETATTR_IN.unpack_from(body)
+    said = (
+        (SETATTR_MODE, "mode", mode), (SETATTR_UID, "uid", uid), (SETATTR_GID, "gid", gid),
+        (SETATTR_MTIME, "time_s", int(time.time()) if valid & SETATTR_MTIME_NOW else mtime_s),
+    )  # fmt: skip
+    return {name: value for bit, name, value in said if valid & bit}
 
 
 def dirent(inode: int, offset: int, mode: int, name: bytes) -> bytes:

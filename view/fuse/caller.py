@@ -30,6 +30,7 @@ _NUMBERS = {
     "x86_64": {READ: (0, 19), WRITE: (1, 20)},
     "aarch64": {READ: (63, 65), WRITE: (64, 66)},
 }.get(platform.machine(), {READ: (-1, -1), WRITE: (-1, -1)})
+_SPLICES = {"x86_64": (40, 275), "aarch64": (71, 76)}.get(platform.machine(), ())  # sendfile, splice
 _VECTOR = struct.Struct("=QQ")
 MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
 _QUERY, _QUERY_BYTES = struct.Struct("=QQQ"), 104  # procmap_query: its size, flags, the address
@@ -64,7 +65,8 @@ class Callers:
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
         """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin.
 
-        Where nothing else is known, they are a segment of their own, at address 0.
+        Where nothing else is known, they are a segment of their own, at address 0. EINVAL: it is a splice, which drivers without
+        a method for it refuse.
         """
         fd = self._files.get(thread)
         try:
@@ -99,6 +101,8 @@ class Callers:
                 return list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
         except (OSError, ValueError):
             return []
+        if number in _SPLICES:
+            raise OSError(errno.EINVAL, "a splice")
         return []
 
     def memory(self, thread: int, address: int, size: int) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import stat
 import struct
 from collections import deque
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
-from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
+from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
 from pvbus.view.fuse.caller import READ, WRITE, Callers
 from pvbus.view.fuse.mount import read_memory, write_memory
-from pvbus.view.fuse.node import Handle, Node, error
+from pvbus.view.fuse.node import DeviceNode, Handle, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +40,7 @@ RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and
 _PORT = struct.Struct("=I")
 
 
-class Device(Node):
+class Device(DeviceNode):
     """The node. `machine` is a connection to the machine's supervisor in `inbox`, whose loop also serves the session."""
 
     def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0) -> None:
@@ -52,12 +51,10 @@ class Device(Node):
         self._releasing: dict[OpenFile, Timer] = {}
         self._behind: deque[Callable[[], None]] = deque()
 
-    def attributes(self) -> Attributes:
-        """Give root's own file: FUSE shows a regular one."""
-        return Attributes(stat.S_IFREG | 0o600)
-
     def open(self, request: Request, flags: int) -> Handle | None:
-        """Open a file of the machine for the calling process."""
+        """Open a file of the machine for the calling process. EINVAL for O_DIRECT, which the driver has not."""
+        if flags & os.O_DIRECT:
+            raise error(errno.EINVAL)
         try:
             comm = Path(f"/proc/{request.pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
         except OSError:  # of another pid namespace, or killed meanwhile
@@ -165,9 +162,12 @@ class OpenFile(Handle):
             return b""
         return self._take(more)
 
-    def _take(self, want: int) -> bytes:
+    def _must_live(self) -> None:
         if self.file.dead:
             raise error(errno.EIO)
+
+    def _take(self, want: int) -> bytes:
+        self._must_live()
         return self.file.read(want & ~3)
 
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
@@ -175,10 +175,12 @@ class OpenFile(Handle):
         size = len(data)
         request.session.caller_is_off = True
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
-        if length == size:
+        if length == size >= _PORT.size:
+            self._must_live()
             return self.file.write(data)
         count = min(length & ~3, BYTES_A_CALL)
         if count and not inner:
+            self._must_live()
             if count > size:
                 data += read_memory(request.pid, address + size, count - size)
             self.file.write(data[:count])
@@ -198,6 +200,7 @@ class OpenFile(Handle):
                     raise
                 data = None
         if command == evtchn.IOCTL_NOTIFY and data is not None:
+            self._must_live()
             self.file.notify(_PORT.unpack(data)[0])
             return 0
         self._ask(request, command, data)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, Attributes
@@ -70,6 +71,8 @@ class Node:
     """A name's thing. `inode` is what stat shows, and the session's own number where it is 0."""
 
     inode = 0
+    changed: Mapping[str, int] = MappingProxyType({})
+    """Fields of the attributes that chmod, chown or utimes has changed since."""
 
     def attributes(self) -> Attributes:
         """Give what stat shows, afresh each time."""
@@ -93,6 +96,18 @@ class Node:
 
     def truncate(self, request: Request, size: int) -> None:
         """Change the size, as truncate and O_TRUNC do: nothing changes where the size is not a file's own."""
+
+
+class DeviceNode(Node):
+    """A node of root's own, as of a device; FUSE shows a regular file."""
+
+    def attributes(self) -> Attributes:
+        """Give what can be shown of a device without its number."""
+        return Attributes(stat.S_IFREG | 0o600)
+
+    def truncate(self, request: Request, size: int) -> None:
+        """Refuse: it has no size."""
+        raise error(errno.EINVAL)
 
 
 class Directory(Node):
@@ -134,7 +149,10 @@ class Symlink(Node):
 
 
 class Text(Node):
-    """A small file whose content is made when it is read from its beginning, as sysfs does; what is written goes to `store`."""
+    """A small file whose content is made when it is read from its beginning, or from where no read has ended, as sysfs does.
+
+    What is written goes to `store`.
+    """
 
     def __init__(
         self, show: Callable[[], str | bytes] | None, store: Callable[[bytes], None] | None = None, *, mode: int | None = None
@@ -159,12 +177,15 @@ class _TextHandle(Handle):
     def __init__(self, text: Text) -> None:
         self.text = text
         self.content = b""
+        self.next = 0  # where who reads on goes on; who looks elsewhere looks anew
 
     def read(self, request: Request, offset: int, size: int, flags: int) -> bytes:
-        if offset == 0 and self.text.show is not None:
+        if (offset == 0 or offset != self.next) and self.text.show is not None:
             made = self.text.show()
             self.content = made.encode() if isinstance(made, str) else made
-        return self.content[offset : offset + size]
+        data = self.content[offset : offset + size]
+        self.next = offset + len(data)
+        return data
 
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         if self.text.store is not None:

@@ -248,6 +248,9 @@ class Session:
     def _packed(self, node: Node, nodeid: int) -> bytes:
         """Give what stat shows; what has no time of its own is as old as we are."""
         attributes = node.attributes()
+        if node.changed:
+            mode = node.changed.get("mode", attributes.mode)
+            attributes = attributes._replace(**{**node.changed, "mode": stat.S_IFMT(attributes.mode) | stat.S_IMODE(mode)})
         if not attributes.time_s:
             attributes = attributes._replace(time_s=self._born_s)
         return attributes.pack(node.inode or nodeid)
@@ -257,13 +260,16 @@ class Session:
 
     def _setattr(self, request: Request, body: memoryview) -> None:
         valid, _, fh, size = abi.SETATTR_IN.unpack_from(body)[:4]
+        node, changed = self._node(request.nodeid), abi.changed_attributes(body)
         if valid & abi.SETATTR_SIZE:
             handle = self._handles.get(fh)
             if handle is not None:
                 handle.truncate(request, size)
             else:
-                self._node(request.nodeid).truncate(request, size)
-        request.reply(self._attributes(request))  # owner, mode and times stay what they are
+                node.truncate(request, size)
+        if changed:
+            node.changed = {**node.changed, **changed}
+        request.reply(self._attributes(request))
 
     def _readlink(self, request: Request, _body: memoryview) -> None:
         request.reply(os.fsencode(self._node(request.nodeid).readlink()))
@@ -323,8 +329,10 @@ class Session:
         return handle
 
     def _read(self, request: Request, body: memoryview) -> None:
-        fh, offset, size, _, _, flags, _ = abi.READ_IN.unpack_from(body)
+        fh, offset, size, read_flags, _, flags, _ = abi.READ_IN.unpack_from(body)
         handle = self._handle_of(fh)
+        if not read_flags & abi.READ_LOCKOWNER and handle.open_flags & abi.FOPEN_STREAM:
+            raise error(errno.EINVAL)  # splice and readahead: pages of a stream would be lost to its readers
         data = handle.read(request, offset, size, flags)
         if data is None:
             self._keep(request, handle)

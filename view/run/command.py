@@ -8,8 +8,10 @@ namespaces kills what is left there, and a machine that was booted for the run s
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from pvbus.view.fuse import mount
 from pvbus.view.run import boot
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
-from pvbus.view.run.room import Room, sweep
+from pvbus.view.run.room import Room
 from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
+from pvbus.view.run.territory import Territory
 from pvbus.view.run.xenstore import Xenstore
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
+SHELL = "/bin/sh"  # runs what the kernel does not know how to, as execvp(3) has it
 
 FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
     "fuse": lambda: [XenDevices()],
@@ -45,11 +49,12 @@ FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
 ]
 """What else there is: each gives a fitting, or None if the arguments do not ask for it."""
 
-PASSED_ON = (
-    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH,
-    signal.SIGALRM, signal.SIGCONT,
-)  # fmt: skip
+PASSED_ON = signal.valid_signals() - {
+    signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD,  # nobody can pass these on; who has a fault of its own ends by it
+    signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS, signal.SIGABRT,
+}  # fmt: skip
 _OF_THE_KERNEL = 0x80  # si_code of what the terminal sends to the whole group: the command has it already
+_OF_A_HANGUP = {signal.SIGHUP, signal.SIGCONT}  # the terminal's to the leader of its session alone
 
 
 class Running(NamedTuple):
@@ -108,12 +113,13 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
     room.environment |= {"PVBUS_MACHINE": room.machine, "PVBUS_RUN_ROOT": str(rundir.run_root().absolute())}
     os.environ |= room.environment
     room.enter()
+    territory = Territory()
     for fitting in fittings:
         fitting.prepare(room)
     servers = {fork_server(fitting, room, fittings): fitting.title for fitting in fittings if fitting.title}
     for fitting in fittings:
         close_all(fitting)
-    guard, lifeline = _guard(room)  # behind the servers, which would otherwise hold its lifeline
+    guard, lifeline = _guard(room, territory)  # behind the servers, which would otherwise hold its lifeline
     try:
         for fitting in fittings:
             fitting.dress(room)
@@ -130,7 +136,7 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
         _reap(guard)
         try:
-            sweep()  # if the guard could not
+            territory.sweep()  # if the guard could not
         except TimeoutError as error:
             print(f"pvbus run: {error}", file=sys.stderr)
         else:
@@ -143,8 +149,8 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _guard(room: Room) -> tuple[int, int]:
-    """Fork the guard; give its pid, and the descriptor whose end it waits for."""
+def _guard(room: Room, territory: Territory) -> tuple[int, int]:
+    """Fork the guard; give its pid, and the descriptor whose end it waits for. Signals to the whole group stay blocked in it."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:
@@ -152,14 +158,12 @@ def _guard(room: Room) -> tuple[int, int]:
         return pid, write_end
     try:
         os.close(write_end)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         from setproctitle import setproctitle
 
         setproctitle(f"pvbus: run/{room.machine}")
         os.read(read_end, 1)
         with contextlib.suppress(TimeoutError):  # the first process says so, if it lives
-            sweep(frozenset({os.getppid()}))
+            territory.sweep(frozenset({os.getppid()}))
     finally:
         os._exit(0)
 
@@ -176,7 +180,8 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
         return EXIT_NOT_FOUND
     try:
         return subprocess.Popen(
-            command, env={**os.environ, **room.environment}, preexec_fn=in_child  # noqa: PLW1509 -- two system calls
+            command, env={**os.environ, **room.environment}, preexec_fn=in_child,  # noqa: PLW1509 -- two system calls
+            close_fds=False,  # all of ours close themselves, and it gets what we were given
         )  # fmt: skip
     except FileNotFoundError:
         if os.path.lexists(command[0]):
@@ -185,17 +190,20 @@ def _start(command: Sequence[str], room: Room) -> subprocess.Popen[bytes] | int:
         print(f"pvbus run: there is no command {command[0]!r}", file=sys.stderr)
         return EXIT_NOT_FOUND
     except OSError as error:
+        found = shutil.which(command[0])
+        if error.errno == errno.ENOEXEC and found is not None and command[0] != SHELL:  # a script without a first line
+            return _start([SHELL, found, *command[1:]], room)
         print(f"pvbus run: {command[0]!r} cannot be executed: {error.strerror}", file=sys.stderr)
         return EXIT_NOT_EXECUTABLE
 
 
 def _wait(running: Running) -> int:
-    """Wait for the command's end; pass signals on meanwhile."""
+    """Wait for the command's end; pass signals on meanwhile, and stop when it stops."""
     command = running.command
     while True:
         caught = signal.sigwaitinfo([*PASSED_ON, signal.SIGCHLD])
         if caught.si_signo != signal.SIGCHLD:
-            if caught.si_code != _OF_THE_KERNEL:
+            if not _has_it_already(command.pid, caught):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(command.pid, caught.si_signo)
             continue
@@ -207,3 +215,29 @@ def _wait(running: Running) -> int:
         code = command.poll()
         if code is not None:
             return code if code >= 0 else EXIT_SIGNALLED - code
+        if _changed(command.pid, os.WSTOPPED) and _has_terminal():
+            os.kill(os.getpid(), signal.SIGSTOP)  # the shell that has started us goes on, and continues us
+
+
+def _has_it_already(command: int, caught: signal.struct_siginfo) -> bool:
+    """Whether a signal has come to the command as well."""
+    if caught.si_signo == signal.SIGCONT and _changed(command, os.WCONTINUED):
+        return True
+    leads = caught.si_signo in _OF_A_HANGUP and os.getsid(0) == os.getpid()
+    return caught.si_code == _OF_THE_KERNEL and not leads
+
+
+def _changed(pid: int, how: int) -> bool:
+    """Whether a child has stopped, or has been continued, since it was last asked."""
+    try:
+        return os.waitid(os.P_PID, pid, how | os.WNOHANG) is not None
+    except ChildProcessError:  # it has just ended
+        return False
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

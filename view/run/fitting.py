@@ -55,24 +55,21 @@ class Fitting:
 
     # ---- for subclasses
 
-    def mount_fuse(self, target: str) -> int:
+    def mount_fuse(self, target: str, options: str) -> int:
         """Mount a FUSE directory; its descriptor is this fitting's."""
-        fd = mount.mount_fuse(target)
+        fd = mount.mount_fuse(target, options=options)
         self.fds.append(fd)
         return fd
 
 
 def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
-    """Fork the server of a fitting; give its pid."""
+    """Fork the server of a fitting; give its pid. Signals to the whole group are for the command: they stay blocked."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         mount.die_with_parent(signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the terminal's are for the command
         for other in others:
             if other is not fitting:
                 close_all(other)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +22,8 @@ if TYPE_CHECKING:
 
 STAGE = "/dev/.pvbus"
 """Where /sys is put together; it is gone before the command starts."""
-SWEEP_S_MAX = 5.0  # from SIGKILL to the end of a process; longer only in uninterruptible sleep
-SWEEP_LOOK_S = 0.005
+OF_A_RUN = {"xen", ".xenstored"}
+"""What a /dev of ours has besides the host's: a run within a run has its own."""
 
 
 class EnvironmentLacksError(OSError):
@@ -83,6 +81,7 @@ class Room:
                     os.close(old)
         mount.unmount(STAGE)
         Path(STAGE).rmdir()
+        _look_again()
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def _own_dev() -> None:
         origin = f"/proc/self/fd/{old}"
         for entry in os.scandir(origin):
             target = Path("/dev", entry.name)
-            if entry.name == "xen":
+            if entry.name in OF_A_RUN:
                 continue
             if entry.is_symlink():
                 target.symlink_to(Path(entry.path).readlink())
@@ -127,6 +126,14 @@ def _own_dev() -> None:
         os.close(old)
 
 
+def _look_again() -> None:
+    """Go to our own place in /dev or /sys, if we are in one of the host's."""
+    with contextlib.suppress(OSError):  # it has been removed
+        here = Path.cwd()
+        if here.parts[1:2] in (("dev",), ("sys",)):
+            os.chdir(here)
+
+
 def _mounted_below(directory: str) -> Iterator[str]:
     """Yield what is mounted right below a directory, not what is mounted below that; relative, the nearest first."""
     points = set()
@@ -139,31 +146,3 @@ def _mounted_below(directory: str) -> Iterator[str]:
         if not any(point.startswith(f"{above}/") for above in kept):
             kept.append(point)
             yield point
-
-
-# ---- the end
-
-
-def sweep(spared: frozenset[int] = frozenset()) -> None:
-    """Kill every process of this mount namespace but ourselves and those spared, and wait until they are gone."""
-    ours = Path("/proc/self/ns/mnt").stat().st_ino
-    deadline_s = time.monotonic() + SWEEP_S_MAX
-    while left := [pid for pid in _pids_in(ours) if pid != os.getpid() and pid not in spared]:
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"processes {left} do not end")
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(SWEEP_LOOK_S)  # most are nobody's children that we could wait for
-
-
-def _pids_in(namespace: int) -> list[int]:
-    found = []
-    for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError):  # not ours to look at, or gone; a zombie has no namespaces any more
-            if entry.name.isdecimal() and Path(entry.path, "ns/mnt").stat().st_ino == namespace:
-                found.append(int(entry.name))
-    return found

@@ -99,6 +99,7 @@ class Xenstore(Fitting):
 
         def in_child() -> None:
             mount.die_with_parent(signal.SIGKILL)
+            os.setsid()  # the terminal's signals are for the command
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             mount.unshare(mount.CLONE_NEWNS)
             mount.mount("tmpfs", "/proc", "tmpfs")

@@ -21,6 +21,7 @@ from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.evtchn import ARGUMENT_BYTES, RELEASE_NS_MAX
 from pvbus.view.seccomp import abi, bpf
 from pvbus.view.seccomp.files import SocketFile, segments_of
+from pvbus.view.seccomp.rights import is_the_drivers
 
 if TYPE_CHECKING:
     from pvbus.actors.runtime.clock import Timer
@@ -151,9 +152,8 @@ class Frontend:
             flags = int.from_bytes(how[:8], "little")
         path = os.fsdecode(raw)
         base = "root" if path.startswith("/") else "cwd" if directory == _AT_FDCWD else f"fd/{directory}"
-        if flags & os.O_PATH or not self.is_device(f"/proc/{call.tid}/{base}/{path}"):
-            return None
-        return flags
+        place = f"/proc/{call.tid}/{base}/{path}"
+        return flags if self.is_device(place) and is_the_drivers(call.tid, place, flags) else None
 
     def _inject(self, waiting: Waiting, file: frontend.FrontendFile, flags: int) -> None:
         try:
@@ -275,6 +275,9 @@ class Frontend:
             return
         known, call = self._known, waiting.call
         address, count = call.arguments[1:3]
+        if count >= 1 << 47:  # the kernel refuses it before any driver is asked
+            waiting.let_through()
+            return
         vectored = call.number in (known.readv, known.writev)
         segments = segments_of(call.tid, address, count) if vectored else [(address, count)]
         if call.number in (known.read, known.readv):

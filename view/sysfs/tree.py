@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sysfs tree of a domain's VMBus: which name stands where, what it is, and where its content comes from.
 
-    /sys/bus/vmbus          devices/NAME ->, drivers/DRIVER/{NAME ->, bind, unbind, uevent}, drivers_autoprobe, drivers_probe,
-                            uevent
+    /sys/bus/vmbus          devices/NAME ->, drivers/DRIVER/{NAME ->, bind, unbind, new_id, remove_id, uevent},
+                            drivers_autoprobe, drivers_probe, uevent
     /sys/devices/VMBUS:00   NAME/{the attributes, channels/RELID/…, uevent, subsystem ->, driver ->}, uevent, subsystem ->, …
 
 Nothing is remembered of the bus: each look asks `Source`, each read gives the value of now. What is remembered is which node
@@ -200,14 +200,13 @@ class _DriversDirectory(_Made):
 
 
 class _DriverDirectory(_Made):
-    """drivers/DRIVER/: what binds and unbinds, and a link for each of its devices."""
+    """drivers/DRIVER/: what binds and unbinds, what makes it take other classes, and a link for each of its devices."""
 
     def __init__(self, tree: Tree, name: str) -> None:
         self.name = name
         write = tree.source.write_driver
         super().__init__(tree, {
-            "bind": tree.text(None, functools.partial(write, name, "bind")),
-            "unbind": tree.text(None, functools.partial(write, name, "unbind")),
+            **{file: tree.text(None, functools.partial(write, name, file)) for file in ("bind", "unbind", "new_id", "remove_id")},
             "uevent": tree.uevent(f"{BUS}/drivers/{name}"),
         })
 

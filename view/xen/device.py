@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 import sys
 from collections import deque
@@ -21,8 +20,8 @@ from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.inbox import Inbox
 from pvbus.actors.runtime.peer import Peer
 from pvbus.shm.memory import Memory
-from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM, Attributes
-from pvbus.view.fuse.node import Handle, Node, error
+from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
+from pvbus.view.fuse.node import DeviceNode, Handle, error
 from pvbus.view.fuse.request import Request
 from pvbus.view.xen.ring import Ring, RingBroken
 from pvbus.view.xen.xenbus import ProtocolError, Xenbus
@@ -31,7 +30,7 @@ POLLIN, POLLOUT, POLLERR = 0x41, 0x104, 0x8  # with their RDNORM and WRNORM
 BATCH_BYTES = 4096
 
 
-class XenbusDevice(Node):
+class XenbusDevice(DeviceNode):
     """The node, and the connection behind it. `on_port` is told the port that xenstored is to bind, or an errno below zero."""
 
     def __init__(self, inbox: Inbox, machine: Peer, domain: int, page: Memory, on_port: Callable[[int], None]) -> None:
@@ -53,10 +52,6 @@ class XenbusDevice(Node):
         self.file = file
         file.on_ready = self._notified
         file.ioctl(IOCTL_BIND_UNBOUND_PORT, struct.pack("=I", domain), bound)
-
-    def attributes(self) -> Attributes:
-        """Give root's own file."""
-        return Attributes(stat.S_IFREG | 0o600)
 
     def open(self, request: Request, flags: int) -> Handle:
         """Open it: one more user of the connection."""

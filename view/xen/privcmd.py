@@ -8,7 +8,6 @@ ioctl and ENOSYS for a hypercall: the tools of Xen ask first, and do without.
 from __future__ import annotations
 
 import errno
-import stat
 import struct
 from collections.abc import Callable
 
@@ -17,8 +16,8 @@ from pvbus.actors.hypervisor.operations import OPERATIONS
 from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime.peer import Peer
 from pvbus.actors.runtime.wire import Failure, Message, close_fds
-from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, Attributes
-from pvbus.view.fuse.node import Handle, Node, error
+from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE
+from pvbus.view.fuse.node import DeviceNode, Handle, error
 from pvbus.view.fuse.request import Request
 from pvbus.view.seccomp import abi
 
@@ -48,12 +47,8 @@ def machine_op(machine: Peer, domain: int) -> EventChannelOp:
     return ask
 
 
-class Mute(Node):
+class Mute(DeviceNode):
     """A device that can be opened and has no ioctl of its own."""
-
-    def attributes(self) -> Attributes:
-        """Give what can be shown of a device without its number."""
-        return Attributes(stat.S_IFREG | 0o600)
 
     def open(self, request: Request, flags: int) -> Handle:
         """Open it: there is nothing to keep."""

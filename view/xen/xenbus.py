@@ -91,6 +91,9 @@ class Xenbus:
             if asked.type in (WATCH, UNWATCH):
                 path, separator, token = payload.partition(b"\0")
                 payload = path + separator + b"%d:" % user.number + token
+            if len(payload) > PAYLOAD_BYTES_MAX:  # with our number it would be too long, and xenstored would hang up on everybody
+                self._refuse(asked, b"EINVAL")
+                return
             user.under_way += 1
             self._send(asked, payload)
 

@@ -134,6 +134,7 @@ def lsvmbus() -> str:
             not_tested("there is no lsvmbus; Debian 12 has it in the package linux-source-6.1")
         taken = subprocess.run(["tar", "-xJOf", KERNEL_SOURCE, "--occurrence=1", LSVMBUS], check=True, capture_output=True)
         kept.write_bytes(taken.stdout)
+    kept.chmod(0o755)
     return str(kept)
 
 

@@ -212,6 +212,26 @@ def test_unbind_and_bind_move_a_device_and_say_what_is_wrong(room: Room, machine
     assert re.findall(r"\] (\w+) .*vmbus_0_1 ", heard) == ["unbind", "bind", "unbind"]
 
 
+def test_a_new_id_gives_a_driver_the_devices_of_another_class(room: Room, machine: Any) -> None:
+    probed = []
+
+    class Uio(Recorder):
+        def probe(self, device: Any, matched_id: uuid.UUID) -> None:
+            probed.append(str(matched_id))
+
+    machine.register_driver(Uio("uio", (DEVICE_CLASSES["scsi"],)))
+    class_id, driver = DEVICE_CLASSES["heartbeat"], f"{BUS}/drivers/uio"
+
+    assert "Invalid argument" in room.do(f"echo {{{class_id}}} > {driver}/new_id")[1]
+    assert room.do(f"echo {class_id} > {driver}/new_id") == (0, "")
+    assert room.must(f"readlink {BUS}/devices/vmbus_0_1/driver") == "../../../bus/vmbus/drivers/uio\n"
+    assert probed == [str(class_id)]
+    assert "File exists" in room.do(f"echo {class_id} > {driver}/new_id")[1]
+    assert room.do(f"echo {class_id} > {driver}/remove_id") == (0, "")
+    assert "No such device" in room.do(f"echo {class_id} > {driver}/remove_id")[1]
+    machine.unregister_driver("uio")
+
+
 def test_a_bind_that_waits_for_its_probe_keeps_nobody_from_looking(room: Room, machine: Any, tmp_path: Path) -> None:
     probing, may_end = threading.Event(), threading.Event()
 

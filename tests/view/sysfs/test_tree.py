@@ -157,8 +157,8 @@ def test_the_bus_has_the_files_and_directories_of_any_bus(tree: Tree) -> None:
         "devices": "0o40755", "drivers": "0o40755", "drivers_autoprobe": "0o100644", "drivers_probe": "0o100200",
         "uevent": "0o100200",
     }  # fmt: skip
-    assert names(tree, f"{BUS}/drivers/idle") == ["bind", "uevent", "unbind"]
-    assert names(tree, f"{BUS}/drivers/heartbeat") == ["bind", "uevent", "unbind", "vmbus_0_1"]
+    assert names(tree, f"{BUS}/drivers/idle") == ["bind", "new_id", "remove_id", "uevent", "unbind"]
+    assert names(tree, f"{BUS}/drivers/heartbeat") == ["bind", "new_id", "remove_id", "uevent", "unbind", "vmbus_0_1"]
 
 
 def test_links_lead_to_what_they_name(tree: Tree) -> None:
@@ -220,6 +220,17 @@ def test_a_value_is_that_of_the_moment_it_is_read_and_one_read_is_of_one_moment(
 
     assert (first, handle.read(Caller(), 3, 9, 0)) == (b"123", b"45\n")  # type: ignore[arg-type]
     assert handle.read(Caller(), 0, 9, 0) == b"67890\n"  # type: ignore[arg-type]
+
+
+def test_who_begins_in_the_middle_reads_from_there(tree: Tree, source: Source) -> None:
+    handle = find(tree, f"{DEVICE}/id").open(Caller(), os.O_RDONLY)  # type: ignore[arg-type]
+    assert handle is not None
+    source.devices["vmbus_0_1"]["attributes"]["id"] = "12345\n"
+
+    assert handle.read(Caller(), 3, 9, 0) == b"45\n"  # type: ignore[arg-type]
+    assert handle.read(Caller(), 4000, 9, 0) == b""  # type: ignore[arg-type]
+    source.devices["vmbus_0_1"]["attributes"]["id"] = "67890\n"
+    assert handle.read(Caller(), 1, 2, 0) == b"78"  # type: ignore[arg-type]
 
 
 def test_writes_go_where_they_belong_and_give_their_errors(tree: Tree, source: Source) -> None:
