@@ -12,7 +12,7 @@ import pytest
 
 from pvbus.actors.runtime import rundir
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
 from pvbus.tests.frontend.test_run import PVBUS, alive, machines
 from pvbus.view.pytest_plugin import BootedMachine
 
@@ -45,6 +45,16 @@ def test_who_begins_in_dev_or_sys_is_in_those_of_the_run(place: str, path: str) 
     done = subprocess.run(words, check=False, env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX, cwd=place)
 
     assert (done.returncode, done.stdout) == (0, f"{place}\n{place}\n{path}\n"), done.stderr
+
+
+@pytest.mark.parametrize("words", [["--", "echo", "-n", "--", "--domain", "77"], ["echo", "-n", "--", "--domain", "77"]])
+def test_what_follows_the_command_is_its_own(pvbus_shared_machine: BootedMachine, words: list[str]) -> None:
+    need_namespaces()
+    given = [*COMMAND, "--name", pvbus_shared_machine.name, *words]
+
+    done = subprocess.run(given, check=False, env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "-- --domain 77", "")
 
 
 def test_a_script_without_a_first_line_is_the_shells(pvbus_shared_machine: BootedMachine, tmp_path: Path) -> None:
