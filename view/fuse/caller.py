@@ -24,10 +24,10 @@ READ, WRITE = "read", "write"
 CALLERS_MAX = 64  # threads whose file in /proc stays open
 LOOKS_MAX = 50  # it is on its way into its sleep: a few microseconds
 IOV_MAX = 1024
-_NUMBERS = {
-    "x86_64": {READ: (0, 19), WRITE: (1, 20)},
-    "aarch64": {READ: (63, 65), WRITE: (64, 66)},
-}.get(platform.machine(), {READ: (-1, -1), WRITE: (-1, -1)})
+_NUMBERS = {  # read, readv, preadv2; write, writev, pwritev2
+    "x86_64": {READ: (0, 19, 327), WRITE: (1, 20, 328)},
+    "aarch64": {READ: (63, 65, 286), WRITE: (64, 66, 287)},
+}.get(platform.machine(), {READ: (-1, -1, -1), WRITE: (-1, -1, -1)})
 _SPLICES = {"x86_64": (40, 275), "aarch64": (71, 76)}.get(platform.machine(), ())  # sendfile, splice
 _VECTOR = struct.Struct("=QQ")
 MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
@@ -63,30 +63,33 @@ class Callers:
     def segments(self, thread: int, kind: str, size: int) -> list[tuple[int, int]]:
         """Give the address and the length of each segment that a thread reads or writes.
 
-        `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known. EINVAL: it is a splice,
-        which drivers without a method for it refuse.
+        `size` is what FUSE has of them; one segment of that, at address 0, where nothing else is known. Refused is what a driver
+        without such methods never sees: EINVAL for a splice, EOPNOTSUPP for a write with flags.
         """
         text = self._look(thread)
         if text == self._last_text and size == self._last_size:  # the same buffer, and all of it
             return self._last
-        simple, vectored = _NUMBERS[kind]
+        simple, vectored, flagged = _NUMBERS[kind]
         words = text.split()
         found: list[tuple[int, int]] = []
+        refused = 0
         try:
             number = int(words[0]) if len(words) > 3 else -2
             if number == simple:
                 found = [(int(words[2], 16), int(words[3], 16))]
                 if found[0][1] == size:
                     self._last_text, self._last_size, self._last = text, size, found
-            elif number == vectored:
+            elif number in (vectored, flagged):
+                if number == flagged and int(words[6], 16) & ~os.RWF_HIPRI:
+                    refused = errno.EOPNOTSUPP
                 count = min(int(words[3], 16), IOV_MAX)
                 found = list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
             elif number in _SPLICES:
-                size = -1
+                refused = errno.EINVAL
         except (OSError, ValueError):
             found = []
-        if size < 0:
-            raise OSError(errno.EINVAL, "a splice")
+        if refused:
+            raise OSError(refused, os.strerror(refused))
         return found if sum(length for _, length in found) >= size else [(0, size)]
 
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
