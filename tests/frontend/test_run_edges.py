@@ -101,6 +101,7 @@ def test_flags_that_the_driver_never_sees_are_refused_as_by_the_kernel(
 ) -> None:
     code = """
 import errno, os
+open("/proc/self/comm", "wb").write(b"\\xff\\xc2\\x85 :x")
 for name in ("O_DIRECT", "O_DIRECTORY", "O_TMPFILE"):
     try:
         print(name, os.open("/dev/xen/evtchn", os.O_RDWR | getattr(os, name)))
