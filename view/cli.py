@@ -150,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
     run_.add_argument("--domain", type=int, default=0, metavar="D", help="whose devices")
     run_.add_argument("--frontend", choices=sorted(FRONTENDS), default="fuse", help="how /dev/xen/evtchn is presented")
     run_.add_argument("--xenstore", action="store_true", help="with a xenstored, and /dev/xen/xenbus to it")
-    run_.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
+    run_.add_argument("program", metavar="COMMAND", help="with its arguments; what follows it is its own")
+    run_.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help=argparse.SUPPRESS).required = False
     verb("conformance", "show which test shows which row of the contract", of_machine=False)
     return top
 

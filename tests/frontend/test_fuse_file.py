@@ -36,12 +36,12 @@ FUSE_SEES = {
     "private mapping": "SIGBUS",
     "shared mapping": "ENODEV",
     "read over SIGSTOP and SIGCONT": "EINTR",
-    "open with O_DIRECT": "EINVAL",  # this, and the next three, as on the device
+    "open with O_DIRECT": "EINVAL",  # this, and the next three, and pwritev2, as on the device
     "truncate": "EINVAL",
     "splice from it": "EINVAL",
     "splice to it": "EINVAL",
     "copy_file_range": "EXDEV",
-    "pwritev2 with RWF_APPEND": "4",
+    "pwritev2 with RWF_APPEND": "ENOTSUP",
     "sync_file_range": "0",
     "fallocate": "ENOTSUP",
     "readahead": "0",

@@ -12,8 +12,8 @@ import pytest
 
 from pvbus.actors.runtime import rundir
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
-from pvbus.tests.frontend.test_run import PVBUS, alive, machines
+from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.test_run import PVBUS, alive, in_private_mounts, machines
 from pvbus.view.pytest_plugin import BootedMachine
 
 NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups"
@@ -47,6 +47,31 @@ def test_who_begins_in_dev_or_sys_is_in_those_of_the_run(place: str, path: str) 
     assert (done.returncode, done.stdout) == (0, f"{place}\n{place}\n{path}\n"), done.stderr
 
 
+@pytest.mark.parametrize("words", [["--", "echo", "-n", "--", "--domain", "77"], ["echo", "-n", "--", "--domain", "77"]])
+def test_what_follows_the_command_is_its_own(pvbus_shared_machine: BootedMachine, words: list[str]) -> None:
+    need_namespaces()
+    given = [*COMMAND, "--name", pvbus_shared_machine.name, *words]
+
+    done = subprocess.run(given, check=False, env=environment(), capture_output=True, text=True, timeout=RUN_S_MAX)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "-- --domain 77", "")
+
+
+def test_mounts_and_devices_of_any_name_are_no_hindrance(pvbus_shared_machine: BootedMachine) -> None:
+    script = """
+        mount -t tmpfs none /mnt; name=$(printf '/mnt/a b\\377\\302\\205'); mkdir "$name"; mount -t tmpfs none "$name"
+        mkdir /mnt/dev; mount --rbind /dev /mnt/dev; mount -t tmpfs none /dev
+        for one in fuse null tty random urandom; do touch /dev/$one; mount --bind /mnt/dev/$one /dev/$one; done
+        mkdir /dev/shm; mount --bind /mnt/dev/shm /dev/shm
+        touch "$(printf '/dev/c d\\376')"; ln -s nowhere "$(printf '/dev/\\375')"; mkfifo /dev/fifo; exec "$@"
+    """
+
+    done = in_private_mounts(script, *command("sh", "-c", "ls /dev | wc -l", name=pvbus_shared_machine.name))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == 6 + 3 + 1  # and xen
+
+
 def test_a_script_without_a_first_line_is_the_shells(pvbus_shared_machine: BootedMachine, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text('echo "$# $1"; exit 4\n')
@@ -76,6 +101,7 @@ def test_flags_that_the_driver_never_sees_are_refused_as_by_the_kernel(
 ) -> None:
     code = """
 import errno, os
+open("/proc/self/comm", "wb").write(b"\\xff\\xc2\\x85 :x")
 for name in ("O_DIRECT", "O_DIRECTORY", "O_TMPFILE"):
     try:
         print(name, os.open("/dev/xen/evtchn", os.O_RDWR | getattr(os, name)))

@@ -26,10 +26,10 @@ LOOKS_MAX = 50  # it is on its way into its sleep: a few microseconds
 IOV_MAX = 1024
 LINE_BYTES_MAX = 256
 _RUNNING = b"running"
-_NUMBERS = {
-    "x86_64": {READ: (0, 19), WRITE: (1, 20)},
-    "aarch64": {READ: (63, 65), WRITE: (64, 66)},
-}.get(platform.machine(), {READ: (-1, -1), WRITE: (-1, -1)})
+_NUMBERS = {  # read, readv, preadv2; write, writev, pwritev2
+    "x86_64": {READ: (0, 19, 327), WRITE: (1, 20, 328)},
+    "aarch64": {READ: (63, 65, 286), WRITE: (64, 66, 287)},
+}.get(platform.machine(), {READ: (-1, -1, -1), WRITE: (-1, -1, -1)})
 _SPLICES = {"x86_64": (40, 275), "aarch64": (71, 76)}.get(platform.machine(), ())  # sendfile, splice
 _VECTOR = struct.Struct("=QQ")
 MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
@@ -65,8 +65,8 @@ class Callers:
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
         """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin.
 
-        Where nothing else is known, they are a segment of their own, at address 0. EINVAL: it is a splice, which drivers without
-        a method for it refuse.
+        Where nothing else is known, they are a segment of their own, at address 0. Refused is what a driver without such methods
+        never sees: EINVAL for a splice, EOPNOTSUPP for a write with flags.
         """
         fd = self._files.get(thread)
         try:
@@ -89,20 +89,25 @@ class Callers:
     def _segments(self, thread: int, text: bytes, kind: str) -> list[tuple[int, int]]:
         """Give the address and the length of each segment that a thread reads or writes, by its line of /proc."""
         words = text.split()
-        simple, vectored = _NUMBERS[kind]
+        simple, vectored, flagged = _NUMBERS[kind]
+        refused = 0
         try:
             number = int(words[0]) if len(words) > 3 else -2
             if number == simple:
                 address, length = int(words[2], 16), int(words[3], 16)
                 self._whole_text, self._whole = text, (address, length, 0)
                 return [(address, length)]
-            if number == vectored:
+            if number == flagged and int(words[6], 16) & ~os.RWF_HIPRI:
+                refused = errno.EOPNOTSUPP
+            elif number in (vectored, flagged):
                 count = min(int(words[3], 16), IOV_MAX)
                 return list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
         except (OSError, ValueError):
             return []
         if number in _SPLICES:
-            raise OSError(errno.EINVAL, "a splice")
+            refused = errno.EINVAL
+        if refused:
+            raise OSError(refused, os.strerror(refused))
         return []
 
     def memory(self, thread: int, address: int, size: int) -> bytes:

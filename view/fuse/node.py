@@ -166,8 +166,10 @@ class Text(Node):
         return Attributes(stat.S_IFREG | self.mode, size=TEXT_BYTES_MAX)
 
     def open(self, request: Request, flags: int) -> Handle:
-        """Open it; EACCES for what it cannot do, as sysfs answers."""
+        """Open it; EACCES for what it cannot do, as sysfs answers, and EINVAL for O_DIRECT."""
         access = flags & os.O_ACCMODE
+        if flags & os.O_DIRECT:
+            raise error(errno.EINVAL)
         if (access != os.O_WRONLY and self.show is None) or (access != os.O_RDONLY and self.store is None):
             raise error(errno.EACCES)
         return _TextHandle(self)

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
         room = Room(name, arguments.domain)
         room.in_child += [functools.partial(os.close, fd) for fd in closed]  # the command finds them as we did
-        return _in_room(room, fittings, arguments.command)
+        return _in_room(room, fittings, [arguments.program, *arguments.words])
 
 
 def _fill_standard_streams() -> list[int]:

@@ -64,12 +64,15 @@ class Fitting:
 
 def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
     """Fork the server of a fitting; give its pid. Signals to the whole group are for the command: they stay blocked."""
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         mount.die_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it has died before it could be asked for
+            os._exit(code)
         for other in others:
             if other is not fitting:
                 close_all(other)

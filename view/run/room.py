@@ -113,17 +113,31 @@ def _own_dev() -> None:
             target = Path("/dev", entry.name)
             if entry.name in OF_A_RUN:
                 continue
-            if entry.is_symlink():
-                target.symlink_to(Path(entry.path).readlink())
-                continue
-            if entry.is_dir():
-                target.mkdir()
-            else:
-                target.touch()
-            mount.bind(entry.path, str(target))
+            with contextlib.suppress(FileNotFoundError):  # it has just been removed
+                _show(entry, target)
         Path("/dev/xen").mkdir()
     finally:
         os.close(old)
+
+
+def _show(entry: os.DirEntry[str], target: Path) -> None:
+    """Make an entry of the old /dev one of ours."""
+    if entry.is_symlink():
+        target.symlink_to(Path(entry.path).readlink())
+        return
+    is_directory = entry.is_dir()
+    if is_directory:
+        target.mkdir()
+    else:
+        target.touch()
+    try:
+        mount.bind(entry.path, str(target))
+    except FileNotFoundError:
+        if is_directory:
+            target.rmdir()
+        else:
+            target.unlink()
+        raise
 
 
 def _look_again() -> None:
@@ -137,8 +151,8 @@ def _look_again() -> None:
 def _mounted_below(directory: str) -> Iterator[str]:
     """Yield what is mounted right below a directory, not what is mounted below that; relative, the nearest first."""
     points = set()
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
+        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4])
         if point.startswith(f"{directory}/"):
             points.add(point.removeprefix(f"{directory}/"))
     kept: list[str] = []

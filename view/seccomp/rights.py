@@ -17,7 +17,8 @@ def is_the_drivers(tid: int, path: str, flags: int) -> bool:
     """Whether an open with these flags gets as far as to the driver. OSError: the thread or the file has gone."""
     if flags & FOR_THE_KERNEL or flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL:
         return False
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{tid}/status").read_text(encoding="utf-8").splitlines())
+    lines = os.fsdecode(Path(f"/proc/{tid}/status").read_bytes()).split("\n")[:-1]  # a name can be any bytes
+    status = dict(line.split(":", 1) for line in lines)
     file = Path(path).stat()
     if int(status["Uid"].split()[3]) == file.st_uid:
         granted = file.st_mode >> 6

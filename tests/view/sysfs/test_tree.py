@@ -208,6 +208,13 @@ def test_even_root_cannot_open_a_file_for_what_it_does_not_do(tree: Tree, path: 
     assert refused.value.errno == errno.EACCES
 
 
+def test_no_file_can_be_opened_around_the_page_cache(tree: Tree) -> None:
+    with pytest.raises(OSError) as refused:
+        find(tree, f"{DEVICE}/id").open(Caller(), os.O_RDONLY | os.O_DIRECT)  # type: ignore[arg-type]
+
+    assert refused.value.errno == errno.EINVAL
+
+
 def test_a_value_is_that_of_the_moment_it_is_read_and_one_read_is_of_one_moment(tree: Tree, source: Source) -> None:
     handle = find(tree, f"{DEVICE}/id").open(Caller(), os.O_RDONLY)  # type: ignore[arg-type]
     assert handle is not None
