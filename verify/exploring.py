@@ -19,7 +19,7 @@ from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
 from pvbus.verify.explorer.recording import BOUND_MAX
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ORDERED, SITES, check
-from pvbus.verify.searching import Job, Run, recorded, said, search, told, written
+from pvbus.verify.searching import Job, Run, said, search, shortened, told, written
 
 SCHEMA: Final = 1
 HELD, BROKEN, INTERRUPTED = 0, 1, 130
@@ -61,9 +61,9 @@ def command(arguments: argparse.Namespace) -> int:
 def _failed(arguments: argparse.Namespace, run: Run) -> Path | None:
     """Show a failure, and write its file; None where none can be written, which changes nothing about the failure."""
     assert run.result.failure is not None
-    recording = recorded(run.job, run.result.failure)
+    recording, walked = shortened(run.job, run.result.failure)
     if not arguments.json:
-        print(told(recording, run.job.make))
+        print(told(recording, run.job.make, walked))
     try:
         return written(recording, Path())
     except OSError as error:

@@ -46,7 +46,9 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _walk(walker: Walker, recording: Recording, arguments: argparse.Namespace) -> Walked:
-    choices = recording.choices if arguments.until is None else recording.choices[: arguments.until]
+    if arguments.until is None:
+        return walker.to_the_end(recording.choices)
+    choices = recording.choices[: arguments.until]
     if arguments.then == "random":
         return walker.along(choices, then="random", seed=arguments.seed)
     walked = walker.along(choices)
@@ -94,6 +96,8 @@ def _as_dict(recording: Recording, walked: Walked, differs: str | None) -> dict[
 def _tell(recording: Recording, make: Callable[[], Scenario], walked: Walked, *, whole: bool) -> None:
     if whole and walked.kind is not None:
         print(told(recording, make, walked))
+        if walked.kind != recording.kind:
+            print(f"another failure than the one that was recorded, which was {recording.kind}: {recording.message}")
         return
     print(drawn(walked))
     print()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pvbus.verify.explorer import Failure, Result, explore
 from pvbus.verify.explorer.progress import Progress
 from pvbus.verify.explorer.recording import Recording, fingerprint
-from pvbus.verify.explorer.search import Bounds, SearchInterrupted
+from pvbus.verify.explorer.search import FAIR_FROM, Bounds, SearchInterrupted
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
@@ -124,15 +124,22 @@ def search(job: Job, *, show: bool) -> Run:
 
 def recorded(job: Job, failure: Failure) -> Recording:
     """Shorten a failure, and make its recording."""
+    return shortened(job, failure)[0]
+
+
+def shortened(job: Job, failure: Failure) -> tuple[Recording, Walked]:
+    """Shorten a failure; give its recording, and the walk that this was made of."""
     walker = Walker(
         job.make, model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, bounds=job.bounds,
     )  # fmt: skip
     short = shrink(walker, failure.choices, failure.kind)
-    return Recording(
-        scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=short.choices, shared=failure.shared,
+    chosen = short.choices[:FAIR_FROM]  # from there on everybody has a turn, and nobody chooses
+    recording = Recording(
+        scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=chosen, shared=failure.shared,
         kind=failure.kind, message=short.message, variant=job.variant, drop=job.drop, bug=job.bug, bounds=dict(job.bounds),
         fingerprint=fingerprint(),
     )  # fmt: skip
+    return recording, short
 
 
 def written(recording: Recording, directory: Path) -> Path:
@@ -144,9 +151,10 @@ def written(recording: Recording, directory: Path) -> Path:
 
 def told(recording: Recording, make: Callable[[], Scenario], walked: Walked | None = None) -> str:
     """Say what failed: the trace with a column a context, and what would forbid it."""
-    walked = walked or Walker.of(make, recording).along(recording.choices)
-    lines = [f"{recording.kind}: {recording.message}", "", drawn(walked), "", "this trace is forbidden by"]
-    return "\n".join([*lines, *(f"  {sentence}" for sentence in forbidden_by(make, recording) or ["nothing that was tried"])])
+    walked = walked or Walker.of(make, recording).to_the_end(recording.choices)
+    lines = [f"{walked.kind}: {walked.message}", "", drawn(walked), "", "this trace is forbidden by"]
+    sentences = forbidden_by(make, recording, walked) or ["nothing that was tried"]
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in sentences)])
 
 
 def drawn(walked: Walked) -> str:

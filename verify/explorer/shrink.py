@@ -16,12 +16,13 @@ from pvbus.verify.explorer.execution import ENDLESS
 from pvbus.verify.explorer.walk import DEATH, FLUSH, Walked, Walker, context_of
 
 WALKS_MAX: Final = 2_000  # executions: a number and no time, so that a failure is shortened to the same trace everywhere
+WALKED_STEPS_MAX: Final = 300_000  # of all of them: those of a livelock are long
 BEGINNINGS_MAX: Final = 64
 
 
 def shrink(walker: Walker, choices: Sequence[str], kind: str, *, walks_max: int = WALKS_MAX) -> Walked:
     """Give the shortest walk found that fails in the same way; at worst that of `choices` itself."""
-    best = walker.along(choices)
+    best = walker.to_the_end(choices)
     if kind == ENDLESS:  # bounded by executions, and each of them would take its seconds
         return best
     tried: set[tuple[str, ...]] = set()
@@ -32,7 +33,7 @@ def shrink(walker: Walker, choices: Sequence[str], kind: str, *, walks_max: int 
             if candidate in tried:
                 continue
             tried.add(candidate)
-            if walker.walks > walks_max:
+            if walker.walks > walks_max or walker.steps > WALKED_STEPS_MAX:
                 return best
             walked = _finished(walker, candidate)
             if walked is not None and walked.kind == kind and walked.cost < best.cost:

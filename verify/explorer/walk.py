@@ -92,6 +92,7 @@ class Walker:
     ) -> None:  # fmt: skip
         self.make = make
         self.walks = 0  # executions so far
+        self.steps = 0  # of them all
         self._arguments: dict[str, Any] = {
             "model": model, "variant": variant, "drop": tuple(drop), "bounds": Bounds((bounds or {}).get("deaths", 0)),
         }  # fmt: skip
@@ -116,6 +117,10 @@ class Walker:
         if kind is None and not walked.open and then == "stop":  # at its end: judge it
             return self.along(choices, then="first")
         return walked
+
+    def to_the_end(self, choices: Sequence[str]) -> Walked:
+        """Walk along a recorded failure. A livelock is recorded as far as somebody chose: its end is beyond that."""
+        return self.along(choices, then="first")
 
     def fitted(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Leave out what does not fit: each choice in turn that cannot be made where it stands."""
@@ -143,7 +148,9 @@ class Walker:
             self._known = set(self._explorer.model.shared)
         explorer = self._explorer
         try:
-            return explorer.follow(choices, then, seed)[1]
+            run = explorer.follow(choices, then, seed)[1]
+            self.steps += len(run.choices)
+            return run
         finally:
             if set(explorer.model.shared) != self._known:  # it has learned of a location: the next walk must not know of it
                 self._explorer = None

@@ -17,7 +17,7 @@
 static int32_t locate(Engine *e, uint32_t memory, uint64_t off, int width)
 {
     if (memory >= MEMORIES_MAX - 1) {
-        PyErr_Format(PyExc_RuntimeError, "more than %d memories", MEMORIES_MAX - 1);
+        PyErr_Format(pv_limit_error, "more than %d memories", MEMORIES_MAX - 1);
         return -1;
     }
     return pv_cell(e, (uint64_t)memory << 40 | off << 4 | (uint64_t)width);
@@ -83,7 +83,7 @@ static int m_load(void *engine, uint32_t memory, uint64_t off, int width, int or
 int pv_push(Engine *e, context_t *c, int32_t cell, uint64_t value, enum order order, const char *site)
 {
     if (c->buffered == BUFFER_MAX) {
-        PyErr_Format(PyExc_RuntimeError, "%s: more than %d stores wait in the buffer of %s", site, BUFFER_MAX, c->name);
+        PyErr_Format(pv_limit_error, "%s: more than %d stores wait in the buffer of %s", site, BUFFER_MAX, c->name);
         return -1;
     }
     c->buffer[c->buffered++] = (store_t){

@@ -205,7 +205,7 @@ typedef struct {
     PyObject *sites;      /* names that traces point to */
 } Engine;
 
-extern PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error;
+extern PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error, *pv_limit_error;
 extern void **pv_greenlet;
 
 static inline uint64_t pv_mix(uint64_t h, uint64_t v)

@@ -216,6 +216,8 @@ int pv_enter(Engine *e, const node_t *options)
         int known = look_up(e, n);
         if (known != 0)
             return known < 0 ? -1 : 0;
+    } else if (!single) {
+        n->state = pv_state(e); /* for a look whether another execution comes by here, too */
     }
     if (e->reducing)
         note_pending(e, n);
@@ -349,8 +351,15 @@ bool pv_choose(Engine *e, const node_t *o, choice_t *choice)
 {
     if (e->strategy == DEPTH_FIRST && e->depth < e->node_count) {
         *choice = e->nodes[e->depth].now;
-        if (e->reducing && e->depth + 1 == e->node_count)
-            pv_record(e, e->depth, *choice);
+        if (e->depth + 1 == e->node_count) {
+            if (e->reducing)
+                pv_record(e, e->depth, *choice);
+            pair_t state = pv_state(e), before = e->nodes[e->depth].state; /* the same choices lead to the same state */
+            if (state.a != before.a || state.b != before.b) {
+                e->outcome = MISFIT;
+                return false;
+            }
+        }
         return fits(e, o, *choice);
     }
     if (e->strategy == FOLLOW && e->depth < e->follow_count) {

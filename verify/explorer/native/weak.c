@@ -10,7 +10,8 @@
  *       for the own buffer, too, and raises the floor to the own last store.  Address, data and control dependencies order
  *       no loads (hardware keeps the first two: the model allows more).  A load never sees a store that comes after it in
  *       the order of any context's program (load buffering): not covered.  A locked operation takes the newest value, waits
- *       for the stores before it, is an acquire, and no full barrier for what comes after.
+ *       for the stores before it, is an acquire, and no full barrier for what comes after: loads behind it may have been
+ *       done before its store.  Stores behind it may not: hardware lets them pass a locked store, the model does not cover it.
  */
 #include "engine.h"
 
