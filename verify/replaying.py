@@ -72,9 +72,12 @@ def maker(recording: Recording) -> Callable[[], Scenario]:
     kind: Any = scenarios.find(recording.scenario)
     if recording.bug is not None:
         try:
-            kind = zoo.find(recording.bug).handler or kind
+            bug = zoo.find(recording.bug)
         except KeyError as error:
             raise RecordingError(str(error.args[0])) from None
+        if bug.scenario is not kind:
+            raise RecordingError(f"the bug {recording.bug} is none of the scenario {recording.scenario}")
+        kind = bug.handler or kind
     for site in recording.drop:
         check(site)
     known = scenarios.defaults(scenarios.find(recording.scenario))

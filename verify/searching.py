@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pvbus.verify.explorer import Failure, Result, explore
 from pvbus.verify.explorer.progress import Progress
 from pvbus.verify.explorer.recording import Recording, fingerprint
-from pvbus.verify.explorer.search import FAIR_FROM, Bounds, SearchInterrupted
+from pvbus.verify.explorer.search import FAIR_FROM, Bounds, Explorer, SearchInterrupted
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
@@ -122,6 +122,11 @@ def search(job: Job, *, show: bool) -> Run:
     return Run(job, result, time.monotonic() - began_s)
 
 
+def contexts(job: Job) -> list[str]:
+    """Give the names of the contexts of a search."""
+    return Explorer(job.make(), job.model, None, ()).executions.contexts()
+
+
 def recorded(job: Job, failure: Failure) -> Recording:
     """Shorten a failure, and make its recording."""
     return shortened(job, failure)[0]
@@ -137,7 +142,7 @@ def shortened(job: Job, failure: Failure) -> tuple[Recording, Walked]:
     recording = Recording(
         scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=chosen, shared=failure.shared,
         kind=failure.kind, message=short.message, variant=job.variant, drop=job.drop, bug=job.bug, bounds=dict(job.bounds),
-        fingerprint=fingerprint(),
+        fingerprint=fingerprint(job.scenario),
     )  # fmt: skip
     return recording, short
 

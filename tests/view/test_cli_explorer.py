@@ -364,7 +364,7 @@ def test_a_recording_that_asks_for_nonsense_is_refused(
 @pytest.mark.parametrize(("scenario", "setting", "sentence"), [
     ("fifo-queue", "script=rise:1", "rise:1 is none of raise:N, eoi:N"), ("port-life", "script=raise:0", "raise:0 is none of"),
     ("offers", "script=offer", "'offer' is none of again, offer X"), ("teardown", "ends=somehow", "ends a channel by 'somehow'"),
-    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "contexts"),
+    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "1 to 6"),
 ])  # fmt: skip
 def test_a_parameter_that_makes_no_sense_is_no_complete_search(
     scenario: str, setting: str, sentence: str, capsys: pytest.CaptureFixture[str]

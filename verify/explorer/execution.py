@@ -24,7 +24,8 @@ from pvbus.verify.explorer.scenario import Scenario
 
 # what native/engine.h numbers
 FOLLOW, DEPTH_FIRST, RANDOM_WALK, PRIORITIES = range(4)
-QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK = range(1, 7)
+QUIET, PRUNED, FAILED, STOPPED, MISFIT, UNENDED = range(1, 7)
+LIVELOCK: Final = "livelock"
 ENDLESS: Final = "endless loop"  # the kind of failure whose every execution takes seconds
 _BUFFER: Final = 16  # agents from here on are the store buffers
 _WAIT: Final = 8
@@ -139,7 +140,7 @@ class Executions:
             self.running = False
         try:
             end = End(outcome)
-            if not model.grown and outcome in (QUIET, FAILED, LIVELOCK):
+            if not model.grown and outcome in (QUIET, FAILED, UNENDED):
                 self._judge(end)
             if outcome in (FAILED, MISFIT) or end.kind is not None:
                 end.choices = written(model.taken(), self.contexts())
@@ -169,8 +170,8 @@ class Executions:
                 end.kind, end.message = "exception", f"{name}: {_said(error)}"
             if error is not None:
                 return
-        if end.outcome == LIVELOCK:
-            end.kind, end.message = "livelock", self._livelock()
+        if end.outcome == UNENDED:
+            end.kind, end.message = LIVELOCK, self._livelock()
             return
         for lock, called in model.locks.items():
             owner = model.value(lock) - 1
@@ -192,9 +193,10 @@ class Executions:
     def _livelock(self) -> str:
         last = self.contexts()[self.model.taken()[-1][0] % _BUFFER]
         if self.model.alone >= _ALONE_STEPS_MIN:
-            return f"{last} runs for ever, and nobody else can"
+            return f"{last} goes on and on, and nobody else can: no end within {len(self.model.taken()):,} steps"
         recent = dict.fromkeys(written(self.model.taken()[-64:], self.contexts()))
-        return f"everybody has had a turn again and again, and there is no end: {', '.join(recent)}"
+        steps = f"{len(self.model.taken()):,} steps"
+        return f"everybody has had a turn again and again, and there is no end within {steps}: {', '.join(recent)}"
 
     def where_they_stand(self) -> list[tuple[str, str]]:
         """Say what each context that has not ended is about to do."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -50,10 +51,16 @@ def claimed(models: str, *parameters: Mapping[str, Any], **bounds: Any) -> tuple
     return tuple(Claim(model, each, bounds) for each in parameters for model in models.split())
 
 
+def within(**ranges: tuple[int, int]) -> Mapping[str, tuple[int, int]]:
+    """Say from where to where numbers make sense: parameters by name, or what is in their lists."""
+    return MappingProxyType(ranges)
+
+
 class Scenario(ABC):
     """One situation to be searched."""
 
     name: str
+    ranges: ClassVar[Mapping[str, tuple[int, int]]] = within()  # of its parameters; none named: 0 to 1024
     mortal: tuple[str, ...] = ()  # the contexts that may die, when deaths are asked for; none named: all
     claims: ClassVar[tuple[Claim, ...]] = ()  # none: its defaults under sc and tso
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from pvbus.verify.explorer import ReplayError
-from pvbus.verify.explorer.execution import ENDLESS
+from pvbus.verify.explorer.execution import ENDLESS, LIVELOCK
 from pvbus.verify.explorer.walk import DEATH, FLUSH, Walked, Walker, context_of
 
 WALKS_MAX: Final = 2_000  # executions: a number and no time, so that a failure is shortened to the same trace everywhere
-WALKED_STEPS_MAX: Final = 300_000  # of all of them: those of a livelock are long
+WALKS_OF_A_LIVELOCK_MAX: Final = 60  # which are a hundred times as long
 BEGINNINGS_MAX: Final = 64
 
 
@@ -25,6 +25,8 @@ def shrink(walker: Walker, choices: Sequence[str], kind: str, *, walks_max: int 
     best = walker.to_the_end(choices)
     if kind == ENDLESS:  # bounded by executions, and each of them would take its seconds
         return best
+    if kind == LIVELOCK:
+        walks_max = min(walks_max, WALKS_OF_A_LIVELOCK_MAX)
     tried: set[tuple[str, ...]] = set()
     better = True
     while better:
@@ -33,7 +35,7 @@ def shrink(walker: Walker, choices: Sequence[str], kind: str, *, walks_max: int 
             if candidate in tried:
                 continue
             tried.add(candidate)
-            if walker.walks > walks_max or walker.steps > WALKED_STEPS_MAX:
+            if walker.walks > walks_max:
                 return best
             walked = _finished(walker, candidate)
             if walked is not None and walked.kind == kind and walked.cost < best.cost:

@@ -92,7 +92,6 @@ class Walker:
     ) -> None:  # fmt: skip
         self.make = make
         self.walks = 0  # executions so far
-        self.steps = 0  # of them all
         self._arguments: dict[str, Any] = {
             "model": model, "variant": variant, "drop": tuple(drop), "bounds": Bounds((bounds or {}).get("deaths", 0)),
         }  # fmt: skip
@@ -148,9 +147,7 @@ class Walker:
             self._known = set(self._explorer.model.shared)
         explorer = self._explorer
         try:
-            run = explorer.follow(choices, then, seed)[1]
-            self.steps += len(run.choices)
-            return run
+            return explorer.follow(choices, then, seed)[1]
         finally:
             if set(explorer.model.shared) != self._known:  # it has learned of a location: the next walk must not know of it
                 self._explorer = None

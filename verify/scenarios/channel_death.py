@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pvbus.shm._core_explored import Memory
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ChannelDeath(ChannelEcho):
     """The driver sends `packets` and has all their echoes in the end."""
 
     name = "channel-death"
+    ranges = within(packets=(1, 64))
     claims = claimed("sc tso", {}, deaths=1) + claimed("sc", {"packets": 2}, deaths=1, preemptions=2)
     mortal = ("host",)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Vcpu
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 
@@ -22,6 +22,7 @@ class CpuDeath(XenScenario):
     """`events` ports, pending when the CPU begins. With `reader` a user reads them all and falls asleep."""
 
     name = "cpu-death"
+    ranges = within(events=(1, 32))
     claims = claimed("sc tso arm", {}, {"events": 2}, deaths=1) + claimed("sc", {"reader": True}, deaths=1, preemptions=2)
     mortal = ("cpu0",)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 SLEEPERS = ("cpu", "hypervisor", "file")
@@ -24,6 +24,7 @@ class Doorbell(XenScenario):
     """`sleeper`: whose doorbell it is; `events`: how many times there is work for it."""
 
     name = "doorbell"
+    ranges = within(events=(1, 63))
     claims = claimed("sc tso", {}) + claimed("sc tso arm", {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
 
     def __init__(self, *, sleeper: str = "cpu", events: int = 2) -> None:

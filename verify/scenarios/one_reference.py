@@ -13,7 +13,7 @@ from functools import partial
 
 from pvbus.shm._core_explored import UserFile
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 PORT = 1
@@ -23,6 +23,7 @@ class OneReference(XenScenario):
     """`events` of one port, each but the first masked until the one before was written back."""
 
     name = "one-reference"
+    ranges = within(events=(1, 32))
     claims = claimed("sc tso arm", {"events": 1}) + claimed("sc", {}, preemptions=2)
 
     def __init__(self, *, events: int = 2) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import FilePage, Port
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios import script_of
 from pvbus.verify.scenarios.xen import XenScenario
 
@@ -29,6 +29,7 @@ class PortLife(XenScenario):
     """`script`: the hypervisor's steps; every port begins on CPU 0."""
 
     name = "port-life"
+    ranges = within(cpus=(1, 8))
     claims = claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}) + claimed(
         "sc tso", {}, {"script": (_RAISE, ("raise", 2))}, {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2},
         {"script": (_RAISE, ("move", 1))},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Teardown(VmbusPair):
     """
 
     name = "teardown"
+    ranges = within(ticks=(0, 64), timeouts=(0, 16))
     claims = claimed(
         "sc", {}, {"ends": "exit"}, {"ends": "reopen", "ticks": 0}, {"rescind": True, "ticks": 0},
         {"ends": "exit", "rescind": True, "ticks": 0}, {"reads": True, "ticks": 0}, {"timeouts": 1, "ticks": 0},

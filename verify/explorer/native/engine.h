@@ -23,6 +23,7 @@
 #define MEMORIES_MAX 256
 #define BUFFER_MAX 192       /* stores that wait; hardware has 20 to 70 */
 #define STEPS_MAX 4096       /* of one execution, whatever is asked for */
+#define UNSEEN_MAX 100000    /* accesses of a context to what only it has touched, without a scheduling point */
 #define NAME_MAX_BYTES 64
 #define KINDS_MAX 512        /* different events of one scenario that the reduction tells apart */
 #define SUMMARY_WORDS (KINDS_MAX / 64)
@@ -186,7 +187,7 @@ typedef struct {
     node_t *nodes;
     uint32_t depth, node_count;
     int last_agent;
-    uint32_t alone, fair_from, preempted;
+    uint32_t alone, fair_from, preempted, unseen;
     int32_t preemptions_max, delay_max;
     uint64_t random;
     uint32_t priority[AGENTS_MAX], change_points[16], change_count, change_next;

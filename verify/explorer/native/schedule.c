@@ -166,6 +166,7 @@ int pv_stop(Engine *e, context_t *c, enum kind kind, int32_t cell, const char *s
     c->op.site = site;
     c->op.ways = ways;
     c->waiting = true;
+    e->unseen = 0;
     context_t *chosen = NULL;
     if (!e->starting)
         chosen = next(e);
