@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pvbus.verify.explorer import ReplayError
 from pvbus.verify.explorer.execution import ENDLESS
-from pvbus.verify.explorer.walk import FLUSHED, LOADED, Walked, Walker
+from pvbus.verify.explorer.walk import FLUSHED, LOADED, Store, Walked, Walker
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.recording import Recording
@@ -79,13 +79,14 @@ def overtaking(walked: Walked) -> dict[tuple[str, str], set[str]]:
 def passing(walked: Walked) -> list[tuple[str, str, str]]:
     """Find the stores that reached memory ahead of older ones of their own context (arm): context, older, younger."""
     found: dict[tuple[str, str, str], None] = {}
+    waiting: dict[str, list[Store]] = {}
     for row, pending in zip(walked.rows, walked.pending(), strict=True):
-        if (flushed := FLUSHED.match(row.text)) is None:
-            continue
-        younger = [store.age for store in walked.stores(row.context) if (store.site, store.where) == flushed.groups()[:2]]
-        for store in pending.get(row.context, []):
-            if store.where != flushed[2] and younger and store.age < max(younger):
+        if (flushed := FLUSHED.match(row.text)) is not None:
+            for store in waiting.get(row.context, []):  # oldest first
+                if (store.site, store.where, store.value) == flushed.groups():
+                    break
                 found[row.context, store.site, flushed[1]] = None
+        waiting = pending
     return list(found)
 
 
