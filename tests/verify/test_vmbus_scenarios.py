@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 NUMBERS: dict[type[Scenario], str] = {
     SynicMessages: "E6", EventFlags: "E8", ChannelEcho: "E9", Offers: "E10", Teardown: "E11", SynicDeath: "E12", ActorStop: "E13",
-    ChannelDeath: "E12", WorkDeath: "E12", WorkRingFull: "H5", HostileRing: "", LastPacket: "B5.1",
+    ChannelDeath: "E12", WorkDeath: "E12", WorkRingFull: "H5", HostileRing: "", LastPacket: "",
 }  # fmt: skip
 """Where the checklist has them; a reader who trusts nobody is no item of it."""
 

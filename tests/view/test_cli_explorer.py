@@ -293,6 +293,17 @@ def test_progress_says_rate_and_what_is_left() -> None:
     )
 
 
+@pytest.mark.parametrize(("width", "line"), [
+    (80, "event-ring events=4: 250 executions, 125/s; 12 choices to try on the path"),
+    (65, "event-ring…: 250 executions, 125/s; 12 choices to try on the path"), (20, "…: 250 executions, 1"), (1, "…"),
+])  # fmt: skip
+def test_on_a_narrow_terminal_what_is_left_is_said_before_what_is_searched(width: int, line: str) -> None:
+    said = Progress("event-ring events=4", stream=io.StringIO()).line(250, 5000, 12, 2.0, width)
+
+    assert said == line
+    assert len(said) <= width
+
+
 @pytest.mark.parametrize(("stream", "lines"), [(io.StringIO(), "\n"), (Terminal(), "\r")])
 def test_progress_is_a_line_that_changes_on_a_terminal_and_plain_lines_elsewhere(stream: io.StringIO, lines: str) -> None:
     progress = Progress("event-ring", stream=stream)
