@@ -182,8 +182,8 @@ class ExploredInbox(Inbox):
 class ActorStop(Scenario):
     """`tells` messages without an answer, then `asks` with one."""
 
-    name = "actor-stop"
     ranges = within(tells=(0, 16), asks=(0, 16))
+    name = "actor-stop"
     claims = claimed("sc", {}, {"tells": 0}, {"tells": 2, "asks": 0})  # system calls keep their order under every model
     inbox_type: type[ExploredInbox] = ExploredInbox
 

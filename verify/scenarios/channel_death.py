@@ -27,8 +27,8 @@ CLAIMS_BYTES = 4096
 class ChannelDeath(ChannelEcho):
     """The driver sends `packets` and has all their echoes in the end."""
 
-    name = "channel-death"
     ranges = within(packets=(1, 64))
+    name = "channel-death"
     claims = claimed("sc tso", {}, deaths=1) + claimed("sc", {"packets": 2}, deaths=1, preemptions=2)
     mortal = ("host",)
 

@@ -48,8 +48,8 @@ class _Handle:
 class ChannelEcho(Scenario):
     """The driver sends `packets` and has all their echoes in the end. `full`: a packet nearly as large lies in either ring."""
 
-    name = "channel-echo"
     ranges = within(packets=(1, 64))
+    name = "channel-echo"
     claims = claimed("sc tso", {}, {"packets": 3}, {"packets": 1, "full": True}) + claimed("arm", {"packets": 1})
     endpoint_type: type[Endpoint] = Endpoint
     claim_words: tuple[Any, int] | None = None  # a host without an heir needs none

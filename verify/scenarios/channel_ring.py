@@ -31,8 +31,8 @@ class ChannelRings(Scenario):
     Without `masked` the reader never touches the interrupt mask, and sleeps when it finds the ring empty.
     """
 
-    name = "channel-ring"
     ranges = within(packets=(1, 64), filled=(16, DATA_BYTES - 8))
+    name = "channel-ring"
     claims = claimed(
         "sc tso", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
         {"packets": 2, "filled": FULL, "masked": False},

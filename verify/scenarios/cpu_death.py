@@ -21,8 +21,8 @@ from pvbus.verify.scenarios.xen import XenScenario
 class CpuDeath(XenScenario):
     """`events` ports, pending when the CPU begins. With `reader` a user reads them all and falls asleep."""
 
-    name = "cpu-death"
     ranges = within(events=(1, 32))
+    name = "cpu-death"
     claims = claimed("sc tso arm", {}, {"events": 2}, deaths=1) + claimed("sc", {"reader": True}, deaths=1, preemptions=2)
     mortal = ("cpu0",)
 

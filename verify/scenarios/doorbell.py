@@ -23,8 +23,8 @@ SLEEPERS = ("cpu", "hypervisor", "file")
 class Doorbell(XenScenario):
     """`sleeper`: whose doorbell it is; `events`: how many times there is work for it."""
 
-    name = "doorbell"
     ranges = within(events=(1, 63))
+    name = "doorbell"
     claims = claimed("sc tso", {}) + claimed("sc tso arm", {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
 
     def __init__(self, *, sleeper: str = "cpu", events: int = 2) -> None:

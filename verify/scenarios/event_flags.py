@@ -43,8 +43,8 @@ class EventFlags(Scenario):
     The first `ahead` signals come before anybody runs.
     """
 
-    name = "event-flags"
     ranges = within(channels=(1, 63), signals=(1, 64), cpus=(1, 8), ahead=(0, 64))
+    name = "event-flags"
     claims = claimed("sc tso arm", {}, {"page": True}, {"cpus": 2, "signals": 2})
     server_type: type[Server] = Server
 

@@ -48,8 +48,8 @@ class EventRing(Scenario):
     ever, and have to fall asleep in the end.
     """
 
-    name = "event-ring"
     ranges = within(events=(1, 64), cpus=(1, 8), batch=(1, 1024), upcall_budget=(1, 1024), readers=(1, 6))
+    name = "event-ring"
     claims = (
         *claimed("sc tso arm", {"events": 1}, {"events": 2}, {"events": 3}, {"events": 2, "batch": 1}),
         *claimed("sc tso", {"events": 4}, {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),

@@ -45,8 +45,8 @@ class FifoQueue(Scenario):
     upcall serves.
     """
 
-    name = "fifo-queue"
     ranges = within(before=(1, 63), waiting=(1, 63), urgent=(1, 63), upcall_budget=(1, 1024))
+    name = "fifo-queue"
     claims = claimed(
         "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
         {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},

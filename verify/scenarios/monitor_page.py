@@ -52,8 +52,8 @@ class LooksFirst(Impatient):
 class MonitorTrigger(Scenario):
     """A guest sends so many words, each with a signal; the host has to see the last one."""
 
-    name = "monitor-page"
     ranges = within(words=(1, 64))
+    name = "monitor-page"
     claims = claimed("sc tso arm", {}, {"words": 2})
 
     def __init__(self, words: int = 1, *, host: type[Monitors] = Impatient, late: bool = False) -> None:

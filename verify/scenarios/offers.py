@@ -21,8 +21,8 @@ class Offers(VmbusPair):
     more.
     """
 
-    name = "offers"
     ranges = within(timeouts=(0, 16))
+    name = "offers"
     claims = claimed(
         "sc", {}, {"script": "rescind a, offer a"}, {"script": "rescind a", "timeouts": 1}, {"script": "rescind a, again"},
         {"script": "rescind a, offer b, rescind b, offer a", "opens": False},

@@ -22,8 +22,8 @@ PORT = 1
 class OneReference(XenScenario):
     """`events` of one port, each but the first masked until the one before was written back."""
 
-    name = "one-reference"
     ranges = within(events=(1, 32))
+    name = "one-reference"
     claims = claimed("sc tso arm", {"events": 1}) + claimed("sc", {}, preemptions=2)
 
     def __init__(self, *, events: int = 2) -> None:

@@ -28,8 +28,8 @@ _RAISE, _AWAIT, _EOI = ("raise", 1), ("await", 1), ("eoi", 1)
 class PortLife(XenScenario):
     """`script`: the hypervisor's steps; every port begins on CPU 0."""
 
-    name = "port-life"
     ranges = within(cpus=(1, 8))
+    name = "port-life"
     claims = claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}) + claimed(
         "sc tso", {}, {"script": (_RAISE, ("raise", 2))}, {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2},
         {"script": (_RAISE, ("move", 1))},

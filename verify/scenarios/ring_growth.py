@@ -24,8 +24,8 @@ UNREAD_FIRST = 40  # ports that lie in the ring before; their numbers say so
 class RingGrowth(XenScenario):
     """`entries` the ring has before, `doublings` it makes, `events` come meanwhile."""
 
-    name = "ring-growth"
     ranges = within(entries=(2, 64), doublings=(1, 4), at=(0, 1024), unread=(0, 64), events=(0, 16))
+    name = "ring-growth"
     claims = claimed("sc tso", {}) + claimed(
         "sc tso arm", {"doublings": 2, "events": 0},
         *({"at": at, "unread": unread, "events": 0} for at in range(4) for unread in range(3)),

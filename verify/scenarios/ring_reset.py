@@ -23,8 +23,8 @@ from pvbus.verify.scenarios.xen import XenScenario
 class RingReset(XenScenario):
     """`events` come into a ring of `entries`, for `readers`; the ring is reset `resets` times."""
 
-    name = "ring-reset"
     ranges = within(events=(1, 63), entries=(2, 64), readers=(1, 8), resets=(0, 16))
+    name = "ring-reset"
     claims = (
         claimed("sc tso arm", {"events": 3, "resets": 0})
         + claimed("sc tso", {"events": 1})

@@ -24,8 +24,8 @@ PORTS: Final = 64  # in a word of the bitmap; 0 is none
 class SubmissionRings(Scenario):
     """`users` processes of one file; each notifies `notifies` IPI ports of its own, once each."""
 
-    name = "submission-ring"
     ranges = within(users=(1, 8), notifies=(1, 63))
+    name = "submission-ring"
     claims = claimed("sc tso arm", {"notifies": 2}, {"notifies": 3}, {"users": 2, "notifies": 1})
 
     def __init__(self, *, users: int = 1, notifies: int = 2) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class SynicDeath(SynicMessages):
     """`messages` have been posted through one port when it begins; `dies` is `cpu0` or `host`."""
 
-    name = "synic-death"
     ranges = within(messages=(1, 12))
+    name = "synic-death"
     claims = (
         *claimed("sc tso", {"messages": 1}, {"dies": "host"}, deaths=1),
         *claimed("sc", {}, deaths=1, preemptions=2),

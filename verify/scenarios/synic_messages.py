@@ -36,8 +36,8 @@ class SynicMessages(Scenario):
     which (SynicSlot shows it), and on real machines the crash has stopped the other CPUs before somebody polls.
     """
 
-    name = "synic-messages"
     ranges = within(messages=(1, 12), cpus=(1, 8), posters=(1, 16), ahead=(0, 12))
+    name = "synic-messages"
     claims = (
         *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
         *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),

@@ -33,8 +33,8 @@ _TAKEN: Final = Vp.at(0, Vp.TAKEN + 4 * SINT_VMBUS)
 class SynicSlot(Scenario):
     """A host posts messages of the given types; `consumers` 2 adds one who looks into the slot once, uncalled (a crash)."""
 
-    name = "synic-slot"
     ranges = within(types=(1, 2**31 - 1), consumers=(1, 2))
+    name = "synic-slot"
     claims = claimed("sc tso", {}, {"frees": "store"}) + claimed("sc", {"types": (1, 2), "consumers": 2})
     synic_type: type[Synic] = Synic
 

@@ -24,8 +24,8 @@ class Teardown(VmbusPair):
     process reads the attributes. `timeouts`: how often the guest gives up waiting.
     """
 
-    name = "teardown"
     ranges = within(ticks=(0, 64), timeouts=(0, 16))
+    name = "teardown"
     claims = claimed(
         "sc", {}, {"ends": "exit"}, {"ends": "reopen", "ticks": 0}, {"rescind": True, "ticks": 0},
         {"ends": "exit", "rescind": True, "ticks": 0}, {"reads": True, "ticks": 0}, {"timeouts": 1, "ticks": 0},

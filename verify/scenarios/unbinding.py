@@ -27,8 +27,8 @@ class Unbinding(XenScenario):
     With `release` the file is closed; otherwise port 1 is unbound.
     """
 
-    name = "unbinding"
     ranges = within(before=(1, 63), pending=(1, 63), ports=(1, 63), cpus=(1, 8))
+    name = "unbinding"
     claims = (
         claimed("sc tso arm", {})
         + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()}, {"release": True})

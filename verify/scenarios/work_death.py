@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class WorkDeath(WorkRings):
     """`cpus` virtual CPUs with a message each."""
 
-    name = "work-death"
     ranges = within(cpus=(1, 8))
+    name = "work-death"
     claims = (*claimed("sc tso arm", {}, deaths=1), *claimed("sc", {"cpus": 2}, deaths=1, preemptions=1))
     mortal = ("workqueue",)
 

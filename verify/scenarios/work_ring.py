@@ -24,8 +24,8 @@ NUMBER_FIRST = 1000
 class WorkRings(Scenario):
     """`cpus` virtual CPUs with a message each."""
 
-    name = "work-ring"
     ranges = within(cpus=(1, 8))
+    name = "work-ring"
 
     def __init__(self, *, cpus: int = 2) -> None:
         self.cpus = cpus

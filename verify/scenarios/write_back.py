@@ -21,8 +21,8 @@ from pvbus.verify.scenarios.xen import XenScenario
 class WriteBack(XenScenario):
     """`ports` ports, for each of which the peer writes and notifies `raises` times."""
 
-    name = "write-back"
     ranges = within(ports=(1, 8), raises=(1, 64))
+    name = "write-back"
     claims = claimed("sc tso", {"raises": 1}) + claimed("sc", {}, {"ports": 2, "raises": 2}, preemptions=2)
 
     def __init__(self, *, ports: int = 1, raises: int = 2) -> None:
