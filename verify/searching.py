@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -112,6 +113,8 @@ def search(job: Job, *, show: bool) -> Run:
         return Run(job, stop.result, time.monotonic() - began_s, interrupted=True)
     except (ValueError, OSError):
         raise
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"{job.label}: no memory for more states; --search dpor keeps none") from None
     except Exception as error:  # what contexts raise is a failure that is found: this comes from the scenario around them
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"

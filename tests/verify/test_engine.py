@@ -273,6 +273,13 @@ def test_bounds_are_named_in_the_verdict() -> None:
     assert explore(EventRing(events=4), seconds=0.1).verdict == "bounded (0.1 s)"
 
 
+def test_a_search_ends_where_its_table_of_states_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvbus.verify.explorer.search.STATES_MAX", 200)
+
+    assert explore(EventRing(events=3)).verdict == "bounded (200 states)"
+    assert explore(EventRing(events=3), search="dpor", executions=1000).verdict == "bounded (1000 executions)"
+
+
 def test_preemptions_are_counted() -> None:
     assert explore(Bodies(adds, adds, holds=not_two), preemptions=0).failure is None
     assert explore(Bodies(adds, adds, holds=not_two), preemptions=1).failure is not None

@@ -48,6 +48,7 @@ SEARCHES: Final = {
     "pct": "executions by priorities that change twice",
 }
 EXECUTIONS_MAX: Final = 10_000_000
+STATES_MAX: Final = 40_000_000  # in the table: 2.4 GB when it grows for the last time
 STEPS_MAX: Final = 4_096  # scheduling points of one execution: no end by then is a livelock; ours end after 30 to 200
 FAIR_FROM: Final = 600  # from here on everybody has a turn, and nothing is searched
 _LENGTH_FIRST: Final = 60  # of an execution, for the change points of pct, until one is known
@@ -173,6 +174,8 @@ class Explorer:
                 return self._result(f"bounded ({executions} executions)", executions)
             if deadline is not None and time.monotonic() >= deadline:
                 return self._result(f"bounded ({seconds} s)", executions)
+            if self.model.states >= STATES_MAX:
+                return self._result(f"bounded ({STATES_MAX} states)", executions)
             executions += 1
             end = self._again()
             self._go_on(executions)
