@@ -193,7 +193,7 @@ class Executions:
     def _livelock(self) -> str:
         last = self.contexts()[self.model.taken()[-1][0] % _BUFFER]
         if self.model.alone >= _ALONE_STEPS_MIN:
-            return f"{last} goes on and on, and nobody else can: no end within {len(self.model.taken()):,} steps"
+            return f"{last} runs for ever, and nobody else can: no end within {len(self.model.taken()):,} steps"
         recent = dict.fromkeys(written(self.model.taken()[-64:], self.contexts()))
         steps = f"{len(self.model.taken()):,} steps"
         return f"everybody has had a turn again and again, and there is no end within {steps}: {', '.join(recent)}"
