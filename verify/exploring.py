@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,16 @@ def command(arguments: argparse.Namespace) -> int:
     wanted = list(jobs(arguments))
     _check_contexts(wanted)
     runs: list[Run] = []
+    try:
+        return _carry_out(arguments, wanted, runs)
+    except BrokenPipeError:  # the reader of our output has seen enough: what has failed has failed all the same
+        if all(run.result.failure is None for run in runs):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN
+
+
+def _carry_out(arguments: argparse.Namespace, wanted: list[Job], runs: list[Run]) -> int:
     files: list[Path | None] = []
     for job in wanted:
         run = search(job, show=not arguments.json)
@@ -48,7 +59,8 @@ def command(arguments: argparse.Namespace) -> int:
             break
     interrupted = runs[-1].interrupted
     if arguments.json:
-        print(json.dumps({"schema": SCHEMA, **summary(runs, files), **({"interrupted": True} if interrupted else {})}))
+        found = {"schema": SCHEMA, **summary(runs, files), **({"interrupted": True} if interrupted else {})}
+        print(json.dumps(found), flush=True)
     elif len(wanted) > 1:
         failed = sum(not run.held for run in runs)
         what = f"{failed} of them failed" if failed else "all held"
@@ -263,6 +275,7 @@ def listed() -> dict[str, list[dict[str, Any]]]:
                     key: list(value) if isinstance(value, tuple) else value for key, value in scenarios.defaults(kind).items()
                     if isinstance(value, scenarios.SETTABLE)
                 },
+                "ranges": {key: list(ends) for key, ends in kind.ranges.items() if key in scenarios.defaults(kind)},
             }
             for name, kind in scenarios.scenarios().items()
         ],

@@ -78,7 +78,8 @@ class Run:
         """Give the numbers."""
         return {
             "scenario": self.job.scenario, "parameters": dict(self.job.parameters), "model": self.job.model,
-            "variant": self.job.variant, "drop": list(self.job.drop), "verdict": self.verdict, "bounds": self.result.verdict,
+            "variant": self.job.variant, "drop": list(self.job.drop), "dropped": sorted(self.result.sites_dropped),
+            "verdict": self.verdict, "bounds": self.result.verdict,
             "executions": self.result.executions, "steps": self.result.steps, "seconds": round(self.seconds, 3),
         }  # fmt: skip
 

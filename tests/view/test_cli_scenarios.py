@@ -86,6 +86,24 @@ def test_what_is_asked_for_twice_is_searched_once(capsys: pytest.CaptureFixture[
     assert (code, len(json.loads(out)["runs"])) == (0, 1)
 
 
+def test_a_barrier_that_nobody_came_by_is_not_among_those_that_were_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = carried_out(
+        capsys, "explore", "event-ring", "--executions", "9", "--drop", "evr_wake", "--drop", "vmr_room", "--json"
+    )
+
+    run = json.loads(out)["runs"][0]
+    assert (run["drop"], run["dropped"]) == (["evr_wake", "vmr_room"], ["evr_wake"])
+
+
+def test_a_failure_is_one_although_nobody_reads_to_its_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", '("$@"; echo $? >code) | true', "sh", *PVBUS, "explore", "--variant", "lost-wakeup"],
+        env=environment(), cwd=tmp_path, capture_output=True, timeout=RUN_S_MAX, check=False,
+    )  # fmt: skip
+
+    assert (done.stderr, (tmp_path / "code").read_text()) == (b"", "1\n")
+
+
 # ---- recordings
 
 
