@@ -159,7 +159,7 @@ class Explorer:
     def _depth_first(
         self, search: str, executions_max: int, seconds: float | None, deadline: float | None, progress: Progress | None
     ) -> Result:
-        free = self.bounds == Bounds()
+        free = self.bounds.preemptions is None and self.bounds.flush_delay is None
         self.configure(
             DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
         )

@@ -39,7 +39,7 @@ enum kind {
 };
 
 /* What an event is to others: the relation of dependence is made of these. */
-enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_SPIN, E_PUSH };
+enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_INHERIT, E_SPIN, E_PUSH, E_DEATH };
 
 typedef struct { uint64_t a, b; } pair_t; /* 128 bits: what a history, or a state, is told apart by */
 
@@ -121,7 +121,7 @@ typedef struct {
     uint32_t wanted, done, asleep;
     choice_t now;
     uint8_t ways[AGENTS_MAX];
-    bool stored, ends; /* its state is in the table; nobody could go on but by dying */
+    bool stored, ends; /* its state is in the table; nobody can go on but by dying, and that is not yet judged */
     pair_t state;
     uint64_t pending[SUMMARY_WORDS]; /* kinds of events that were about to happen here */
     uint64_t beyond[AGENTS_MAX][SUMMARY_WORDS]; /* kinds seen from here on, by who went first; of those done, asleep, under way */

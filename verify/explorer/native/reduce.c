@@ -18,7 +18,7 @@
  */
 #include "engine.h"
 
-static bool writes(enum effect e) { return e == E_WRITE || e == E_MEMORY_WRITE || e == E_ADD; }
+static bool writes(enum effect e) { return e == E_WRITE || e == E_MEMORY_WRITE || e == E_ADD || e == E_INHERIT; }
 
 /* arm: has a load compared the times of stores to these two? */
 static bool related(const Engine *e, int32_t a, int32_t b)
@@ -35,6 +35,10 @@ static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t
         return true;
     if (a->effect == E_NONE || b->effect == E_NONE)
         return false;
+    if (a->effect == E_DEATH || b->effect == E_DEATH) {
+        enum effect other = a->effect == E_DEATH ? b->effect : a->effect;
+        return other == E_INHERIT || other == E_SPIN;
+    }
     if (a->effect == E_PUSH || b->effect == E_PUSH)
         return e->model == ARM && (a->agent ^ b->agent) == CONTEXTS_MAX && (a->agent | b->agent) >= CONTEXTS_MAX;
     if (a->effect == E_SPIN || b->effect == E_SPIN)
@@ -85,6 +89,7 @@ int pv_kind_of(Engine *e, int agent, enum effect effect, int32_t cell)
 }
 
 static int pushing(Engine *e, int agent) { return pv_kind_of(e, agent, E_PUSH, -1); }
+static int dying(Engine *e, int agent) { return pv_kind_of(e, agent, E_DEATH, -1); }
 
 int pv_pending_kind(Engine *e, const context_t *c)
 {
@@ -104,6 +109,9 @@ int pv_pending_kind(Engine *e, const context_t *c)
         break;
     case SPIN:
         kind.effect = E_SPIN;
+        break;
+    case INHERIT:
+        kind.effect = E_INHERIT;
         break;
     case FENCE: case CHOOSE: case BURY:
         return intern(e, kind);
@@ -168,7 +176,7 @@ static bool drains(const Engine *e, const context_t *c, int way)
  * that event, could have come before i.  One of those who could have begun that (its initials) has to be tried instead of i.
  * Of an event beyond the path only the beginning of that is known; where it is empty, everybody is tried.
  */
-static void want(Engine *e, uint32_t i, uint32_t depth, int agent, const uint16_t *clock)
+static void want(Engine *e, uint32_t i, uint32_t depth, int agent, int id, const uint16_t *clock)
 {
     node_t *n = &e->nodes[i];
     uint32_t first[AGENTS_MAX], members = 0, initials = 0;
@@ -184,14 +192,14 @@ static void want(Engine *e, uint32_t i, uint32_t depth, int agent, const uint16_
             initial = before[__builtin_ctz(left)] <= first[__builtin_ctz(left)];
         members |= 1u << who;
         first[who] = j;
+        bool dies = e->kinds[j < depth ? event->id : id].effect == E_DEATH;
         if (initial)
-            initials |= 1u << who;
+            initials |= 1u << who & (dies ? n->dying : n->steps);
     }
-    initials &= n->steps;
     if (initials & n->wanted)
         return;
     if (initials == 0)
-        n->wanted |= n->steps;
+        n->wanted |= n->steps | n->dying;
     else
         n->wanted |= agent >= 0 && (initials >> agent & 1) ? 1u << agent : initials & -initials;
 }
@@ -208,7 +216,7 @@ static void races(Engine *e, uint32_t depth, int agent, int id, uint16_t *clock)
         const event_t *before = &e->events[i];
         if (before->agent == agent || clock[before->agent] > i || !(depends(e, id, before->id) || is_push(e, before, agent)))
             continue;
-        want(e, i, depth, agent, clock);
+        want(e, i, depth, agent, id, clock);
         join(clock, before->clock);
     }
 }
@@ -219,10 +227,18 @@ void pv_record(Engine *e, uint32_t depth, choice_t choice)
     event_t *event = &e->events[depth];
     event->agent = choice.agent;
     event->pushed = false;
-    if (choice.agent < CONTEXTS_MAX) {
+    if (choice.dies) {
+        event->id = (int16_t)dying(e, choice.agent);
+        clock_of(e, depth, choice.agent, -1, false, event->clock);
+    } else if (choice.agent < CONTEXTS_MAX) {
         const context_t *c = &e->contexts[choice.agent];
         event->id = (int16_t)pv_pending_kind(e, c);
         clock_of(e, depth, choice.agent, -1, drains(e, c, choice.way), event->clock);
+        if (c->op.kind == BURY) { /* never before the death and the last store of whom it waits for: that is no race */
+            uint16_t passing[AGENTS_MAX];
+            clock_of(e, depth, c->op.cell, -1, true, passing);
+            join(event->clock, passing);
+        }
     } else {
         uint32_t which[BUFFER_MAX];
         const context_t *c = &e->contexts[choice.agent - CONTEXTS_MAX];
@@ -281,21 +297,25 @@ void pv_races_beyond(Engine *e, uint32_t depth, const uint64_t *summary)
             }
         }
         if (raced)
-            want(e, i, depth, -1, NULL);
+            want(e, i, depth, -1, 0, NULL);
     }
 }
 
-/* Sleep sets (Godefroid 1996): what was tried at the state before, and does not depend on what was done there instead. */
+/*
+ * Sleep sets (Godefroid 1996): what was tried at the state before, and does not depend on what was done there instead.  Who has
+ * got more ways to go on than it had, or any at all when only its death was tried, has something left to be tried.
+ */
 uint32_t pv_asleep_after(Engine *e, uint32_t depth)
 {
-    const node_t *n = &e->nodes[depth - 1];
+    const node_t *n = &e->nodes[depth - 1], *now = &e->nodes[depth];
     const event_t *event = &e->events[depth - 1];
     uint32_t asleep = 0, candidates = (n->asleep | n->done) & ~(1u << event->agent);
     int push = event->pushed && e->model == ARM ? pushing(e, event->agent) : -1;
     for (; candidates != 0; candidates &= candidates - 1) {
         int agent = __builtin_ctz(candidates);
         const context_t *c = &e->contexts[agent & (CONTEXTS_MAX - 1)];
-        bool awake = agent < CONTEXTS_MAX && depends(e, pv_pending_kind(e, c), event->id);
+        bool awake = agent < CONTEXTS_MAX && (now->ways[agent] > n->ways[agent] || depends(e, pv_pending_kind(e, c), event->id));
+        awake = awake || ((now->dying >> agent & 1) && depends(e, dying(e, agent), event->id));
         uint32_t entries = agent < CONTEXTS_MAX ? 0 : e->model == ARM ? c->buffered : c->buffered != 0;
         for (uint32_t k = 0; k < entries && !awake; k++) {
             int id = flush_kind(e, c, k);

@@ -89,6 +89,7 @@ static void die(Engine *e, int who)
     e->dead |= 1u << who;
     e->deaths++;
     e->version++;
+    e->contexts[who].pushed = false;
     pv_trace(e, &e->contexts[who], "† dies");
 }
 

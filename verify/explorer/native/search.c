@@ -117,7 +117,7 @@ static void note_event(Engine *e, uint32_t depth)
 {
     const event_t *event = &e->events[depth];
     uint64_t *summary = e->nodes[depth].beyond[e->nodes[depth].now.agent];
-    if (!e->reducing)
+    if (!e->reducing || e->nodes[depth].ends)
         return;
     summary[event->id >> 6] |= 1ull << (event->id & 63);
     if (event->pushed && e->model == ARM) {
@@ -219,7 +219,8 @@ int pv_enter(Engine *e, const node_t *options)
     }
     if (e->reducing)
         note_pending(e, n);
-    if ((all & ~n->asleep) == 0) {
+    uint32_t awake = n->steps & ~n->asleep;
+    if ((all & ~n->asleep) == 0 && !n->ends) {
         uint64_t summary[SUMMARY_WORDS];
         sum_up(n, summary);
         if (depth > 0)
@@ -228,8 +229,9 @@ int pv_enter(Engine *e, const node_t *options)
             find(e, n->state)->summary = keep_summary(e, summary);
         return 0;
     }
-    n->wanted = e->reducing ? (all & ~n->asleep) & -(all & ~n->asleep) : all;
-    first_choice(n, __builtin_ctz(n->wanted));
+    n->wanted = !e->reducing ? all : awake ? awake & -awake : n->dying & ~n->asleep;
+    if (n->wanted)
+        first_choice(n, __builtin_ctz(n->wanted));
     e->node_count = depth + 1;
     return 1;
 }
@@ -240,7 +242,7 @@ static bool next_choice(node_t *n)
     uint32_t bit = 1u << now->agent;
     if (n->ends) { /* it was judged; now for those who may die even so */
         n->ends = false;
-        return true;
+        return n->wanted != 0;
     }
     if (!now->dies && now->way + 1 < n->ways[now->agent]) {
         now->way++;
