@@ -43,14 +43,19 @@ static bool dependent(const Engine *e, const event_kind_t *a, const event_kind_t
     if (a->effect == E_SPIN || b->effect == E_SPIN)
         return writes(a->effect) || writes(b->effect);
     bool same = e->agent_context[a->agent] == e->agent_context[b->agent];
-    if (same && (a->effect == E_CAS_BARRED || b->effect == E_CAS_BARRED))
-        return true;
     if (e->model == ARM && writes_memory(a->effect) && writes_memory(b->effect) && a->cell != b->cell)
         return related(e, a->cell, b->cell);
     if (a->cell != b->cell || (a->effect == E_READ && b->effect == E_READ) || (a->effect == E_ADD && b->effect == E_ADD))
         return false;
     /* a load forwards what its own buffer's flush would write */
     return !(same && (a->effect == E_READ || b->effect == E_READ));
+}
+
+/* arm: is the one the flush of a store that keeps the other, a compare-exchange of the same context, from finding the newest? */
+static bool lets_pass(const Engine *e, const event_kind_t *flush, const event_kind_t *cas)
+{
+    return cas->effect == E_CAS_BARRED && flush->agent >= LANES_FROM && flush->cell != cas->cell &&
+           e->agent_context[flush->agent] == cas->agent;
 }
 
 /* There is more to be told apart than there is room for: begin anew without reduction. */
@@ -93,6 +98,12 @@ static int intern(Engine *e, event_kind_t kind)
             continue;
         e->depends[id][i >> 6] |= 1ull << (i & 63);
         e->depends[i][id >> 6] |= 1ull << (id & 63);
+    }
+    for (int i = 0; i < id; i++) { /* of a path before a known state; races() knows more */
+        if (lets_pass(e, &kind, &e->kinds[i]))
+            e->depends[i][id >> 6] |= 1ull << (id & 63);
+        if (lets_pass(e, &e->kinds[i], &kind))
+            e->depends[id][i >> 6] |= 1ull << (i & 63);
     }
     return id;
 }
@@ -254,12 +265,19 @@ static void want(Engine *e, uint32_t i, uint32_t depth, int agent, int id, const
         n->wanted |= agent >= 0 && (initials >> agent & 1) ? pv_bit(agent) : initials & -initials;
 }
 
-/* Find the races of an event of kind `id` with the path; afterwards `clock` has all that happened before it. */
-static void races(Engine *e, uint32_t depth, int agent, int id, uint16_t *clock)
+/*
+ * Find the races of an event of kind `id` with the path; afterwards `clock` has all that happened before it.  `empties`: it
+ * flushes the last store of a buffer, so that a compare-exchange that had to be content with an old value need not be.
+ */
+static void races(Engine *e, uint32_t depth, int agent, int id, bool empties, uint16_t *clock)
 {
+    const event_kind_t *kind = &e->kinds[id];
     for (uint32_t i = depth; i-- > 0;) {
         const event_t *before = &e->events[i];
-        if (before->agent == agent || clock[before->agent] > i || !depends(e, id, before->id))
+        const event_kind_t *other = &e->kinds[before->id];
+        if (before->agent == agent || clock[before->agent] > i || lets_pass(e, other, kind))
+            continue;
+        if (!depends(e, id, before->id) && !(empties && lets_pass(e, kind, other)))
             continue;
         want(e, i, depth, agent, id, clock);
         join(clock, before->clock);
@@ -270,6 +288,7 @@ static void races(Engine *e, uint32_t depth, int agent, int id, uint16_t *clock)
 void pv_record(Engine *e, uint32_t depth, choice_t choice)
 {
     event_t *event = &e->events[depth];
+    bool empties = false;
     event->agent = choice.agent;
     if (choice.dies) {
         event->id = (int16_t)dying(e, choice.agent);
@@ -289,9 +308,10 @@ void pv_record(Engine *e, uint32_t depth, choice_t choice)
         event->id = (int16_t)flush_kind(e, c, which);
         event->epoch = c->buffer[which].epoch;
         event->number = c->buffer[which].number;
+        empties = c->buffered == 1;
         clock_of(e, depth, choice.agent, &c->buffer[which], false, event->clock);
     }
-    races(e, depth, choice.agent, event->id, event->clock);
+    races(e, depth, choice.agent, event->id, empties, event->clock);
     event->clock[choice.agent] = (uint16_t)(depth + 1);
 }
 
@@ -306,7 +326,7 @@ void pv_find_races(Engine *e, uint32_t depth)
         if (!c->waiting || c->dead || pv_step_ways(e, c) != 0)
             continue;
         clock_of(e, depth, (int)i, NULL, drains(e, c, 0), clock);
-        races(e, depth, (int)i, pv_pending_kind(e, c), clock);
+        races(e, depth, (int)i, pv_pending_kind(e, c), false, clock);
     }
 }
 
