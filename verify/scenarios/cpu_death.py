@@ -22,7 +22,7 @@ class CpuDeath(XenScenario):
     """`events` ports, pending when the CPU begins. With `reader` a user reads them all and falls asleep."""
 
     name = "cpu-death"
-    claims = claimed("sc tso arm", {}, {"events": 2}, deaths=1) + claimed("sc", {"reader": True}, deaths=1, preemptions=2)
+    claims = claimed("sc tso arm", {}, {"events": 2}, {"reader": True}, deaths=1)
     mortal = ("cpu0",)
 
     def __init__(self, *, events: int = 1, reader: bool = False) -> None:

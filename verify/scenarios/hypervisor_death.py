@@ -31,19 +31,22 @@ ABIS = {"2-level": None, "fifo": 1, "early": 0}  # pages of the event array
 class HypervisorDeath(XenScenario):
     """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask.
 
-    `abi`: 2-level, fifo, early.
+    `abi`: 2-level, fifo, early. `waits`: the CPU has hung up before it begins, and waits for the heir.
     """
 
     name = "hypervisor-death"
-    claims = claimed("sc", {}, {"enable": True}, {"abi": "fifo"}, {"abi": "early"}, deaths=1, preemptions=2)
+    claims = claimed("sc tso", {}, {"enable": True}, {"abi": "fifo"}, deaths=1) + claimed(
+        "sc tso arm", {"abi": "early"}, {"waits": True}, {"enable": True, "waits": True}, {"abi": "fifo", "waits": True}, deaths=1
+    )
     mortal = ("hypervisor",)
 
-    def __init__(self, *, enable: bool = False, abi: str = "2-level") -> None:
+    def __init__(self, *, enable: bool = False, abi: str = "2-level", waits: bool = False) -> None:
         if abi not in ABIS:
             raise ValueError(f"no ABI {abi!r}: {', '.join(ABIS)}")
         if enable and abi == "early":
             raise ValueError("a port without an event word has no event that its user could write back")
-        self.enable, self.abi = enable, abi
+        self.enable, self.abi, self.waits = enable, abi, waits
+        self.reborn = False
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the ring holds one entry."""
@@ -60,6 +63,7 @@ class HypervisorDeath(XenScenario):
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the hypervisor, the CPU, and the heir."""
+        self.reborn = False
         yield "hypervisor", partial(self._hypervisor, model), False
         yield "cpu0", partial(self._cpu, model), True
         yield "heir", partial(self._heir, model), True
@@ -74,6 +78,7 @@ class HypervisorDeath(XenScenario):
     def _heir(self, model: Model) -> None:
         """Mirror on_ready of a reborn hypervisor, then what its files send it."""
         model.await_death("hypervisor")
+        self.reborn = True
         model.ring(self.hangup, "hangup")
         model.ring(self.doorbells[0], "hangup")
         path = EventPath(self.machine, {0: self.domain})
@@ -93,7 +98,7 @@ class HypervisorDeath(XenScenario):
                 model.ring(self.doorbells[code & 0xFF], "cpu.kick")
 
     def _cpu(self, model: Model) -> None:
-        while not model.take(self.hangup, "hung up?"):
+        while not self.waits and not model.take(self.hangup, "hung up?"):
             if self.path.upcall(0, 0, 256) is None and self.path.cpu_may_sleep(0, 0):
                 loops.sleep(model, self.domain, 0, self.doorbells[0])
         model.ring(self.gone, "gone")
@@ -108,6 +113,8 @@ class HypervisorDeath(XenScenario):
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The one event has come, once; the port is masked until its user writes it back."""
         came = self.came()
+        if self.waits and not self.reborn:
+            return None  # nobody died, and the CPU waits for that
         if self.abi == "early":
             noted = self.is_pending(1) and not came
             return None if noted else f"one event was to be noted, and no more: came {came}"

@@ -31,7 +31,7 @@ class Unbinding(XenScenario):
     claims = (
         claimed("sc tso arm", {})
         + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()}, {"release": True})
-        + claimed("sc tso", {"release": True, "cpus": 2}, preemptions=2)
+        + claimed("sc tso", {"release": True, "cpus": 2})
     )
 
     def __init__(

@@ -225,6 +225,17 @@ static void finish(Engine *e, context_t *c)
     e->broken = true;
 }
 
+/* Who may die may do so before its first step, and where it touches nothing that others are known to share yet. */
+static int begins(Engine *e, context_t *c)
+{
+    if (e->deaths_max == 0 || !(e->mortal >> pv_number(e, c) & 1))
+        return 0;
+    if (pv_stop(e, c, CHOOSE, -1, "begin", 1) < 0)
+        return -1;
+    pv_observe(c, PASSED);
+    return 0;
+}
+
 /*
  * What the greenlet of a context does: one execution's part of it after the other.  Making a greenlet costs more than an
  * execution of 50 steps does, so they are kept.  The capsule, not a reference, leads to the engine: it outlives them.
@@ -235,7 +246,7 @@ static PyObject *work(PyObject *capsule, PyObject *ignored)
     context_t *c = PyCapsule_GetPointer(capsule, NULL);
     Engine *e = PyCapsule_GetContext(capsule);
     for (;;) {
-        PyObject *result = PyObject_CallNoArgs(c->body);
+        PyObject *result = begins(e, c) < 0 ? NULL : PyObject_CallNoArgs(c->body);
         Py_XDECREF(result);
         finish(e, c);
         context_t *chosen = e->over || e->starting ? NULL : next(e);
