@@ -26,7 +26,7 @@ from pvbus.verify.searching import said
 WEAK_MODELS: Final = tuple(model for model in ("tso", "arm") if model in MODELS)
 LOOK_SEEDS: Final = 30
 LOOK_EXECUTIONS_MAX: Final = 300  # by chance: enough for every context to come by what it comes by at all, deaths included
-EXECUTIONS_MAX: Final = 20_000
+EXECUTIONS_MAX: Final = 100_000
 SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
 LAST_EXECUTIONS_MAX: Final = 5_000_000
@@ -127,7 +127,7 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
                 return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, {search})"])
     tries = [(configuration, EXECUTIONS_MAX, SECONDS_MAX) for configuration in where[:CONFIGURATIONS_MAX]]
     for configuration, executions, seconds in [*tries, *((one, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for one in where[:1])]:
-        if executions == LAST_EXECUTIONS_MAX and (ended or "@" in site):
+        if executions == LAST_EXECUTIONS_MAX and ended:
             break
         result = explore(
             configuration.make(), model=model, drop=[site], executions=executions, seconds=seconds, **dict(configuration.bounds)

@@ -24,7 +24,7 @@ class Doorbell(XenScenario):
     """`sleeper`: whose doorbell it is; `events`: how many times there is work for it."""
 
     name = "doorbell"
-    claims = claimed("sc tso", {}) + claimed("sc tso arm", {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
+    claims = claimed("sc tso arm", {}, {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
 
     def __init__(self, *, sleeper: str = "cpu", events: int = 2) -> None:
         if sleeper not in SLEEPERS:

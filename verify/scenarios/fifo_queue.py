@@ -47,7 +47,7 @@ class FifoQueue(Scenario):
 
     name = "fifo-queue"
     claims = claimed(
-        "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
+        "sc tso arm", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
         {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},
         {"script": (("eoi", 1), ("raise", 1)), "before": (1,)},
     )  # fmt: skip

@@ -24,7 +24,7 @@ class RingReset(XenScenario):
 
     name = "ring-reset"
     claims = (
-        claimed("sc tso arm", {"events": 3, "resets": 0})
+        claimed("sc tso arm", {"events": 3, "resets": 0}, {"events": 1, "readers": 2, "resets": 0})
         + claimed("sc tso", {"events": 1}, {"readers": 2, "resets": 0})
         + claimed("sc", {})
         + claimed("sc", {"events": 1, "readers": 2}, preemptions=2)

@@ -37,9 +37,9 @@ class SynicMessages(Scenario):
 
     name = "synic-messages"
     claims = (
-        *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
+        *claimed("sc tso arm", {"messages": 2}, {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+        *claimed("sc tso", {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
         *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
-        *claimed("sc tso", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
     )
     synic_type: type[Synic] = Synic
 

@@ -34,7 +34,7 @@ class SynicSlot(Scenario):
     """A host posts messages of the given types; `consumers` 2 adds one who looks into the slot once, uncalled (a crash)."""
 
     name = "synic-slot"
-    claims = claimed("sc tso", {}, {"frees": "store"}) + claimed("sc", {"types": (1, 2), "consumers": 2})
+    claims = claimed("sc tso arm", {}, {"frees": "store"}, {"types": (1, 2), "consumers": 2})
     synic_type: type[Synic] = Synic
 
     def __init__(self, types: tuple[int, ...] = (1, 1), *, frees: str = "cas", consumers: int = 1) -> None:

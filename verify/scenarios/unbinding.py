@@ -29,9 +29,8 @@ class Unbinding(XenScenario):
 
     name = "unbinding"
     claims = (
-        claimed("sc tso arm", {})
-        + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()}, {"release": True})
-        + claimed("sc tso", {"release": True, "cpus": 2})
+        claimed("sc tso arm", {}, {"release": True, "ports": (1,), "pending": (1,), "before": ()})
+        + claimed("sc tso", {"release": True}, {"release": True, "cpus": 2})
     )
 
     def __init__(
