@@ -33,6 +33,7 @@ ACCESSES: dict[str, Callable[[Memory, int, int], int]] = {
     "acquire": lambda m, at, value: m.load64_acquire(at, "l"),
     "exchange": lambda m, at, value: m.exchange64(at, value, "x"),
     "cas": lambda m, at, value: m.compare_exchange64(at, 0, value, "c"),
+    "cas of 1": lambda m, at, value: m.compare_exchange64(at, 1, value, "c"),
     "or": lambda m, at, value: m.fetch_or64(at, value, "o"),
     "mb": lambda m, at, value: _done(m.smp_mb, "b"),
     "rmb": lambda m, at, value: _done(m.smp_rmb, "b"),
@@ -165,6 +166,54 @@ def test_each_search_finds_the_ends_that_plain_search_finds(contexts: int, lengt
         compared += 1
 
     assert compared > len(seeds) // 2
+
+
+@pytest.mark.parametrize("model", ["sc", "tso", "arm"])
+@pytest.mark.parametrize(("contexts", "length", "deaths", "seeds"), [
+    (2, 6, 1, range(300, 325)), (3, 4, 1, range(400, 415)), (3, 3, 2, range(500, 515)),
+])  # fmt: skip
+def test_each_search_finds_the_ends_with_deaths(contexts: int, length: int, deaths: int, seeds: range, model: str) -> None:
+    compared = 0
+    whole = f"bounded ({deaths} death{'s' * (deaths > 1)})"
+    for seed in seeds:
+        plain, result = ends(seed, contexts, length, model, "states", executions=4000, deaths=deaths)
+        if result.verdict != whole:
+            continue
+        for search in ("dfs", "dpor"):
+            found, result = ends(seed, contexts, length, model, search, deaths=deaths)
+            assert (result.verdict, found) == (whole, plain), f"seed {seed}, {search}"
+        compared += 1
+
+    assert compared > len(seeds) // 2
+
+
+@pytest.mark.parametrize("search", ["states", "dfs", "dpor"])
+def test_a_compare_exchange_finds_the_newest_once_its_own_stores_have_gone(search: str) -> None:
+    scenario = RandomProgram(0, 2, 0)
+    scenario.programs = [[("load", 1, 1), ("store", 2, 1), ("cas of 1", 0, 2)], [("store", 0, 1), ("release", 1, 1), ("load", 2, 1)]]
+    result = explore(EndsInDeadlock(scenario), model="arm", search=search)
+
+    assert result.verdict == "complete"
+    assert {(seen[0][0], seen[0][2]) for seen, *_ in scenario.ends} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+@pytest.mark.parametrize("search", ["states", "dfs", "dpor"])
+def test_a_lock_is_inherited_behind_the_death_only(search: str) -> None:
+    scenario = RandomProgram(0, 2, 0, deaths=1)
+    scenario.programs = [[("lock", 0, 1), ("load", 0, 1)], [("inherit", 0, 1), ("store", 0, 1)]]
+    explore(EndsInDeadlock(scenario), search=search, deaths=1)
+
+    inherited = {(seen[1][0], fates[0][1]) for seen, _, _, _, fates in scenario.ends if seen[1]}
+    assert inherited == {(False, False), (False, True), (True, True)}
+
+
+def test_the_stores_of_a_buffer_that_nobody_compares_reach_memory_in_one_order() -> None:
+    scenario = RandomProgram(0, 2, 0)
+    scenario.programs = [[("store", 0, 1), ("store", 1, 1), ("store", 2, 1)], [("load", 0, 1)]]
+    result = explore(EndsInDeadlock(scenario), model="arm", search="dpor")
+
+    assert result.verdict == "complete"
+    assert result.executions <= 4  # of six orders, and the load's places in each
 
 
 def test_the_reductions_save_executions() -> None:
