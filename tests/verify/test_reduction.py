@@ -190,7 +190,10 @@ def test_each_search_finds_the_ends_with_deaths(contexts: int, length: int, deat
 @pytest.mark.parametrize("search", ["states", "dfs", "dpor"])
 def test_a_compare_exchange_finds_the_newest_once_its_own_stores_have_gone(search: str) -> None:
     scenario = RandomProgram(0, 2, 0)
-    scenario.programs = [[("load", 1, 1), ("store", 2, 1), ("cas of 1", 0, 2)], [("store", 0, 1), ("release", 1, 1), ("load", 2, 1)]]
+    scenario.programs = [
+        [("load", 1, 1), ("store", 2, 1), ("cas of 1", 0, 2)],
+        [("store", 0, 1), ("release", 1, 1), ("load", 2, 1)],
+    ]
     result = explore(EndsInDeadlock(scenario), model="arm", search=search)
 
     assert result.verdict == "complete"

@@ -37,8 +37,10 @@ class HypervisorDeath(XenScenario):
     """
 
     name = "hypervisor-death"
-    claims = claimed("sc tso", {}, {"enable": True}, {"abi": "fifo"}, deaths=1) + claimed(
-        "sc tso arm", {"abi": "early"}, {"cpu": "once"}, {"enable": True, "cpu": "once"}, {"abi": "fifo", "cpu": "later"}, deaths=1
+    claims = (
+        *claimed("sc tso", {}, {"enable": True}, {"abi": "fifo"}, deaths=1),
+        *claimed("sc tso arm", {"abi": "early"}, {"abi": "fifo", "cpu": "later"}, deaths=1),
+        *claimed("sc tso arm", {"cpu": "once"}, {"enable": True, "cpu": "once"}, deaths=1),
     )
     mortal = ("hypervisor",)
 

@@ -37,7 +37,8 @@ class SynicMessages(Scenario):
 
     name = "synic-messages"
     claims = (
-        *claimed("sc tso arm", {"messages": 2}, {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+        *claimed("sc tso arm", {"messages": 1, "cpus": 2, "posters": 1}, {"messages": 2}),
+        *claimed("sc tso arm", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
         *claimed("sc tso", {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
         *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
     )

@@ -11,10 +11,19 @@
  * left while some agents were asleep is known only to paths on which they are asleep, too.  That this leaves nothing out is
  * not proven; tests/verify/test_reduction.py compares it, program by program, with plain search.
  *
- * An event is a flush, or what a context does at one scheduling point.  What it does at locations that nobody shares
- * depends on nothing.  Stores that go into a buffer are seen by others as flushes only; on arm they also decide which
- * flushes are possible, hence E_PUSH.  On arm, stores to two locations that become visible depend on each other if any load
- * compares their times: weak.c finds out.
+ * An event is a flush, or what a context does at one scheduling point, or its death.  What it does at locations that nobody
+ * shares depends on nothing; neither does putting a store into a buffer, which others see as its flush.  On arm a buffer has
+ * an agent, a lane, for each location, and stores to two locations that become visible depend on each other only if any load
+ * compares their times: weak.c finds out.  A store that may not overtake an older one comes behind that; this is no race.
+ *
+ * A death is another way of its context's next step: it is tried wherever that step is, also where that has to wait and the
+ * death is what a race asks for, and at the end for those who wait for ever.  Nobody sees it but who takes over a lock of the
+ * dead, and a turn of a spin loop; who awaits it comes behind it and behind the last store of the dead, which is no race.
+ * Two deaths do not depend on each other, although a bound on their number lets one prevent the other: whatever runs on after
+ * a death is also tried without it, and there the other is found.  So a death is never the only thing that is tried at a
+ * state where somebody can take a step that is not asleep.
+ *
+ * Bounds on preemptions and on the delay of flushes take away orders that this relies on: with them there is no reduction.
  */
 #include "engine.h"
 

@@ -9,7 +9,8 @@
  *       acquire load, and an rmb for all loads before it, raise the floor to the time of what was read; a full barrier waits
  *       for the own buffer, too, and raises the floor to the own last store.  Address, data and control dependencies order
  *       no loads (hardware keeps the first two: the model allows more).  A load never sees a store that comes after it in
- *       the order of any context's program (load buffering): not covered.  A locked operation takes the newest value, waits
+ *       the order of any context's program (load buffering): not covered.  A load that reads its context's own store is the
+ *       same before and behind the flush: it orders nothing, as if it had been forwarded from the buffer.  A locked operation takes the newest value, waits
  *       for the stores before it, is an acquire, and no full barrier for what comes after.
  */
 #include "engine.h"
