@@ -229,8 +229,9 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
   for them; the {most} smallest are given {seconds:.0f} s each, until {endless} of them have not ended (the smallest {last:.0f} s
-  where none ends), and every one {hunts} executions of each of {searches} (a site that is known to fail late has more). That is a statement about
-  these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed under `arm` is usual.
+  where none ends), and every one {hunts} executions of each of {searches} (a site that is known to fail late has
+  more). That is a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso`
+  and needed under `arm` is usual.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 * **locked**: the label stands on locked operations only, which no model can leave out; the test that is named puts something
