@@ -31,6 +31,7 @@ SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
 LAST_EXECUTIONS_MAX: Final = 5_000_000
 LAST_SECONDS_MAX: Final = 120.0  # for the smallest, where none came to an end in that
+LAST_MAX: Final = 2
 CONFIGURATIONS_MAX: Final = 6  # the smallest that come by a site are searched for as long as this allows
 ENDLESS_MAX: Final = 2  # of them; those behind are larger still
 HUNT_EXECUTIONS_MAX: Final = 300  # and every one of them by chance before, for a failure that comes soon
@@ -129,7 +130,7 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
             if result.failure is not None:
                 return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, {search})"])
     tries = [(configuration, EXECUTIONS_MAX, SECONDS_MAX) for configuration in where[:CONFIGURATIONS_MAX]]
-    for configuration, executions, seconds in [*tries, *((one, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for one in where[:1])]:
+    for configuration, executions, seconds in [*tries, *((one, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for one in where[:LAST_MAX])]:
         last = executions == LAST_EXECUTIONS_MAX
         if last and ended:
             break
@@ -228,8 +229,8 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; the {most} smallest are given {seconds:.0f} s each, until {endless} of them have not ended (the smallest {last:.0f} s
-  where none ends), and every one {hunts} executions of each of {searches} (a site that is known to fail late has
+  for them; the {most} smallest are given {seconds:.0f} s each, until {endless} of them have not ended (the smallest
+  two {last:.0f} s where none ends), and every one {hunts} executions of each of {searches} (a site that is known to fail late has
   more). That is a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso`
   and needed under `arm` is usual.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
