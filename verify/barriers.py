@@ -130,7 +130,8 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
             if result.failure is not None:
                 return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, {search})"])
     tries = [(configuration, EXECUTIONS_MAX, SECONDS_MAX) for configuration in where[:CONFIGURATIONS_MAX]]
-    for configuration, executions, seconds in [*tries, *((one, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for one in where[:LAST_MAX])]:
+    tries += [(configuration, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for configuration in where[:LAST_MAX]]
+    for configuration, executions, seconds in tries:
         last = executions == LAST_EXECUTIONS_MAX
         if last and ended:
             break
