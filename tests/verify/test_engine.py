@@ -220,7 +220,7 @@ def test_a_dead_context_does_not_unwind_and_its_stores_become_visible() -> None:
         s.got = [s.m.load64(0), s.m.load64(8)]
 
     scenario = Bodies(writes, reads, servers=1, mortal=("t0",))
-    for model, ends in ("sc", {(), (0, 0), (1, 0), (2, 0)}), ("tso", {(), (1, 0)}):  # it stops only to ring
+    for model, ends in ("sc", {(), (0, 0), (1, 0), (2, 0)}), ("tso", {(), (0, 0), (1, 0)}):  # it begins, and rings
         result = explore(scenario, model=model, deaths=1)
 
         assert result.verdict == "bounded (1 death)", str(result.failure)

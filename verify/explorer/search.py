@@ -9,7 +9,7 @@
 `states`  the table alone, every choice tried at every state: the yardstick of the other two.
 `random`  a walk by chance; `pct`: priorities with two change points, a store buffer has a priority of its own.
 
-With deaths, bounds on preemptions or on the delay of flushes there is no reduction: `dfs` is `states` then.
+With bounds on preemptions or on the delay of flushes there is no reduction: `dfs` is `states` then.
 The verdict is `complete` only if every choice was tried or shown to lead to what was.
 """
 
@@ -164,7 +164,7 @@ class Explorer:
     def _depth_first(
         self, search: str, executions_max: int, seconds: float | None, deadline: float | None, progress: Progress | None
     ) -> Result:
-        free = self.bounds == Bounds()
+        free = self.bounds.preemptions is None and self.bounds.flush_delay is None
         self.configure(
             DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
         )

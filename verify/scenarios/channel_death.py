@@ -29,7 +29,7 @@ class ChannelDeath(ChannelEcho):
 
     ranges = within(packets=(1, 64))
     name = "channel-death"
-    claims = claimed("sc tso", {}, deaths=1) + claimed("sc", {"packets": 2}, deaths=1, preemptions=2)
+    claims = claimed("sc tso arm", {}, deaths=1) + claimed("sc tso", {"packets": 2}, deaths=1)
     mortal = ("host",)
 
     def __init__(self, *, packets: int = 1) -> None:

@@ -34,7 +34,7 @@ class ChannelRings(Scenario):
     ranges = within(packets=(1, 64), filled=(16, DATA_BYTES - 8))
     name = "channel-ring"
     claims = claimed(
-        "sc tso", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
+        "sc tso arm", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
         {"packets": 2, "filled": FULL, "masked": False},
     )  # fmt: skip
 

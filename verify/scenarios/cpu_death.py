@@ -23,7 +23,7 @@ class CpuDeath(XenScenario):
 
     ranges = within(events=(1, 32))
     name = "cpu-death"
-    claims = claimed("sc tso arm", {}, {"events": 2}, deaths=1) + claimed("sc", {"reader": True}, deaths=1, preemptions=2)
+    claims = claimed("sc tso arm", {}, {"events": 2}, {"reader": True}, deaths=1)
     mortal = ("cpu0",)
 
     def __init__(self, *, events: int = 1, reader: bool = False) -> None:

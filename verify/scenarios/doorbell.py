@@ -25,7 +25,7 @@ class Doorbell(XenScenario):
 
     ranges = within(events=(1, 63))
     name = "doorbell"
-    claims = claimed("sc tso", {}) + claimed("sc tso arm", {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
+    claims = claimed("sc tso arm", {}, {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
 
     def __init__(self, *, sleeper: str = "cpu", events: int = 2) -> None:
         if sleeper not in SLEEPERS:

@@ -52,9 +52,9 @@ class EventRing(Scenario):
     name = "event-ring"
     claims = (
         *claimed("sc tso arm", {"events": 1}, {"events": 2}, {"events": 3}, {"events": 2, "batch": 1}),
-        *claimed("sc tso", {"events": 4}, {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),
-        *claimed("sc tso", {"events": 1, "heir": True}, {"events": 1, "readers": 2}),
-        *claimed("sc", {"cpus": 2}, preemptions=2),
+        *claimed("sc tso arm", {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),
+        *claimed("sc tso arm", {"events": 1, "heir": True}, {"events": 1, "readers": 2}),
+        *claimed("sc tso", {"events": 4}, {"cpus": 2}),
     )
 
     def __init__(

@@ -48,7 +48,7 @@ class FifoQueue(Scenario):
     ranges = within(before=(1, 63), waiting=(1, 63), urgent=(1, 63), upcall_budget=(1, 1024))
     name = "fifo-queue"
     claims = claimed(
-        "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
+        "sc tso arm", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
         {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},
         {"script": (("eoi", 1), ("raise", 1)), "before": (1,)},
     )  # fmt: skip

@@ -30,10 +30,13 @@ class PortLife(XenScenario):
 
     ranges = within(cpus=(1, 8))
     name = "port-life"
-    claims = claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}) + claimed(
-        "sc tso", {}, {"script": (_RAISE, ("raise", 2))}, {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2},
-        {"script": (_RAISE, ("move", 1))},
-    ) + claimed("sc", {"script": (_RAISE, ("move", 1)), "cpus": 2}, preemptions=2)
+    claims = (
+        *claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}),
+        *claimed("sc tso arm", {"script": (_RAISE, ("raise", 2))}),
+        *claimed("sc tso arm", {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2}),
+        *claimed("sc tso", {}, {"script": (_RAISE, ("move", 1))}),
+        *claimed("sc", {"script": (_RAISE, ("move", 1)), "cpus": 2}, preemptions=2),
+    )
     port_state = Port.UNBOUND  # it can be moved
 
     def __init__(

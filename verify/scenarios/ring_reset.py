@@ -26,9 +26,9 @@ class RingReset(XenScenario):
     ranges = within(events=(1, 63), entries=(2, 64), readers=(1, 8), resets=(0, 16))
     name = "ring-reset"
     claims = (
-        claimed("sc tso arm", {"events": 3, "resets": 0})
-        + claimed("sc tso", {"events": 1})
-        + claimed("sc", {}, {"readers": 2, "resets": 0})
+        claimed("sc tso arm", {"events": 3, "resets": 0}, {"events": 1, "readers": 2, "resets": 0})
+        + claimed("sc tso", {"events": 1}, {"readers": 2, "resets": 0})
+        + claimed("sc", {})
         + claimed("sc", {"events": 1, "readers": 2}, preemptions=2)
     )
 

@@ -27,8 +27,8 @@ class SynicDeath(SynicMessages):
     ranges = within(messages=(1, 12))
     name = "synic-death"
     claims = (
-        *claimed("sc tso", {"messages": 1}, {"dies": "host"}, deaths=1),
-        *claimed("sc", {}, deaths=1, preemptions=2),
+        *claimed("sc tso arm", {"messages": 1}, {"dies": "host"}, deaths=1),
+        *claimed("sc tso", {}, deaths=1),
     )
 
     def __init__(self, *, messages: int = 2, dies: str = "cpu0") -> None:

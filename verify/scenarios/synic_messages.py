@@ -39,9 +39,10 @@ class SynicMessages(Scenario):
     ranges = within(messages=(1, 12), cpus=(1, 8), posters=(1, 16), ahead=(0, 12))
     name = "synic-messages"
     claims = (
-        *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
+        *claimed("sc tso arm", {"messages": 1, "cpus": 2, "posters": 1}, {"messages": 2}),
+        *claimed("sc tso arm", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+        *claimed("sc tso", {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
         *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
-        *claimed("sc tso", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
     )
     synic_type: type[Synic] = Synic
 

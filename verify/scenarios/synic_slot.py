@@ -35,7 +35,7 @@ class SynicSlot(Scenario):
 
     ranges = within(types=(1, 2**31 - 1), consumers=(1, 2))
     name = "synic-slot"
-    claims = claimed("sc tso", {}, {"frees": "store"}) + claimed("sc", {"types": (1, 2), "consumers": 2})
+    claims = claimed("sc tso arm", {}, {"frees": "store"}, {"types": (1, 2), "consumers": 2})
     synic_type: type[Synic] = Synic
 
     def __init__(self, types: tuple[int, ...] = (1, 1), *, frees: str = "cas", consumers: int = 1) -> None:

@@ -27,7 +27,7 @@ class WorkDeath(WorkRings):
 
     ranges = within(cpus=(1, 8))
     name = "work-death"
-    claims = (*claimed("sc tso arm", {}, deaths=1), *claimed("sc", {"cpus": 2}, deaths=1, preemptions=1))
+    claims = claimed("sc tso arm", {}, deaths=1) + claimed("sc tso", {"cpus": 2}, deaths=1)
     mortal = ("workqueue",)
 
     def __init__(self, *, cpus: int = 1) -> None:

@@ -88,9 +88,10 @@ int pv_push(Engine *e, context_t *c, int32_t cell, uint64_t value, enum order or
     }
     c->buffer[c->buffered++] = (store_t){
         .cell = cell, .value = value, .site = e->trace != NULL ? pv_keep_site(e, site) : "",
-        .epoch = c->epoch, .release = order == RELEASE, .pushed_at = (int32_t)e->depth - 1,
+        .epoch = c->epoch, .release = order == RELEASE, .pushed_at = (int32_t)e->depth - 1, .number = c->stores++,
+        .lane = pv_lanes(e) ? pv_lane(e, c, cell) : 0,
     };
-    c->pushed = c->unfenced = true;
+    c->unfenced = true;
     return 0;
 }
 
@@ -214,7 +215,7 @@ static int m_fence(void *engine, int kind, const char *site)
         pv_full_barrier(e, c);
     else if (kind == RMB)
         pv_load_barrier(c);
-    else if (c->buffered)
+    else
         c->epoch++;
     if (e->trace != NULL)
         pv_trace(e, c, "-- %s %s", kind == MB ? "mb" : kind == RMB ? "rmb" : "wmb", site);

@@ -30,7 +30,7 @@ static PyObject *get_waiting(Engine *e, void *closure)
     unsigned long long waiting = 0;
     for (uint32_t i = 0; i < e->node_count; i++) {
         const node_t *n = &e->nodes[i];
-        waiting += (unsigned)__builtin_popcount(n->wanted & ~n->done & ~n->asleep & ~(1u << n->now.agent));
+        waiting += (unsigned)pv_count(n->wanted & ~n->done & ~n->asleep & ~pv_bit(n->now.agent));
     }
     return PyLong_FromUnsignedLongLong(waiting);
 }
