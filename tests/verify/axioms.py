@@ -119,7 +119,7 @@ def _is_kept(threads: list[list[str]], a: Event, b: Event, model: str) -> bool:
         return not a.is_write or b.is_write or (locked and a.place != b.place)
     if not a.is_write:
         return b.is_write or a.acquires or "l" in between
-    return b.releases or (b.is_write and (a.is_locked or "s" in between))
+    return b.releases or (b.is_write and (a.is_locked or a.at == b.at or "s" in between))
 
 
 def _is_allowed(
