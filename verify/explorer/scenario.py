@@ -15,7 +15,7 @@ What a scenario finds in its model, beside the Memory objects that it makes over
 
 Every access to a Memory that has been freed is a failure; an object of Python logic that may be freed is represented by a
 Memory of 8 bytes, which who uses the object reads. A dead context holds its locks, and its buffered stores still become
-visible; it never runs again, and does not unwind.
+visible; it never runs again, and does not unwind. Who may die may do so before its first step.
 
 A scenario is written against room logic and the explored core only, never against a process. Its parameters
 are its constructor's arguments; it holds nothing that lives longer than one execution except its pages.

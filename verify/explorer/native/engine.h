@@ -283,7 +283,6 @@ uint64_t pv_draw(Engine *e);
 void pv_options(const Engine *e, node_t *n);
 
 /* reduce.c: which events depend on each other, and where another order has to be tried */
-int pv_kind_of(Engine *e, int agent, enum effect effect, int32_t cell);
 int pv_pending_kind(Engine *e, const context_t *c);
 void pv_record(Engine *e, uint32_t depth, choice_t choice);
 void pv_find_races(Engine *e, uint32_t depth);

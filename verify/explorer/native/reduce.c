@@ -124,12 +124,12 @@ void pv_forget_kinds(Engine *e)
     e->kind_count = 0;
 }
 
-int pv_kind_of(Engine *e, int agent, enum effect effect, int32_t cell)
+static int kind_of(Engine *e, int agent, enum effect effect, int32_t cell)
 {
     return intern(e, (event_kind_t){(uint8_t)agent, effect, cell, -1});
 }
 
-static int dying(Engine *e, int agent) { return pv_kind_of(e, agent, E_DEATH, -1); }
+static int dying(Engine *e, int agent) { return kind_of(e, agent, E_DEATH, -1); }
 
 int pv_pending_kind(Engine *e, const context_t *c)
 {
@@ -171,7 +171,7 @@ int pv_pending_kind(Engine *e, const context_t *c)
 static int flush_kind(Engine *e, const context_t *c, uint32_t which)
 {
     int agent = e->model == ARM ? c->buffer[which].lane : CONTEXTS_MAX + pv_number(e, c);
-    return pv_kind_of(e, agent, E_MEMORY_WRITE, c->buffer[which].cell);
+    return kind_of(e, agent, E_MEMORY_WRITE, c->buffer[which].cell);
 }
 
 /* The store that an agent flushes next. */
