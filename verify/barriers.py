@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pvbus.verify import scenarios
-from pvbus.verify.explorer import MODELS, explore
+from pvbus.verify.explorer import MODELS, Result, explore
 from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ELSEWHERE, LOCKED, ORDERED, SITES, STAYS
 from pvbus.verify.explorer.walk import Walker
@@ -26,12 +26,14 @@ from pvbus.verify.searching import said
 WEAK_MODELS: Final = tuple(model for model in ("tso", "arm") if model in MODELS)
 LOOK_SEEDS: Final = 30
 LOOK_EXECUTIONS_MAX: Final = 300  # by chance: enough for every context to come by what it comes by at all, deaths included
-EXECUTIONS_MAX: Final = 20_000
+EXECUTIONS_MAX: Final = 100_000
 SECONDS_MAX: Final = 3.0
 SIZE_SECONDS_MAX: Final = 1.0  # to tell small configurations from large ones
 LAST_EXECUTIONS_MAX: Final = 5_000_000
-LAST_SECONDS_MAX: Final = 45.0  # for the smallest, where none came to an end in that
+LAST_SECONDS_MAX: Final = 120.0  # for the smallest, where none came to an end in that
+LAST_MAX: Final = 2
 CONFIGURATIONS_MAX: Final = 6  # the smallest that come by a site are searched for as long as this allows
+ENDLESS_MAX: Final = 2  # of them; those behind are larger still
 HUNT_EXECUTIONS_MAX: Final = 300  # and every one of them by chance before, for a failure that comes soon
 HUNT_LONGER: Final = {"2l.is_pending": 5_000}  # fails late
 HUNTS: Final = ("dfs", "pct", "random")
@@ -100,7 +102,9 @@ def passed(configuration: Configuration, sites: Sequence[str]) -> set[str]:
 
 
 def sizes(where: Sequence[Configuration], model: str) -> dict[Configuration, int]:
-    """Give the executions that each configuration takes with every barrier in place; RuntimeError if one fails so."""
+    """Give the executions that each configuration takes with every barrier in place, those that do not end behind the others;
+    RuntimeError if one fails so.
+    """
     found = {}
     for configuration in where:
         result = explore(
@@ -108,7 +112,7 @@ def sizes(where: Sequence[Configuration], model: str) -> dict[Configuration, int
         )
         if result.failure is not None:
             raise RuntimeError(f"{configuration.label} fails under {model} as it is: {result.failure.message}")
-        found[configuration] = result.executions
+        found[configuration] = result.executions + EXECUTIONS_MAX * (not _ended(result, EXECUTIONS_MAX, SIZE_SECONDS_MAX))
     return found
 
 
@@ -126,19 +130,26 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
             if result.failure is not None:
                 return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, {search})"])
     tries = [(configuration, EXECUTIONS_MAX, SECONDS_MAX) for configuration in where[:CONFIGURATIONS_MAX]]
-    for configuration, executions, seconds in [*tries, *((one, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for one in where[:1])]:
-        if executions == LAST_EXECUTIONS_MAX and (ended or "@" in site):
+    tries += [(configuration, LAST_EXECUTIONS_MAX, LAST_SECONDS_MAX) for configuration in where[:LAST_MAX]]
+    for configuration, executions, seconds in tries:
+        last = executions == LAST_EXECUTIONS_MAX
+        if last and ended:
             break
+        if not last and len(unfinished) == ENDLESS_MAX:
+            continue
         result = explore(
             configuration.make(), model=model, drop=[site], executions=executions, seconds=seconds, **dict(configuration.bounds)
         )
         if result.failure is not None:
             return Finding(NEEDED, [f"{configuration.label}, {result.failure.kind} ({result.executions:,}, dfs)"])
-        whole = result.executions < executions and not result.verdict.startswith(f"bounded ({seconds}")
-        (ended if whole else unfinished).append(configuration.label)
+        (ended if _ended(result, executions, seconds) else unfinished).append(configuration.label)
     unfinished = [label for label in dict.fromkeys(unfinished) if label not in ended]
     evidence = [f"{word} {_listed(names)}" for word, names in (("complete in", ended), ("no end in", unfinished)) if names]
     return Finding(REDUNDANT if ended else OPEN if unfinished else UNSEEN, evidence)
+
+
+def _ended(result: Result, executions: int, seconds: float) -> bool:
+    return result.executions < executions and not result.verdict.startswith(f"bounded ({seconds}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -176,7 +187,10 @@ def document(found: Matrix) -> str:
     """Write the matrix as docs/barriers.md has it."""
     models = " and ".join(f"`{model}`" for model in WEAK_MODELS)
     searches = ", ".join(f"`{search}`" for search in HUNTS)
-    bounds = {"most": CONFIGURATIONS_MAX, "seconds": SECONDS_MAX, "last": LAST_SECONDS_MAX, "hunts": HUNT_EXECUTIONS_MAX}
+    bounds = {
+        "most": CONFIGURATIONS_MAX, "seconds": SECONDS_MAX, "last": LAST_SECONDS_MAX, "endless": ENDLESS_MAX,
+        "hunts": HUNT_EXECUTIONS_MAX,
+    }  # fmt: skip
     lines = [HEAD.format(models=models, searches=searches, **bounds)]
     for title, sites in (("Labelled barriers", SITES), ("Ordered accesses without a label", ORDERED)):
         lines += [f"## {title}\n", "| site | left out | " + " | ".join(WEAK_MODELS) + " |"]
@@ -216,9 +230,10 @@ the configurations that are claimed to be complete (`pvbus explore --all`) and c
 * **needed**: a scenario fails without it; the number of executions until then, and the search, stand behind the kind of failure.
   See it with `pvbus explore SCENARIO --model M --drop SITE --search S`.
 * **redundant**: nothing fails in any configuration that comes by it. Those named as complete came to their end, which proves it
-  for them; the {most} smallest are given {seconds:.0f} s each (the smallest {last:.0f} s where none of them ends in that), and
-  every one {hunts} executions of each of {searches} (a site that is known to fail late has more). That is a statement about
-  these configurations and this model. On x86 most orders come for free: redundant under `tso` and needed under `arm` is usual.
+  for them; the {most} smallest are given {seconds:.0f} s each, until {endless} of them have not ended (the smallest
+  two {last:.0f} s where none ends), and every one {hunts} executions of each of {searches} (a site that is known to fail late has
+  more). That is a statement about these configurations and this model. On x86 most orders come for free: redundant under `tso`
+  and needed under `arm` is usual.
 * **open**: nothing fails, but no search ended within its bound: shown by nobody, neither way.
 * **not reached**: no configuration comes by it. That is a hole, and is said here so that it is seen.
 * **locked**: the label stands on locked operations only, which no model can leave out; the test that is named puts something

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any, Final
 from pvbus.verify import scenarios, zoo
 from pvbus.verify.explorer import MODELS, SEARCHES, VARIANTS
 from pvbus.verify.explorer.recording import BOUND_MAX
-from pvbus.verify.explorer.scenario import Scenario
 from pvbus.verify.explorer.sites import ORDERED, SITES, check
-from pvbus.verify.searching import Job, Run, recorded, said, search, told, written
+from pvbus.verify.searching import Job, Run, contexts, said, search, shortened, told, written
 
 SCHEMA: Final = 1
 HELD, BROKEN, INTERRUPTED = 0, 1, 130
@@ -36,7 +36,18 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(as_json=arguments.json)
     wanted = list(jobs(arguments))
+    _check_contexts(wanted)
     runs: list[Run] = []
+    try:
+        return _carry_out(arguments, wanted, runs)
+    except BrokenPipeError:  # the reader of our output has seen enough: what has failed has failed all the same
+        if all(run.result.failure is None for run in runs):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN
+
+
+def _carry_out(arguments: argparse.Namespace, wanted: list[Job], runs: list[Run]) -> int:
     files: list[Path | None] = []
     for job in wanted:
         run = search(job, show=not arguments.json)
@@ -48,7 +59,8 @@ def command(arguments: argparse.Namespace) -> int:
             break
     interrupted = runs[-1].interrupted
     if arguments.json:
-        print(json.dumps({"schema": SCHEMA, **summary(runs, files), **({"interrupted": True} if interrupted else {})}))
+        found = {"schema": SCHEMA, **summary(runs, files), **({"interrupted": True} if interrupted else {})}
+        print(json.dumps(found), flush=True)
     elif len(wanted) > 1:
         failed = sum(not run.held for run in runs)
         what = f"{failed} of them failed" if failed else "all held"
@@ -61,9 +73,9 @@ def command(arguments: argparse.Namespace) -> int:
 def _failed(arguments: argparse.Namespace, run: Run) -> Path | None:
     """Show a failure, and write its file; None where none can be written, which changes nothing about the failure."""
     assert run.result.failure is not None
-    recording = recorded(run.job, run.result.failure)
+    recording, walked = shortened(run.job, run.result.failure)
     if not arguments.json:
-        print(told(recording, run.job.make))
+        print(told(recording, run.job.make, walked))
     try:
         return written(recording, Path())
     except OSError as error:
@@ -81,6 +93,8 @@ def _say(run: Run, file: Path | None) -> None:
         print(f"replay: pvbus replay {file}", flush=True)
     elif not run.held and run.result.failure is None and not run.interrupted:
         print("  it is claimed to be complete, and that it was not is a failure", flush=True)
+    if run.result.steps == 0 and run.result.failure is None:
+        print("  no context came by a scheduling point: there was nothing to search", file=sys.stderr)
     missing = {site for site in run.job.drop if site not in run.result.sites_dropped}
     if missing and run.result.failure is None:
         print(f"  no context came by {', '.join(sorted(missing))}: that it was left out shows nothing here", file=sys.stderr)
@@ -105,16 +119,16 @@ def summary(runs: list[Run], files: list[Path | None]) -> dict[str, Any]:
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     """Give the searches that a command line asks for. ValueError names what makes no sense."""
-    settings = dict(_setting(text) for text in arguments.set)
+    settings = _settings(arguments.set)
     models = _models(arguments.model)
-    bug = _bug(arguments.variant, arguments.scenario) if arguments.variant else None
+    bug = _bug(arguments.variant, arguments.scenario) if arguments.variant is not None else None
     drop = tuple(check(site) for site in arguments.drop)
     bounds, within = _bounds(arguments), _within(arguments)
     if arguments.all and (settings or arguments.variant or drop or within):
         raise ValueError("--all searches what is claimed: it takes no --set, --variant, --drop, and no bounds on an execution")
     if not (arguments.scenario or arguments.all or bug is not None or {"executions", "seconds"} & set(bounds)):
         bounds["seconds"] = LOOK_SECONDS
-    names = arguments.scenario or ([_scenario_of(bug)] if bug is not None else list(scenarios.scenarios()))
+    names = _names(arguments.scenario, bug)
     if settings and len(names) > 1:
         raise ValueError(f"--set is for one scenario, and {len(names)} are wanted: {', '.join(names)}")
     for name in names:
@@ -124,34 +138,55 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
                 if claim.model in (models or MODELS) and claim.model in MODELS:
                     make = _maker(kind, claim.parameters)
                     yield Job(
-                        kind.name, make, claim.parameters, claim.model, arguments=bounds, bounds=claim.bounds,
+                        name, make, claim.parameters, claim.model, arguments=bounds, bounds=claim.bounds,
                         claimed=not (arguments.executions or arguments.seconds),
                     )  # fmt: skip
             continue
         given = scenarios.read_parameters(kind, settings)
         for model in models or (_shows(bug) if bug is not None and bug.scenario is kind else "sc",):
-            job = _job(kind, given, model, bug, drop, bounds, within)
+            job = _job(name, given, model, bug, drop, bounds, within)
             yield job if bug is not None or not arguments.variant else dataclasses.replace(job, variant=arguments.variant)
 
 
+def _names(wanted: list[str], bug: zoo.Bug | None) -> list[str]:
+    """Give the names of what is wanted, each once."""
+    if not wanted:
+        return [_scenario_of(bug)] if bug is not None else list(scenarios.scenarios())
+    return list(dict.fromkeys(name for text in wanted for name in scenarios.names_of(text)))
+
+
 def _job(
-    kind: type[Scenario], given: dict[str, Any], model: str, bug: zoo.Bug | None, drop: tuple[str, ...],
+    name: str, given: dict[str, Any], model: str, bug: zoo.Bug | None, drop: tuple[str, ...],
     bounds: dict[str, Any], within: dict[str, int],
 ) -> Job:  # fmt: skip
+    kind = scenarios.find(name)
     if bug is None or bug.scenario is not kind:
         within = {**({"deaths": 1} if scenarios.made(kind, given).mortal else {}), **within}
     if bug is None:
-        return Job(kind.name, _maker(kind, given), given, model, drop=drop, arguments=bounds, bounds=within)
+        return Job(name, _maker(kind, given), given, model, drop=drop, arguments=bounds, bounds=within)
     if bug.scenario is not kind:
         if bug.variant is None:
             raise ValueError(f"the variant {bug.name!r} is one of the scenario {_scenario_of(bug)}, not of {kind.name}")
-        return Job(kind.name, _maker(kind, given), given, model, variant=bug.variant, drop=drop, arguments=bounds, bounds=within)
+        return Job(name, _maker(kind, given), given, model, variant=bug.variant, drop=drop, arguments=bounds, bounds=within)
     parameters = {**bug.parameters, **given}
     make = _maker(bug.handler or kind, parameters)
     return Job(
-        kind.name, make, parameters, model, variant=bug.variant, drop=(*bug.drop, *drop), bug=bug.name,
+        name, make, parameters, model, variant=bug.variant, drop=(*bug.drop, *drop), bug=bug.name,
         arguments=bounds, bounds={**bug.search, **within},
     )  # fmt: skip
+
+
+def _check_contexts(wanted: list[Job]) -> None:
+    """Refuse a barrier that is to be left out of a context which no scenario has."""
+    drop = [site for site in (wanted[0].drop if wanted else ()) if "@" in site]
+    if not drop or (wanted[0].bug is not None and drop == list(zoo.find(wanted[0].bug).drop)):
+        return
+    known: dict[str, None] = {}
+    for job in {job.scenario: job for job in wanted}.values():
+        known |= dict.fromkeys(contexts(job))
+    for site in drop:
+        if (context := site.partition("@")[2]) not in known:
+            raise ValueError(f"--drop {site}: no context {context!r}: {', '.join(known)}")
 
 
 def _maker(kind: Any, parameters: Any) -> Any:
@@ -159,17 +194,22 @@ def _maker(kind: Any, parameters: Any) -> Any:
     return lambda: scenarios.made(kind, parameters)
 
 
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--set {text!r}: write NAME=VALUE, for example events=4")
-    return name, value
+def _settings(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {text!r}: write NAME=VALUE, for example events=4")
+        if name in found:
+            raise ValueError(f"--set {text}: {name} is {found[name]} already")
+        found[name] = value
+    return found
 
 
 def _models(text: str | None) -> tuple[str, ...]:
     if text is None:
         return ()
-    names = tuple(MODELS) if text == "all" else tuple(text.split(","))
+    names = tuple(MODELS) if text == "all" else tuple(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in MODELS:
             raise ValueError(f"no memory model {name!r}: {', '.join(MODELS)}")
@@ -235,6 +275,7 @@ def listed() -> dict[str, list[dict[str, Any]]]:
                     key: list(value) if isinstance(value, tuple) else value for key, value in scenarios.defaults(kind).items()
                     if isinstance(value, scenarios.SETTABLE)
                 },
+                "ranges": {key: list(ends) for key, ends in kind.ranges.items() if key in scenarios.defaults(kind)},
             }
             for name, kind in scenarios.scenarios().items()
         ],

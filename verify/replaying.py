@@ -46,7 +46,9 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _walk(walker: Walker, recording: Recording, arguments: argparse.Namespace) -> Walked:
-    choices = recording.choices if arguments.until is None else recording.choices[: arguments.until]
+    if arguments.until is None:
+        return walker.to_the_end(recording.choices)
+    choices = recording.choices[: arguments.until]
     if arguments.then == "random":
         return walker.along(choices, then="random", seed=arguments.seed)
     walked = walker.along(choices)
@@ -70,9 +72,12 @@ def maker(recording: Recording) -> Callable[[], Scenario]:
     kind: Any = scenarios.find(recording.scenario)
     if recording.bug is not None:
         try:
-            kind = zoo.find(recording.bug).handler or kind
+            bug = zoo.find(recording.bug)
         except KeyError as error:
             raise RecordingError(str(error.args[0])) from None
+        if bug.scenario is not kind:
+            raise RecordingError(f"the bug {recording.bug} is none of the scenario {recording.scenario}")
+        kind = bug.handler or kind
     for site in recording.drop:
         check(site)
     known = scenarios.defaults(scenarios.find(recording.scenario))
@@ -94,6 +99,8 @@ def _as_dict(recording: Recording, walked: Walked, differs: str | None) -> dict[
 def _tell(recording: Recording, make: Callable[[], Scenario], walked: Walked, *, whole: bool) -> None:
     if whole and walked.kind is not None:
         print(told(recording, make, walked))
+        if walked.kind != recording.kind:
+            print(f"another failure than the one that was recorded, which was {recording.kind}: {recording.message}")
         return
     print(drawn(walked))
     print()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pvbus.verify.explorer import Failure, Result, explore
 from pvbus.verify.explorer.progress import Progress
 from pvbus.verify.explorer.recording import Recording, fingerprint
-from pvbus.verify.explorer.search import Bounds, SearchInterrupted
+from pvbus.verify.explorer.search import FAIR_FROM, Bounds, Explorer, SearchInterrupted
 from pvbus.verify.explorer.shrink import shrink
 from pvbus.verify.explorer.trace import table
 from pvbus.verify.explorer.verdicts import forbidden_by
@@ -77,7 +78,8 @@ class Run:
         """Give the numbers."""
         return {
             "scenario": self.job.scenario, "parameters": dict(self.job.parameters), "model": self.job.model,
-            "variant": self.job.variant, "drop": list(self.job.drop), "verdict": self.verdict, "bounds": self.result.verdict,
+            "variant": self.job.variant, "drop": list(self.job.drop), "dropped": sorted(self.result.sites_dropped),
+            "verdict": self.verdict, "bounds": self.result.verdict,
             "executions": self.result.executions, "steps": self.result.steps, "seconds": round(self.seconds, 3),
         }  # fmt: skip
 
@@ -112,6 +114,8 @@ def search(job: Job, *, show: bool) -> Run:
         return Run(job, stop.result, time.monotonic() - began_s, interrupted=True)
     except (ValueError, OSError):
         raise
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"{job.label}: no memory for more states; --search dpor keeps none") from None
     except Exception as error:  # what contexts raise is a failure that is found: this comes from the scenario around them
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
@@ -122,17 +126,29 @@ def search(job: Job, *, show: bool) -> Run:
     return Run(job, result, time.monotonic() - began_s)
 
 
+def contexts(job: Job) -> list[str]:
+    """Give the names of the contexts of a search."""
+    return Explorer(job.make(), job.model, None, ()).executions.contexts()
+
+
 def recorded(job: Job, failure: Failure) -> Recording:
     """Shorten a failure, and make its recording."""
+    return shortened(job, failure)[0]
+
+
+def shortened(job: Job, failure: Failure) -> tuple[Recording, Walked]:
+    """Shorten a failure; give its recording, and the walk that this was made of."""
     walker = Walker(
         job.make, model=job.model, variant=job.variant, drop=job.drop, shared=failure.shared, bounds=job.bounds,
     )  # fmt: skip
     short = shrink(walker, failure.choices, failure.kind)
-    return Recording(
-        scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=short.choices, shared=failure.shared,
+    chosen = short.choices[:FAIR_FROM]  # from there on everybody has a turn, and nobody chooses
+    recording = Recording(
+        scenario=job.scenario, parameters=dict(job.parameters), model=job.model, choices=chosen, shared=failure.shared,
         kind=failure.kind, message=short.message, variant=job.variant, drop=job.drop, bug=job.bug, bounds=dict(job.bounds),
-        fingerprint=fingerprint(),
+        fingerprint=fingerprint(job.scenario),
     )  # fmt: skip
+    return recording, short
 
 
 def written(recording: Recording, directory: Path) -> Path:
@@ -144,9 +160,10 @@ def written(recording: Recording, directory: Path) -> Path:
 
 def told(recording: Recording, make: Callable[[], Scenario], walked: Walked | None = None) -> str:
     """Say what failed: the trace with a column a context, and what would forbid it."""
-    walked = walked or Walker.of(make, recording).along(recording.choices)
-    lines = [f"{recording.kind}: {recording.message}", "", drawn(walked), "", "this trace is forbidden by"]
-    return "\n".join([*lines, *(f"  {sentence}" for sentence in forbidden_by(make, recording) or ["nothing that was tried"])])
+    walked = walked or Walker.of(make, recording).to_the_end(recording.choices)
+    lines = [f"{walked.kind}: {walked.message}", "", drawn(walked), "", "this trace is forbidden by"]
+    sentences = forbidden_by(make, recording, walked) or ["nothing that was tried"]
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in sentences)])
 
 
 def drawn(walked: Walked) -> str:

@@ -16,7 +16,7 @@ from pvbus.verify.searching import Job, Run, search
 
 SCHEMA: Final = 1
 HELD, BROKEN = 0, 1
-PRODUCTION_EXECUTIONS_MAX: Final = 20_000  # of a bug's scenario, a model; `explore --all` goes to the end of what is claimed
+PRODUCTION_EXECUTIONS_MAX: Final = 100_000  # of a bug's scenario, a model; `explore --all` goes to the end of what is claimed
 
 
 def command(arguments: argparse.Namespace) -> int:

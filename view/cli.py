@@ -186,8 +186,12 @@ def run(arguments: argparse.Namespace, others: Mapping[str, Verb] | None = None)
 
 def _fail(arguments: argparse.Namespace, code: int, why: str) -> int:
     print(f"pvbus {arguments.verb}: {why}", file=sys.stderr)
-    if arguments.json:
-        print_json({"error": why, "exit_code": code})
+    if arguments.json and sys.stdout is not None:
+        try:
+            print_json({"error": why, "exit_code": code})
+            sys.stdout.flush()
+        except OSError:  # there is no room for it, or nobody reads it: the sentence above has to do
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

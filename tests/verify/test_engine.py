@@ -220,7 +220,7 @@ def test_a_dead_context_does_not_unwind_and_its_stores_become_visible() -> None:
         s.got = [s.m.load64(0), s.m.load64(8)]
 
     scenario = Bodies(writes, reads, servers=1, mortal=("t0",))
-    for model, ends in ("sc", {(), (0, 0), (1, 0), (2, 0)}), ("tso", {(), (1, 0)}):  # it stops only to ring
+    for model, ends in ("sc", {(), (0, 0), (1, 0), (2, 0)}), ("tso", {(), (0, 0), (1, 0)}):  # it begins, and rings
         result = explore(scenario, model=model, deaths=1)
 
         assert result.verdict == "bounded (1 death)", str(result.failure)
@@ -271,6 +271,13 @@ def test_bounds_are_named_in_the_verdict() -> None:
     assert explore(scenario, executions=5).verdict == "bounded (5 executions)"
     assert explore(scenario, search="random", executions=5).verdict == "bounded (5 executions, random)"
     assert explore(EventRing(events=4), seconds=0.1).verdict == "bounded (0.1 s)"
+
+
+def test_a_search_ends_where_its_table_of_states_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvbus.verify.explorer.search.STATES_MAX", 200)
+
+    assert explore(EventRing(events=3)).verdict == "bounded (200 states)"
+    assert explore(EventRing(events=3), search="dpor", executions=1000).verdict == "bounded (1000 executions)"
 
 
 def test_preemptions_are_counted() -> None:

@@ -13,7 +13,9 @@ from pvbus.view import cli
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "explorer.md").read_text()
 PROGRAM = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)[0]
-COMMANDS = re.findall(r"^pvbus (explore [^#\n]*)", TEXT, re.MULTILINE) + re.findall(r"`pvbus (explore counting[^`]*)`", TEXT)
+COMMANDS = re.findall(r"^pvbus (explore [^#\n]*)", TEXT, re.MULTILINE) + re.findall(
+    r"`pvbus (explore (?:\./)?counting[^`]*)`", TEXT
+)
 
 
 @pytest.fixture
@@ -41,7 +43,10 @@ def test_the_scenario_of_the_document_does_what_the_document_says(counting: type
     assert len(failure.choices) == 4
 
 
-def test_the_commands_of_the_document_make_sense(counting: type[Scenario]) -> None:
-    assert len(COMMANDS) == 5
+def test_the_commands_of_the_document_make_sense(
+    counting: type[Scenario], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)    # where the file lies
+    assert len(COMMANDS) == 6
     for command in COMMANDS:
         assert list(exploring.jobs(cli.parser().parse_args(command.split())))

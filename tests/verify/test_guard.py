@@ -3,6 +3,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from pvbus.verify.explorer import Model, guard
 from pvbus.verify.explorer.scenario import Scenario, Start
 from pvbus.verify.explorer.search import SearchInterrupted, explore
 from pvbus.verify.searching import Job, ScenarioError, recorded, search
+
+SLEEP_S = 100.0
 
 
 class Misbehaving(Scenario):
@@ -47,6 +50,9 @@ class Misbehaving(Scenario):
             sum(range(100))  # the handler runs here, in the context
         while self.where == "loop":
             pass
+        if self.where == "sleep":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SLEEP_S)
 
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """Judge nothing."""
@@ -78,6 +84,19 @@ def test_an_interrupt_inside_a_context_is_no_failure_of_the_code_under_test() ->
     assert stopped.value.result.executions >= 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert search(job("interrupt"), show=False).interrupted
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_reaches_a_context_that_waits_for_something_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE_S", 0.02)
+    began_s = time.monotonic()
+
+    run = search(job("sleep"), show=False)
+
+    assert run.interrupted
+    assert run.result.failure is None
+    assert time.monotonic() - began_s < SLEEP_S / 2
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_context_that_never_stops_is_a_failure_and_not_shortened_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:

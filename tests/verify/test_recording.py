@@ -14,6 +14,7 @@ from pvbus.verify.explorer.trace import Row, columns, rows_of
 from pvbus.verify.explorer.verdicts import forbidden_by
 from pvbus.verify.explorer.walk import Walker, context_of
 from pvbus.verify.scenarios.event_ring import EventRing
+from pvbus.verify.scenarios.submission_ring import SubmissionRings
 
 DRIVER = "driver-wakeup-order"
 REPEATED = 200  # the same choices give the same trace; a campaign of 10,000 takes half a minute
@@ -176,6 +177,17 @@ def test_a_barrier_that_does_not_matter_is_not_named() -> None:
     _, failure = found("tso", drop=("evr_wake@reader", "sub_kick"))
 
     assert not any("sub_kick" in sentence for sentence in forbidden_by(EventRing, failure))
+
+
+def test_stores_that_reach_memory_in_their_order_need_no_store_barrier() -> None:
+    failure = explore(SubmissionRings(), model="tso", drop=["sub_kick"]).failure
+    assert failure is not None
+    lost = recording(scenario="submission-ring", choices=failure.choices, shared=failure.shared, model="tso", drop=("sub_kick",))
+
+    sentences = forbidden_by(SubmissionRings, lost)
+
+    assert "SYNC(sub_kick), which was left out: with it this trace is impossible" in sentences
+    assert not any("store barrier" in sentence for sentence in sentences)
 
 
 def test_where_the_order_of_the_code_is_wrong_no_barrier_is_blamed() -> None:

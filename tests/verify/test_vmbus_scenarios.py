@@ -23,6 +23,7 @@ from pvbus.verify.scenarios.channel_death import ChannelDeath
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
 from pvbus.verify.scenarios.event_flags import EventFlags
 from pvbus.verify.scenarios.hostile_ring import HostileRing
+from pvbus.verify.scenarios.last_packet import LastPacket
 from pvbus.verify.scenarios.offers import Offers
 from pvbus.verify.scenarios.synic_death import SynicDeath
 from pvbus.verify.scenarios.synic_messages import SynicMessages
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 NUMBERS: dict[type[Scenario], str] = {
     SynicMessages: "E6", EventFlags: "E8", ChannelEcho: "E9", Offers: "E10", Teardown: "E11", SynicDeath: "E12", ActorStop: "E13",
-    ChannelDeath: "E12", WorkDeath: "E12", WorkRingFull: "H5", HostileRing: "",
+    ChannelDeath: "E12", WorkDeath: "E12", WorkRingFull: "H5", HostileRing: "", LastPacket: "",
 }  # fmt: skip
 """Where the checklist has them; a reader who trusts nobody is no item of it."""
 

@@ -293,6 +293,17 @@ def test_progress_says_rate_and_what_is_left() -> None:
     )
 
 
+@pytest.mark.parametrize(("width", "line"), [
+    (80, "event-ring events=4: 250 executions, 125/s; 12 choices to try on the path"),
+    (65, "event-ring…: 250 executions, 125/s; 12 choices to try on the path"), (20, "…: 250 executions, 1"), (1, "…"),
+])  # fmt: skip
+def test_on_a_narrow_terminal_what_is_left_is_said_before_what_is_searched(width: int, line: str) -> None:
+    said = Progress("event-ring events=4", stream=io.StringIO()).line(250, 5000, 12, 2.0, width)
+
+    assert said == line
+    assert len(said) <= width
+
+
 @pytest.mark.parametrize(("stream", "lines"), [(io.StringIO(), "\n"), (Terminal(), "\r")])
 def test_progress_is_a_line_that_changes_on_a_terminal_and_plain_lines_elsewhere(stream: io.StringIO, lines: str) -> None:
     progress = Progress("event-ring", stream=stream)
@@ -364,7 +375,7 @@ def test_a_recording_that_asks_for_nonsense_is_refused(
 @pytest.mark.parametrize(("scenario", "setting", "sentence"), [
     ("fifo-queue", "script=rise:1", "rise:1 is none of raise:N, eoi:N"), ("port-life", "script=raise:0", "raise:0 is none of"),
     ("offers", "script=offer", "'offer' is none of again, offer X"), ("teardown", "ends=somehow", "ends a channel by 'somehow'"),
-    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "contexts"),
+    ("synic-slot", "types=1,x", "types=1,x"), ("event-ring", "events=-1", "events=-1"), ("event-ring", "readers=99", "1 to 6"),
 ])  # fmt: skip
 def test_a_parameter_that_makes_no_sense_is_no_complete_search(
     scenario: str, setting: str, sentence: str, capsys: pytest.CaptureFixture[str]

@@ -8,21 +8,24 @@ reaches memory (`name~1`: a younger one overtakes); `name!`: it dies.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from pvbus.verify.explorer._engine import UseAfterFree
+from pvbus.verify.explorer._engine import LimitError, UseAfterFree
 from pvbus.verify.explorer.guard import RunsForEverError
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
 
 # what native/engine.h numbers
 FOLLOW, DEPTH_FIRST, RANDOM_WALK, PRIORITIES = range(4)
-QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK = range(1, 7)
+QUIET, PRUNED, FAILED, STOPPED, MISFIT, UNENDED = range(1, 7)
+LIVELOCK: Final = "livelock"
 ENDLESS: Final = "endless loop"  # the kind of failure whose every execution takes seconds
 _BUFFER: Final = 16  # agents from here on are the store buffers
 _WAIT: Final = 8
@@ -39,12 +42,21 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-class ReplayError(RuntimeError):
-    """A list of choices does not fit: another scenario, other code, other parameters. `fitted` of them did."""
+class DivergedError(ValueError):
+    """The same choices have led somewhere else: a context, or the judgement, depends on more than what it has observed."""
 
-    def __init__(self, text: str, fitted: int = 0) -> None:
+
+class ReplayError(RuntimeError):
+    """A list of choices does not fit: another scenario, other code, other parameters. `choices`: those that did."""
+
+    def __init__(self, text: str, choices: Sequence[str] = ()) -> None:
         super().__init__(text)
-        self.fitted = fitted
+        self.choices = tuple(choices)
+
+    @property
+    def fitted(self) -> int:
+        """Give how many did."""
+        return len(self.choices)
 
 
 @dataclass
@@ -55,6 +67,13 @@ class End:
     kind: str | None = None  # of failure
     message: str = ""
     choices: list[str] = field(default_factory=list)
+
+
+def _is_lazy(body: Callable[[], object]) -> bool:
+    """Whether a context would only make something that has to be driven."""
+    while isinstance(body, functools.partial):
+        body = body.func
+    return any(check(body) for check in (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction))
 
 
 def written(choices: Iterable[Choice], names: Sequence[str]) -> list[str]:
@@ -95,7 +114,10 @@ class Executions:
         """Give the names of the contexts."""
         if not self.names:
             self.model.reset()
-            self.names = [name for name, _, _ in self.scenario.start(self.model)]
+            starts = list(self.scenario.start(self.model))
+            self.names = [name for name, _, _ in starts]
+            if idle := [name for name, body, _ in starts if _is_lazy(body)]:
+                raise ValueError(f"{idle[0]} is a generator or a coroutine: calling it would run nothing of it")
             if len(set(self.names)) != len(self.names) or any(set(name) & set("=~! ") for name in self.names):
                 raise ValueError(f"names of contexts are different, and without =, ~, ! and spaces: {self.names}")
             if len(self.names) > _BUFFER:
@@ -118,12 +140,12 @@ class Executions:
             self.running = False
         try:
             end = End(outcome)
-            if not model.grown and outcome in (QUIET, FAILED, LIVELOCK):
+            if not model.grown and outcome in (QUIET, FAILED, UNENDED):
                 self._judge(end)
             if outcome in (FAILED, MISFIT) or end.kind is not None:
                 end.choices = written(model.taken(), self.contexts())
             if outcome == MISFIT:
-                raise ReplayError(self._misfit(end), len(end.choices))
+                raise ReplayError(self._misfit(end), end.choices)
             return end
         finally:
             if not keep:
@@ -138,6 +160,8 @@ class Executions:
         model = self.model
         standing = model.standing()
         for name, _, _, _, _, _, error in standing:
+            if isinstance(error, LimitError):
+                raise error
             if isinstance(error, UseAfterFree):
                 end.kind, end.message = "use after free", str(error)
             elif isinstance(error, RunsForEverError):
@@ -146,8 +170,8 @@ class Executions:
                 end.kind, end.message = "exception", f"{name}: {_said(error)}"
             if error is not None:
                 return
-        if end.outcome == LIVELOCK:
-            end.kind, end.message = "livelock", self._livelock()
+        if end.outcome == UNENDED:
+            end.kind, end.message = LIVELOCK, self._livelock()
             return
         for lock, called in model.locks.items():
             owner = model.value(lock) - 1
@@ -157,6 +181,8 @@ class Executions:
                 return
         stuck = [row for row in standing if not (row[3] or row[4] or row[5])]
         message = self.scenario.broken(model, [row[0] for row in stuck])
+        if not isinstance(message, str | None):
+            raise TypeError(f"broken() gives a sentence, or None when all holds, and not {message!r}")
         if message is not None:
             waits = any(row[2] == _WAIT for row in stuck)
             end.kind, end.message = "lost wake-up" if waits else "property", message
@@ -167,9 +193,10 @@ class Executions:
     def _livelock(self) -> str:
         last = self.contexts()[self.model.taken()[-1][0] % _BUFFER]
         if self.model.alone >= _ALONE_STEPS_MIN:
-            return f"{last} runs for ever, and nobody else can"
+            return f"{last} runs for ever, and nobody else can: no end within {len(self.model.taken()):,} steps"
         recent = dict.fromkeys(written(self.model.taken()[-64:], self.contexts()))
-        return f"everybody has had a turn again and again, and there is no end: {', '.join(recent)}"
+        steps = f"{len(self.model.taken()):,} steps"
+        return f"everybody has had a turn again and again, and there is no end within {steps}: {', '.join(recent)}"
 
     def where_they_stand(self) -> list[tuple[str, str]]:
         """Say what each context that has not ended is about to do."""

@@ -2,9 +2,10 @@
 """What may interrupt a search: the user, and a context that has run for long without coming by a scheduling point.
 
 A signal is handled wherever the process happens to be, and that is mostly inside a context. An interrupt raised there would end
-as what the code under test has done; so it is kept until the execution is over. The other way round for a context that never
-stops: only an exception inside it ends its loop, and then it is its failure. Time is that of the processor, which a machine that
-is busy or asleep does not spend. Signals belong to the main thread: elsewhere nothing is guarded.
+as what the code under test has done; so it is kept until the execution is over, but not for long: a context may sleep, or wait
+for something outside, and then it is interrupted there, and the execution thrown away. The other way round for a context that
+never stops: only an exception inside it ends its loop, and then it is its failure. Time is that of the processor, which a machine
+that is busy or asleep does not spend. Signals belong to the main thread: elsewhere nothing is guarded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 STILL_S: Final = 1.0  # of the processor, between two looks
 LOOKS_MAX: Final = 2  # that see no step in between: our contexts stop every few microseconds
+PATIENCE_S: Final = 1.0  # with an execution that goes on behind an interrupt
 
 
 class RunsForEverError(BaseException):
@@ -40,6 +42,7 @@ class Guard:
         """Between two executions: let an interrupt through that came during the last one."""
         if self.interrupted:
             self.interrupted = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -50,13 +53,15 @@ class Guard:
             return
         wanted = {signal.SIGVTALRM: self._look}
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            wanted[signal.SIGINT] = self._interrupt
+            wanted |= {signal.SIGINT: self._interrupt, signal.SIGALRM: self._enough}
         before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
         timer = signal.setitimer(signal.ITIMER_VIRTUAL, STILL_S, STILL_S)
         try:
             yield self
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+            if self.interrupted:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
         self.check()  # an interrupt that came behind the last execution
@@ -64,6 +69,12 @@ class Guard:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.interrupted = True
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S, PATIENCE_S)
+
+    def _enough(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.interrupted and self.executions.running:
+            raise KeyboardInterrupt
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         del number, frame

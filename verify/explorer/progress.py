@@ -35,17 +35,25 @@ class Progress:
         if now_s - self.said_s < (TERMINAL_S if self.terminal else PLAIN_S):
             return
         self.said_s = now_s
-        self._say(self.line(executions, steps, waiting, max(now_s - self.began_s, 1e-9)))
+        width = shutil.get_terminal_size().columns - 1 if self.terminal else None  # a line that wraps cannot be written over
+        self._say(self.line(executions, steps, waiting, max(now_s - self.began_s, 1e-9), width))
 
-    def line(self, executions: int, steps: int, waiting: int, elapsed_s: float) -> str:
-        """Make the line."""
-        said = f"{self.label}: {executions:,} executions, {executions / elapsed_s:,.0f}/s, {steps / elapsed_s:,.0f} steps/s"
+    def line(self, executions: int, steps: int, waiting: int, elapsed_s: float, width: int | None = None) -> str:
+        """Make the line. Where it has to fit into a width, the rate of steps goes first, and then the label's end."""
+        rates = [f"{executions:,} executions, {executions / elapsed_s:,.0f}/s", f"{steps / elapsed_s:,.0f} steps/s"]
         left = [f"{waiting:,} choices to try on the path"] if waiting else []
         if self.executions_max is not None:
             left.append(f"at most {max(self.executions_max - executions, 0):,} executions to go")
         if self.seconds is not None:
             left.append(f"{max(self.seconds - elapsed_s, 0):.0f} s left")
-        return said + "; " + ", ".join(left) if left else said
+        more = "; " + ", ".join(left) if left else ""
+        line = f"{self.label}: {', '.join(rates)}{more}"
+        if width is None or len(line) <= width:
+            return line
+        rest = f": {rates[0]}{more}"
+        if len(self.label) + len(rest) <= width:
+            return self.label + rest
+        return (self.label[: max(width - len(rest) - 1, 0)] + "…" + rest)[: max(width, 1)]
 
     def close(self) -> None:
         """Leave the terminal clean."""
@@ -56,7 +64,6 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if self.terminal:
-            line = line[: max(shutil.get_terminal_size().columns - 1, 1)]  # a line that wraps cannot be written over
             self.stream.write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:

@@ -56,11 +56,12 @@ class Recording:
     def name(self) -> str:
         """Give a file name that tells failures apart, and is the same for the same failure."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
-        return f"{self.bug or self.scenario}-{self.model}-{digest[:8]}.json"
+        called = self.bug or self.scenario.rpartition(":")[2].rpartition("/")[2].removesuffix(".py")
+        return f"{called}-{self.model}-{digest[:8]}.json"
 
     def differs(self) -> str | None:
         """Say it when the code is not that of the recording."""
-        here = fingerprint()
+        here = fingerprint(self.scenario)
         if self.fingerprint == here:
             return None
         return f"recorded with the code {self.fingerprint[:12]}, this is {here[:12]}: its choices may mean something else here"
@@ -68,13 +69,16 @@ class Recording:
 
 def read(path: Path) -> Recording:
     """Read a recording; RecordingError, or OSError as open() raises it."""
-    raw = path.read_bytes()[: FILE_BYTES_MAX + 1]
+    with path.open("rb") as file:
+        raw = file.read(FILE_BYTES_MAX + 1)
     if len(raw) > FILE_BYTES_MAX:
         raise RecordingError(f"{path} is longer than any recording: {FILE_BYTES_MAX} bytes")
     try:
         data = json.loads(raw)
     except ValueError as error:
         raise RecordingError(f"{path} is no JSON: {error}") from None
+    except RecursionError:
+        raise RecordingError(f"{path} is no recording: what it holds lies too deep") from None
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise RecordingError(f"{path} is no recording of schema {SCHEMA}")
     for name, kind in _KINDS.items():
@@ -117,9 +121,17 @@ def _frozen(value: Any) -> Any:
     return value
 
 
+def fingerprint(scenario: str = "") -> str:
+    """Give the digest of the code under test and of the explorer, and of the scenario's file if it lies elsewhere."""
+    path = Path(scenario.rpartition(":")[0] or scenario)
+    if path.suffix != ".py" or not path.is_file():
+        return _of_the_package()
+    return hashlib.sha256(_of_the_package().encode() + path.read_bytes()).hexdigest()
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Give the digest of the code under test and of the explorer; of the compiled core where its source is not installed."""
+def _of_the_package() -> str:
+    """Give the digest of our own; of the compiled core where its source is not installed."""
     digest = hashlib.sha256()
     native = sorted((PACKAGE / "shm/native").glob("*.[ch]")) or sorted((PACKAGE / "shm").glob("_core_explored*.so"))
     python = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))

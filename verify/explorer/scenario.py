@@ -15,7 +15,7 @@ What a scenario finds in its model, beside the Memory objects that it makes over
 
 Every access to a Memory that has been freed is a failure; an object of Python logic that may be freed is represented by a
 Memory of 8 bytes, which who uses the object reads. A dead context holds its locks, and its buffered stores still become
-visible; it never runs again, and does not unwind.
+visible; it never runs again, and does not unwind. Who may die may do so before its first step.
 
 A scenario is written against room logic and the explored core only, never against a process. Its parameters
 are its constructor's arguments; it holds nothing that lives longer than one execution except its pages.
@@ -26,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -50,10 +51,16 @@ def claimed(models: str, *parameters: Mapping[str, Any], **bounds: Any) -> tuple
     return tuple(Claim(model, each, bounds) for each in parameters for model in models.split())
 
 
+def within(**ranges: tuple[int, int]) -> Mapping[str, tuple[int, int]]:
+    """Say from where to where numbers make sense: parameters by name, or what is in their lists."""
+    return MappingProxyType(ranges)
+
+
 class Scenario(ABC):
     """One situation to be searched."""
 
     name: str
+    ranges: ClassVar[Mapping[str, tuple[int, int]]] = within()  # of its parameters; none named: 0 to 1024
     mortal: tuple[str, ...] = ()  # the contexts that may die, when deaths are asked for; none named: all
     claims: ClassVar[tuple[Claim, ...]] = ()  # none: its defaults under sc and tso
 

@@ -9,12 +9,13 @@
 `states`  the table alone, every choice tried at every state: the yardstick of the other two.
 `random`  a walk by chance; `pct`: priorities with two change points, a store buffer has a priority of its own.
 
-With deaths, bounds on preemptions or on the delay of flushes there is no reduction: `dfs` is `states` then.
+With bounds on preemptions or on the delay of flushes there is no reduction: `dfs` is `states` then.
 The verdict is `complete` only if every choice was tried or shown to lead to what was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,15 +28,17 @@ from pvbus.verify.explorer.execution import (
     FOLLOW,
     PRIORITIES,
     RANDOM_WALK,
+    DivergedError,
     End,
     Executions,
+    ReplayError,
     read,
     written,
 )
 from pvbus.verify.explorer.guard import Guard
 from pvbus.verify.explorer.model import Model
 from pvbus.verify.explorer.scenario import Scenario
-from pvbus.verify.explorer.trace import columns
+from pvbus.verify.explorer.trace import Row, columns, rows_of
 
 SEARCHES: Final = {
     "dfs": "every execution, by states and partial order reduction",
@@ -45,11 +48,13 @@ SEARCHES: Final = {
     "pct": "executions by priorities that change twice",
 }
 EXECUTIONS_MAX: Final = 10_000_000
-STEPS_MAX: Final = 1_000  # scheduling points of one execution; ours end after 30 to 200
-FAIR_FROM: Final = 600  # from here on everybody has a turn, and nothing is searched; no end by then is a livelock
+STATES_MAX: Final = 40_000_000  # in the table: 2.4 GB when it grows for the last time
+STEPS_MAX: Final = 4_096  # scheduling points of one execution: no end by then is a livelock; ours end after 30 to 200
+FAIR_FROM: Final = 600  # from here on everybody has a turn, and nothing is searched
 _LENGTH_FIRST: Final = 60  # of an execution, for the change points of pct, until one is known
 _CHANGES: Final = 2
 _PROGRESS_EACH: Final = 64  # executions
+_WALKS_OF_ONE: Final = 8  # when one seems to lead to two places
 _STOP, _FIRST, _RANDOM = range(3)
 _THEN: Final = {"stop": _STOP, "first": _FIRST, "random": _RANDOM}
 
@@ -159,7 +164,7 @@ class Explorer:
     def _depth_first(
         self, search: str, executions_max: int, seconds: float | None, deadline: float | None, progress: Progress | None
     ) -> Result:
-        free = self.bounds == Bounds()
+        free = self.bounds.preemptions is None and self.bounds.flush_delay is None
         self.configure(
             DEPTH_FIRST, table=search != "dpor" or not free, reduce=search != "states" and free, sleep=search != "states" and free
         )
@@ -169,8 +174,10 @@ class Explorer:
                 return self._result(f"bounded ({executions} executions)", executions)
             if deadline is not None and time.monotonic() >= deadline:
                 return self._result(f"bounded ({seconds} s)", executions)
+            if self.model.states >= STATES_MAX:
+                return self._result(f"bounded ({STATES_MAX} states)", executions)
             executions += 1
-            end = self.executions.run()
+            end = self._again()
             self._go_on(executions)
             if self.model.grown:  # a location turned out to be shared: begin anew, knowing it
                 self.model.forget()
@@ -212,6 +219,25 @@ class Explorer:
         except KeyboardInterrupt:
             raise SearchInterrupted(self._result("bounded (interrupted)", executions)) from None
 
+    def _again(self) -> End:
+        try:
+            return self.executions.run()
+        except ReplayError as error:
+            raise DivergedError(self._diverged(error.choices)) from None
+
+    def _diverged(self, choices: Sequence[str]) -> str:
+        """Say what differs from one execution to the next, if it shows once more."""
+        walks: list[list[Row]] = []
+        for _ in range(_WALKS_OF_ONE):
+            with contextlib.suppress(ReplayError, ValueError):
+                walks.append(rows_of(self.follow(choices, "stop")[1].trace)[0])
+        first = next(((a, b) for other in walks[1:] for a, b in zip(walks[0], other, strict=False) if a != b), None)
+        seen = ", ".join(f"{row.context} {row.text!r}" for row in first) if first is not None else ""
+        return (
+            f"the same choices have led to different executions{f' ({seen})' if seen else ''}: something depends on more than it "
+            "has observed, on random numbers, time, id(), the order of a set, or what an execution has left for the next"
+        )
+
     def _failed(self, executions: int, end: End) -> Result:
         result = self._result("failed", executions)
         return replace(result, failure=self.explained(end))
@@ -245,7 +271,10 @@ class Explorer:
 
     def explained(self, end: End) -> Failure:
         """Run a failed execution once more for its trace."""
-        _, run = self.follow(end.choices, "stop")
+        outcome, run = self.follow(end.choices, "first")
+        if outcome.kind != end.kind:
+            again = f"{outcome.kind}: {outcome.message}" if outcome.kind else "nothing fails"
+            raise DivergedError(f"{self._diverged(end.choices)} ({end.kind}: {end.message}; and then, {again})")
         shared = tuple(sorted(self.model.shared))
         return Failure(end.kind or "", end.message, tuple(end.choices), shared, run.trace)
 

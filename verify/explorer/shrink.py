@@ -12,18 +12,21 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from pvbus.verify.explorer import ReplayError
-from pvbus.verify.explorer.execution import ENDLESS
+from pvbus.verify.explorer.execution import ENDLESS, LIVELOCK
 from pvbus.verify.explorer.walk import DEATH, FLUSH, Walked, Walker, context_of
 
 WALKS_MAX: Final = 2_000  # executions: a number and no time, so that a failure is shortened to the same trace everywhere
+WALKS_OF_A_LIVELOCK_MAX: Final = 60  # which are a hundred times as long
 BEGINNINGS_MAX: Final = 64
 
 
 def shrink(walker: Walker, choices: Sequence[str], kind: str, *, walks_max: int = WALKS_MAX) -> Walked:
     """Give the shortest walk found that fails in the same way; at worst that of `choices` itself."""
-    best = walker.along(choices)
+    best = walker.to_the_end(choices)
     if kind == ENDLESS:  # bounded by executions, and each of them would take its seconds
         return best
+    if kind == LIVELOCK:
+        walks_max = min(walks_max, WALKS_OF_A_LIVELOCK_MAX)
     tried: set[tuple[str, ...]] = set()
     better = True
     while better:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pvbus.verify.explorer import ReplayError
-from pvbus.verify.explorer.walk import FLUSHED, LOADED, Walked, Walker
+from pvbus.verify.explorer.execution import ENDLESS
+from pvbus.verify.explorer.walk import FLUSHED, LOADED, Store, Walked, Walker
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.recording import Recording
@@ -25,8 +26,12 @@ _EXCHANGED = re.compile(r"\S+ (\S+) \S+ => (\S+)")
 SENTENCES_MAX = 6  # more than a reader takes in
 
 
-def forbidden_by(make: Callable[[], Scenario], recording: Recording) -> list[str]:
-    """Give a sentence for each thing that, by itself, makes the trace of a recording impossible."""
+def forbidden_by(make: Callable[[], Scenario], recording: Recording, walked: Walked | None = None) -> list[str]:
+    """Give a sentence for each thing that, by itself, makes the trace of a recording impossible. `walked`: along it, if that was
+    done before.
+    """
+    if recording.kind == ENDLESS:
+        return ["no barrier: a context goes round for ever without an access that others could see"]
     found = []
     for site in recording.drop:
         rest = tuple(other for other in recording.drop if other != site)
@@ -36,7 +41,7 @@ def forbidden_by(make: Callable[[], Scenario], recording: Recording) -> list[str
             found.append(f"SYNC({label}), which was left out{of}: with it this trace is impossible")
     if recording.variant is not None and not fails(make, dataclasses.replace(recording, variant=None)):
         found.append(f"the order of our own code: without the variant {recording.variant} this trace is impossible")
-    walked = Walker.of(make, recording).along(recording.choices)
+    walked = walked or Walker.of(make, recording).to_the_end(recording.choices)
     missing = [
         *(f"a full barrier in {context} between the store {' and '.join(sorted(stores))} and the load {load}"
           for (context, load), stores in overtaking(walked).items()),
@@ -53,7 +58,7 @@ def forbidden_by(make: Callable[[], Scenario], recording: Recording) -> list[str
 def fails(make: Callable[[], Scenario], recording: Recording) -> bool:
     """Whether the choices of a recording still lead to a failure."""
     try:
-        return Walker.of(make, recording).along(recording.choices).kind is not None
+        return Walker.of(make, recording).to_the_end(recording.choices).kind is not None
     except ReplayError:
         return False
 
@@ -74,13 +79,14 @@ def overtaking(walked: Walked) -> dict[tuple[str, str], set[str]]:
 def passing(walked: Walked) -> list[tuple[str, str, str]]:
     """Find the stores that reached memory ahead of older ones of their own context (arm): context, older, younger."""
     found: dict[tuple[str, str, str], None] = {}
+    waiting: dict[str, list[Store]] = {}
     for row, pending in zip(walked.rows, walked.pending(), strict=True):
-        if (flushed := FLUSHED.match(row.text)) is None:
-            continue
-        younger = [store.age for store in walked.stores(row.context) if (store.site, store.where) == flushed.groups()[:2]]
-        for store in pending.get(row.context, []):
-            if store.where != flushed[2] and younger and store.age < max(younger):
+        if (flushed := FLUSHED.match(row.text)) is not None:
+            for store in waiting.get(row.context, []):  # oldest first
+                if (store.site, store.where, store.value) == flushed.groups():
+                    break
                 found[row.context, store.site, flushed[1]] = None
+        waiting = pending
     return list(found)
 
 

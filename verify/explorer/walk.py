@@ -61,11 +61,6 @@ class Walked:
         runs = [context_of(choice) for choice in self.choices]
         return sum(one != other for one, other in itertools.pairwise(runs)), len(runs)
 
-    def stores(self, context: str) -> list[Store]:
-        """Give the stores of a context that went into its buffer, in their order."""
-        found = [(age, _STORED.match(row.text)) for age, row in enumerate(self.rows) if row.context == context]
-        return [Store(stored[1], stored[2], stored[3], age) for age, stored in found if stored is not None]
-
     def pending(self) -> list[dict[str, list[Store]]]:
         """Give, for each row, the stores that wait behind it, by context."""
         waiting: dict[str, list[Store]] = {}
@@ -116,6 +111,10 @@ class Walker:
         if kind is None and not walked.open and then == "stop":  # at its end: judge it
             return self.along(choices, then="first")
         return walked
+
+    def to_the_end(self, choices: Sequence[str]) -> Walked:
+        """Walk along a recorded failure. A livelock is recorded as far as somebody chose: its end is beyond that."""
+        return self.along(choices, then="first")
 
     def fitted(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Leave out what does not fit: each choice in turn that cannot be made where it stands."""

@@ -3,21 +3,27 @@
 explored core only.
 
 A module that is put here is found: each class in it that gives itself a `name` is a scenario of that name. Nothing else
-lists them.
+lists them. One that lies elsewhere is named by its file, `counting.py`, or `counting.py:counting` where it has several.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
+import sys
+import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 from pvbus.verify.explorer.scenario import Claim, Scenario
 
 SETTABLE: Final = (bool, int, tuple, str)  # kinds of parameters that a command line can give
+STEP_OF_MAX: Final = 63  # the ports of a word
 NUMBER_MAX: Final = 1024  # of anything: more events than that are no search that ends
 MODELS_OF_A_DEFAULT = ("sc", "tso")
 
@@ -38,25 +44,85 @@ def scenarios() -> dict[str, type[Scenario]]:
     """Give every scenario by name, in the order of their names."""
     found: dict[str, type[Scenario]] = {}
     for module in pkgutil.iter_modules(__path__):
-        for kind in vars(_loaded(module.name)).values():
-            if not (inspect.isclass(kind) and issubclass(kind, Scenario) and kind.__module__.endswith("." + module.name)):
-                continue
-            if isinstance(vars(kind).get("name"), str) and not inspect.isabstract(kind):
-                if kind.name in found:
-                    raise RuntimeError(f"two scenarios are called {kind.name!r}: {found[kind.name]} and {kind}")
-                found[kind.name] = kind
+        for name, kind in _in(_loaded(module.name)).items():
+            if name in found:
+                raise BrokenScenarioError(f"two scenarios are called {name!r}: {found[name]} and {kind}")
+            found[name] = kind
     return dict(sorted(found.items()))
+
+
+def _in(module: ModuleType) -> dict[str, type[Scenario]]:
+    kinds = [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, Scenario)]
+    return {
+        kind.name: kind for kind in kinds
+        if kind.__module__ == module.__name__ and isinstance(vars(kind).get("name"), str) and not inspect.isabstract(kind)
+    }
 
 
 def _loaded(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except Exception as error:
-        raise BrokenScenarioError(f"verify/scenarios/{name}.py cannot be loaded: {type(error).__name__}: {error}") from error
+        raise BrokenScenarioError(_broken(Path(f"verify/scenarios/{name}.py"), error)) from error
+
+
+def _broken(path: Path, error: Exception) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
+    where = f" (line {lines[-1]})" if lines else ""
+    return f"{path} cannot be loaded: {type(error).__name__}: {error}{where}"
+
+
+# ---- those that lie elsewhere
+
+
+def file_of(name: str) -> tuple[Path, str] | None:
+    """Tell a file, and which scenario of it, from the name of one that is here."""
+    path, _, which = name.rpartition(":") if re.search(r"\.py:[^/]*$", name) else (name, "", "")
+    return (Path(path), which) if path.endswith(".py") else None
+
+
+def names_of(text: str) -> list[str]:
+    """Give the names that a command line's word stands for: a file has as many as scenarios."""
+    if (file := file_of(text)) is None:
+        return [find(text).name]
+    return [text] if file[1] else [f"{text}:{name}" for name in _of_file(file[0])]
+
+
+def _of_file(path: Path) -> dict[str, type[Scenario]]:
+    spec = importlib.util.spec_from_file_location(f"{__name__}.at.{path.resolve()}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    if (module := sys.modules.get(spec.name)) is None or not path.is_file():
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except OSError as error:
+            del sys.modules[spec.name]
+            raise UnknownScenarioError(f"{path}: {error.strerror or error}") from None
+        except Exception as error:
+            del sys.modules[spec.name]
+            raise BrokenScenarioError(_broken(path, error)) from error
+    if not (found := _in(module)):
+        raise BrokenScenarioError(f"{path} has no scenario: {_what_is_missing(module)}")
+    return found
+
+
+def _what_is_missing(module: ModuleType) -> str:
+    for kind in vars(module).values():
+        if inspect.isclass(kind) and issubclass(kind, Scenario) and kind.__module__ == module.__name__:
+            if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+                return f"{kind.__name__} does not have {', '.join(missing)}"
+            return f"{kind.__name__} does not say what its `name` is"
+    return "no class in it is a pvbus.verify.explorer.scenario.Scenario"
 
 
 def find(name: str) -> type[Scenario]:
     """Give the scenario of this name; `_` may stand for `-`."""
+    if (file := file_of(name)) is not None:
+        there = _of_file(file[0])
+        if (which := file[1] or next(iter(there))) not in there:
+            raise UnknownScenarioError(f"no scenario {which!r} in {file[0]}: {', '.join(there)}")
+        return there[which]
     found = {kind.replace("_", "-"): scenario for kind, scenario in scenarios().items()}
     try:
         return found[name.replace("_", "-")]
@@ -112,6 +178,8 @@ def _read(text: str, like: Any) -> Any:
             raise ValueError(text)
         return _TRUTHS[text.lower()]
     if isinstance(like, int):
+        if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
+            raise ValueError(text)
         return int(text)
     if isinstance(like, tuple):
         items = [item for item in text.split(",") if item]
@@ -128,24 +196,38 @@ def _read_item(text: str) -> Any:
     """An entry of a list: a number, or several things as in `raise:1`."""
     if ":" in text:
         return tuple(_read_item(part) for part in text.split(":"))
-    return int(text) if text.lstrip("-").isdecimal() else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
 def made(scenario: type[Scenario], parameters: Mapping[str, Any]) -> Scenario:
     """Make a scenario; what its constructor refuses is a ParameterError."""
     for name, value in parameters.items():
-        if isinstance(value, int) and not 0 <= value <= NUMBER_MAX:
-            raise ParameterError(f"{name}={value}: {scenario.name} wants a number from 0 to {NUMBER_MAX} there")
+        _check_range(scenario, name, value)
     try:
         return scenario(**parameters)
     except (TypeError, ValueError) as error:
         raise ParameterError(f"{scenario.name}: {error}") from None
 
 
+def _check_range(scenario: type[Scenario], name: str, value: Any) -> None:
+    ranges = getattr(scenario, "ranges", {})
+    low, high = ranges.get(name, (0, NUMBER_MAX))
+    listed = isinstance(value, tuple) and name in ranges
+    for number in value if listed else [value]:
+        if not low <= number <= high if isinstance(number, int) else listed:
+            raise ParameterError(f"{name}={number}: {scenario.name} wants a number from {low} to {high} there")
+
+
+def power_of_two(name: str, number: int) -> None:
+    """Refuse a size that no ring has."""
+    if number & (number - 1):
+        raise ValueError(f"{name}={number}: a ring's size is a power of two")
+
+
 def script_of(script: Iterable[tuple[str, int]], *known: str) -> tuple[tuple[str, int], ...]:
     """Check a script, which may come from a command line. ValueError: a word that nobody knows would be passed over."""
     steps = tuple((what, int(of)) for what, of in script)
     for what, of in steps:
-        if what not in known or of < 1:
+        if what not in known or not 1 <= of <= STEP_OF_MAX:
             raise ValueError(f"script: {what}:{of} is none of {', '.join(f'{word}:N' for word in known)}")
     return steps

@@ -22,7 +22,7 @@ from pvbus.actors.runtime.clock import ManualClock
 from pvbus.actors.runtime.inbox import Inbox, PeerGone
 from pvbus.actors.runtime.wire import Done, Failure, Message, encode
 from pvbus.shm._core_explored import Memory
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
@@ -182,6 +182,7 @@ class ExploredInbox(Inbox):
 class ActorStop(Scenario):
     """`tells` messages without an answer, then `asks` with one."""
 
+    ranges = within(tells=(0, 16), asks=(0, 16))
     name = "actor-stop"
     claims = claimed("sc", {}, {"tells": 0}, {"tells": 2, "asks": 0})  # system calls keep their order under every model
     inbox_type: type[ExploredInbox] = ExploredInbox

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pvbus.shm._core_explored import Memory
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.channel_echo import ChannelEcho
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ CLAIMS_BYTES = 4096
 class ChannelDeath(ChannelEcho):
     """The driver sends `packets` and has all their echoes in the end."""
 
+    ranges = within(packets=(1, 64))
     name = "channel-death"
-    claims = claimed("sc tso", {}, deaths=1) + claimed("sc", {"packets": 2}, deaths=1, preemptions=2)
+    claims = claimed("sc tso arm", {}, deaths=1) + claimed("sc tso", {"packets": 2}, deaths=1)
     mortal = ("host",)
 
     def __init__(self, *, packets: int = 1) -> None:

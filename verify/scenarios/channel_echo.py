@@ -17,7 +17,7 @@ from pvbus.actors.hypervisor.vmbus.echo import Echo
 from pvbus.actors.hypervisor.vmbus.endpoint import Endpoint
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios.channel_ring import DATA_BYTES, PACKET_BYTES, RING_BYTES
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class _Handle:
 class ChannelEcho(Scenario):
     """The driver sends `packets` and has all their echoes in the end. `full`: a packet nearly as large lies in either ring."""
 
+    ranges = within(packets=(1, 64))
     name = "channel-echo"
     claims = claimed("sc tso", {}, {"packets": 3}, {"packets": 1, "full": True}) + claimed("arm", {"packets": 1})
     endpoint_type: type[Endpoint] = Endpoint

@@ -16,7 +16,7 @@ from typing import Final
 from pvbus.shm._core_explored import ChannelRing, Memory
 from pvbus.shm.channel_ring import ChannelControl, PacketType
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 
 RING_BYTES: Final = 8192  # the least
 DATA_BYTES: Final = RING_BYTES - ChannelControl.BYTES
@@ -31,15 +31,18 @@ class ChannelRings(Scenario):
     Without `masked` the reader never touches the interrupt mask, and sleeps when it finds the ring empty.
     """
 
+    ranges = within(packets=(1, 64), filled=(16, DATA_BYTES - 8))
     name = "channel-ring"
     claims = claimed(
-        "sc tso", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
+        "sc tso arm", {}, {"packets": 3, "batch": True}, {"packets": 3, "masked": False}, {"packets": 1, "filled": FULL},
         {"packets": 2, "filled": FULL, "masked": False},
     )  # fmt: skip
 
     def __init__(
         self, *, packets: int = 2, batch: bool = False, masked: bool = True, filled: tuple[int, ...] = ()
     ) -> None:
+        if any(size % 8 for size in filled) or sum(filled) >= DATA_BYTES:
+            raise ValueError(f"filled={','.join(map(str, filled))}: multiples of 8, and the ring has {DATA_BYTES} bytes")
         self.packets = packets
         self.batch = batch
         self.masked = masked

@@ -14,15 +14,16 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Vcpu
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 
 class CpuDeath(XenScenario):
     """`events` ports, pending when the CPU begins. With `reader` a user reads them all and falls asleep."""
 
+    ranges = within(events=(1, 32))
     name = "cpu-death"
-    claims = claimed("sc tso arm", {}, {"events": 2}, deaths=1) + claimed("sc", {"reader": True}, deaths=1, preemptions=2)
+    claims = claimed("sc tso arm", {}, {"events": 2}, {"reader": True}, deaths=1)
     mortal = ("cpu0",)
 
     def __init__(self, *, events: int = 1, reader: bool = False) -> None:

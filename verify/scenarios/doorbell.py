@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 SLEEPERS = ("cpu", "hypervisor", "file")
@@ -23,8 +23,9 @@ SLEEPERS = ("cpu", "hypervisor", "file")
 class Doorbell(XenScenario):
     """`sleeper`: whose doorbell it is; `events`: how many times there is work for it."""
 
+    ranges = within(events=(1, 63))
     name = "doorbell"
-    claims = claimed("sc tso", {}) + claimed("sc tso arm", {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
+    claims = claimed("sc tso arm", {}, {"events": 1}, {"sleeper": "hypervisor"}, {"sleeper": "file"})
 
     def __init__(self, *, sleeper: str = "cpu", events: int = 2) -> None:
         if sleeper not in SLEEPERS:

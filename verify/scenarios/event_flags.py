@@ -24,7 +24,7 @@ from pvbus.shm import hyperv
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import PAGE, SINT_VMBUS, Frame, Header, Vp, flag_word
 from pvbus.shm.layout import Domain, Machine
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios import loops
 
 if TYPE_CHECKING:
@@ -43,11 +43,14 @@ class EventFlags(Scenario):
     The first `ahead` signals come before anybody runs.
     """
 
+    ranges = within(channels=(1, 63), signals=(1, 64), cpus=(1, 8), ahead=(0, 64))
     name = "event-flags"
     claims = claimed("sc tso arm", {}, {"page": True}, {"cpus": 2, "signals": 2})
     server_type: type[Server] = Server
 
     def __init__(self, *, channels: int = 2, signals: int = 3, cpus: int = 1, page: bool = False, ahead: int = 0) -> None:
+        if ahead > signals:
+            raise ValueError(f"ahead={ahead}: there are {signals} signals")
         self.channels = channels
         self.signals = signals
         self.cpus = 1 if page else cpus

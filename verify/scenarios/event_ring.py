@@ -29,7 +29,7 @@ from pvbus.shm.layout import (
     Vcpu,
 )
 from pvbus.verify.explorer.model import FilePort, Model
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios import loops
 
 RING_ENTRIES: Final = 64
@@ -48,12 +48,13 @@ class EventRing(Scenario):
     ever, and have to fall asleep in the end.
     """
 
+    ranges = within(events=(1, 64), cpus=(1, 8), batch=(1, 1024), upcall_budget=(1, 1024), readers=(1, 6))
     name = "event-ring"
     claims = (
         *claimed("sc tso arm", {"events": 1}, {"events": 2}, {"events": 3}, {"events": 2, "batch": 1}),
-        *claimed("sc tso", {"events": 4}, {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),
-        *claimed("sc tso", {"events": 1, "heir": True}, {"events": 1, "readers": 2}),
-        *claimed("sc", {"cpus": 2}, preemptions=2),
+        *claimed("sc tso arm", {"events": 2, "upcall_budget": 256}, {"events": 1, "sender": True}),
+        *claimed("sc tso arm", {"events": 1, "heir": True}, {"events": 1, "readers": 2}),
+        *claimed("sc tso", {"events": 4}, {"cpus": 2}),
     )
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Final
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.layout import ABI_FIFO, PORTS_FIFO, Domain, Fifo, File, FilePage, Irq, Machine, Port, Vcpu
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios import script_of
 
 RING_ENTRIES: Final = 64
@@ -45,9 +45,10 @@ class FifoQueue(Scenario):
     upcall serves.
     """
 
+    ranges = within(before=(1, 63), waiting=(1, 63), urgent=(1, 63), upcall_budget=(1, 1024))
     name = "fifo-queue"
     claims = claimed(
-        "sc tso", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
+        "sc tso arm", {}, {"script": (("raise", 1),)}, {"script": (("raise", 2),), "before": (1,)},
         {"script": (("raise", 1),), "before": (1,)}, {"script": (("raise", 2),), "before": (1,), "urgent": (2,)},
         {"script": (("eoi", 1), ("raise", 1)), "before": (1,)},
     )  # fmt: skip
@@ -57,6 +58,9 @@ class FifoQueue(Scenario):
         waiting: tuple[int, ...] = (), urgent: tuple[int, ...] = (), upcall_budget: int = 256,
     ) -> None:  # fmt: skip
         self.script = script_of(script, "raise", "eoi")
+        for port in waiting:
+            if ("eoi", port) not in self.script or port in before:
+                raise ValueError(f"waiting={port}: its user has it; not raised before, and the script writes it back, eoi:{port}")
         self.before = before
         self.waiting = waiting
         self.urgent = urgent

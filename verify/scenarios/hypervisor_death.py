@@ -25,25 +25,35 @@ from pvbus.verify.scenarios.fifo_queue import move_to_fifo, word_at
 from pvbus.verify.scenarios.xen import XenScenario
 
 NOTIFY, ENABLE = SubmissionRing.NOTIFY, SubmissionRing.ENABLE
+CPUS = ("runs", "once", "later")
 ABIS = {"2-level": None, "fifo": 1, "early": 0}  # pages of the event array
 
 
 class HypervisorDeath(XenScenario):
     """The ring holds a notify of port 1 or, with `enable`, port 1 written back while its next event waits behind the mask.
 
-    `abi`: 2-level, fifo, early.
+    `abi`: 2-level, fifo, early. `cpu`: it runs when the hypervisor dies. Or it has hung up before, and comes
+    up once the heir is there, and only looks once what there is to serve; or later, when the heir has done its work.
     """
 
     name = "hypervisor-death"
-    claims = claimed("sc", {}, {"enable": True}, {"abi": "fifo"}, {"abi": "early"}, deaths=1, preemptions=2)
+    claims = (
+        *claimed("sc tso", {}, {"enable": True}, {"abi": "fifo"}, deaths=1),
+        *claimed("sc tso arm", {"abi": "early"}, {"abi": "fifo", "cpu": "later"}, deaths=1),
+        *claimed("sc tso arm", {"cpu": "once"}, {"enable": True, "cpu": "once"}, deaths=1),
+    )
     mortal = ("hypervisor",)
 
-    def __init__(self, *, enable: bool = False, abi: str = "2-level") -> None:
+    def __init__(self, *, enable: bool = False, abi: str = "2-level", cpu: str = "runs") -> None:
         if abi not in ABIS:
             raise ValueError(f"no ABI {abi!r}: {', '.join(ABIS)}")
         if enable and abi == "early":
             raise ValueError("a port without an event word has no event that its user could write back")
+        if cpu not in CPUS:
+            raise ValueError(f"no CPU that {cpu!r}: {', '.join(CPUS)}")
         self.enable, self.abi = enable, abi
+        self.runs, self.once, self.later = (cpu == one for one in CPUS)
+        self.reborn = False
 
     def prepare(self, model: Model, variants: int) -> None:
         """Make the pages; the ring holds one entry."""
@@ -60,6 +70,7 @@ class HypervisorDeath(XenScenario):
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the hypervisor, the CPU, and the heir."""
+        self.reborn = False
         yield "hypervisor", partial(self._hypervisor, model), False
         yield "cpu0", partial(self._cpu, model), True
         yield "heir", partial(self._heir, model), True
@@ -74,32 +85,38 @@ class HypervisorDeath(XenScenario):
     def _heir(self, model: Model) -> None:
         """Mirror on_ready of a reborn hypervisor, then what its files send it."""
         model.await_death("hypervisor")
+        self.reborn = True
         model.ring(self.hangup, "hangup")
         model.ring(self.doorbells[0], "hangup")
         path = EventPath(self.machine, {0: self.domain})
         path.attach_file(0, self.page)
         irqs = self.irq_layer(model)
         recovery.repair(irqs.channels, irqs)
-        if self.abi == "2-level":
+        if self.abi == "2-level" and not self.later:
             model.ring(self.go, "go")
-            self.attach(path)
-        else:  # the queues are walked when the CPU comes up, before it runs
-            self.attach(path)
+        self.attach(path)
+        if self.abi != "2-level":  # the queues are walked when the CPU comes up, before it runs
             model.wait(self.gone, "gone.wait")
             path.fifo_rebuild(0, 0)
-            model.ring(self.go, "go")
+            if not self.later:
+                model.ring(self.go, "go")
         while (drained := path.drain(256)) is not None:
             for code in drained[1]:
                 model.ring(self.doorbells[code & 0xFF], "cpu.kick")
+        if self.later:
+            model.ring(self.go, "go")
 
     def _cpu(self, model: Model) -> None:
-        while not model.take(self.hangup, "hung up?"):
+        while self.runs and not model.take(self.hangup, "hung up?"):
             if self.path.upcall(0, 0, 256) is None and self.path.cpu_may_sleep(0, 0):
                 loops.sleep(model, self.domain, 0, self.doorbells[0])
         model.ring(self.gone, "gone")
         model.wait(self.go, "go.wait")
         self.path.cpu_recover(0, 0)
-        self.cpu(model, 0)
+        if self.once:
+            self.path.upcall(0, 0, 256)
+        else:
+            self.cpu(model, 0)
 
     def attach(self, path: EventPath) -> None:
         """Take the ring over: an entry that was claimed is resolved."""
@@ -108,9 +125,13 @@ class HypervisorDeath(XenScenario):
     def broken(self, model: Model, stuck: list[str]) -> str | None:
         """The one event has come, once; the port is masked until its user writes it back."""
         came = self.came()
+        if not (self.runs or self.reborn):  # the CPU waits for that
+            return None if self.is_pending(1) else "one event was to be pending, and none is"
         if self.abi == "early":
             noted = self.is_pending(1) and not came
             return None if noted else f"one event was to be noted, and no more: came {came}"
+        if self.once and not came:
+            return None if self.is_pending(1) else "one event was to be pending, and none is"
         if came != [1]:
             return f"one event was {'waiting' if self.enable else 'notified'}, and {len(came)} came"
         if self.is_pending(1):

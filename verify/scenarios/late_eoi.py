@@ -26,7 +26,7 @@ class LateEoi(XenScenario):
     """Port 1 has to wait eight ticks, port 2 one. With `waiting` their next events wait, and a CPU serves them."""
 
     name = "late-eoi"
-    claims = claimed("sc tso arm", {}) + claimed("sc", {"waiting": True}, preemptions=2)
+    claims = claimed("sc tso arm", {}) + claimed("sc tso", {"waiting": True})
 
     def __init__(self, *, waiting: bool = False) -> None:
         self.waiting = waiting

@@ -21,7 +21,7 @@ from pvbus.actors.runtime.vmbus_facts import V5_3
 from pvbus.shm import monitor
 from pvbus.shm._core_explored import Memory
 from pvbus.shm.monitor import MonitorPage
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 
 if TYPE_CHECKING:
     from pvbus.actors.hypervisor.vmbus.channel import Channel
@@ -52,6 +52,7 @@ class LooksFirst(Impatient):
 class MonitorTrigger(Scenario):
     """A guest sends so many words, each with a signal; the host has to see the last one."""
 
+    ranges = within(words=(1, 64))
     name = "monitor-page"
     claims = claimed("sc tso arm", {}, {"words": 2})
 

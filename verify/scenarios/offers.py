@@ -8,7 +8,7 @@ moment, and the answer comes late.
 
 from __future__ import annotations
 
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
 from pvbus.verify.scenarios.vmbus_sides import INSTANCES
 
@@ -21,6 +21,7 @@ class Offers(VmbusPair):
     more.
     """
 
+    ranges = within(timeouts=(0, 16))
     name = "offers"
     claims = claimed(
         "sc", {}, {"script": "rescind a, offer a"}, {"script": "rescind a", "timeouts": 1}, {"script": "rescind a, again"},

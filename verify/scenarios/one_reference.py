@@ -12,32 +12,40 @@ from collections.abc import Iterable
 from functools import partial
 
 from pvbus.shm._core_explored import UserFile
+from pvbus.shm.layout import Domain, Irq
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 PORT = 1
 
 
 class OneReference(XenScenario):
-    """`events` of one port, each but the first masked until the one before was written back."""
+    """`events` of one port, each but the first masked until the one before was written back.
 
+    `handed`: the first has been read before it begins, and is to be written back; the second waits behind the mask.
+    """
+
+    ranges = within(events=(1, 32))
     name = "one-reference"
-    claims = claimed("sc tso arm", {"events": 1}) + claimed("sc", {}, preemptions=2)
+    claims = claimed("sc tso arm", {"events": 1}, {"handed": True}) + claimed("sc", {})
 
-    def __init__(self, *, events: int = 2) -> None:
-        self.events = events
+    def __init__(self, *, events: int = 2, handed: bool = False) -> None:
+        self.events, self.handed = events, handed
         self.read: list[int] = []
 
     def prepare(self, model: Model, variants: int) -> None:
-        """Make the pages; the first event is pending."""
+        """Make the pages; the first event is pending, or has been handed out."""
         self.make(model, ports=(PORT,), variants=variants)
         self.told = model.bell("told")
+        if self.handed:
+            self.domain.store64(Domain.table(Domain.IRQ_WORDS, PORT), 1 | Irq.ACTIVE | Irq.EOI_PENDING | Irq.SERVED_ONE)
+            self.path.mask(0, PORT)
         self.path.set_pending(0, PORT)
 
     def start(self, model: Model) -> Iterable[Start]:
         """Give the threads, the CPU and the hypervisor."""
-        self.read = []
+        self.read = [PORT] * self.handed
         file = self.user()
         yield "reader", partial(self._reader, model, file), False
         yield "writer", partial(self._writer, model, file), False
@@ -50,11 +58,14 @@ class OneReference(XenScenario):
             model.ring(self.told, "told")
 
     def _writer(self, model: Model, file: UserFile) -> None:
-        for _ in range(self.events - 1):
-            model.wait(self.told, "told.wait")
-            model.take(self.told, "told.take")
+        for event in range(self.events - 1):
+            raised = event == 0 and self.handed
+            if not raised:
+                model.wait(self.told, "told.wait")
+                model.take(self.told, "told.take")
             self.do_write(model, file)
-            file.notify(PORT)
+            if not raised:
+                file.notify(PORT)
 
     def do_read(self, model: Model, file: UserFile) -> list[int]:
         """Read, and sleep while there is nothing."""

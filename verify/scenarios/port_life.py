@@ -17,7 +17,7 @@ from functools import partial
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import FilePage, Port
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios import script_of
 from pvbus.verify.scenarios.xen import XenScenario
 
@@ -28,11 +28,15 @@ _RAISE, _AWAIT, _EOI = ("raise", 1), ("await", 1), ("eoi", 1)
 class PortLife(XenScenario):
     """`script`: the hypervisor's steps; every port begins on CPU 0."""
 
+    ranges = within(cpus=(1, 8))
     name = "port-life"
-    claims = claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}) + claimed(
-        "sc tso", {}, {"script": (_RAISE, ("raise", 2))}, {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2},
-        {"script": (_RAISE, ("move", 1))},
-    ) + claimed("sc", {"script": (_RAISE, ("move", 1)), "cpus": 2}, preemptions=2)
+    claims = (
+        *claimed("sc tso arm", {"script": (_RAISE, _AWAIT, _EOI)}, {"script": (_RAISE, _EOI, _AWAIT, _EOI)}),
+        *claimed("sc tso arm", {"script": (_RAISE, ("raise", 2))}),
+        *claimed("sc tso arm", {"script": (_RAISE, _AWAIT, ("move", 1), _RAISE), "cpus": 2}),
+        *claimed("sc tso", {}, {"script": (_RAISE, ("move", 1))}),
+        *claimed("sc", {"script": (_RAISE, ("move", 1)), "cpus": 2}, preemptions=2),
+    )
     port_state = Port.UNBOUND  # it can be moved
 
     def __init__(

@@ -14,7 +14,8 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import File, FilePage, Machine
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
+from pvbus.verify.scenarios import power_of_two
 from pvbus.verify.scenarios.xen import XenScenario
 
 UNREAD_FIRST = 40  # ports that lie in the ring before; their numbers say so
@@ -23,6 +24,7 @@ UNREAD_FIRST = 40  # ports that lie in the ring before; their numbers say so
 class RingGrowth(XenScenario):
     """`entries` the ring has before, `doublings` it makes, `events` come meanwhile."""
 
+    ranges = within(entries=(2, 64), doublings=(1, 4), at=(0, 1024), unread=(0, 64), events=(0, 16))
     name = "ring-growth"
     claims = claimed("sc tso", {}) + claimed(
         "sc tso arm", {"doublings": 2, "events": 0},
@@ -30,6 +32,7 @@ class RingGrowth(XenScenario):
     )  # fmt: skip
 
     def __init__(self, *, entries: int = 2, doublings: int = 1, at: int = 1, unread: int = 1, events: int = 1) -> None:
+        power_of_two("entries", entries)
         if unread + events > entries:
             raise ValueError(f"{unread} unread entries and {events} events do not fit into {entries}: that is an overflow")
         self.entries, self.doublings, self.at = entries, doublings, at

@@ -15,22 +15,25 @@ from functools import partial
 from pvbus.shm._core_explored import UserFile
 from pvbus.shm.layout import FilePage
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
+from pvbus.verify.scenarios import power_of_two
 from pvbus.verify.scenarios.xen import XenScenario
 
 
 class RingReset(XenScenario):
     """`events` come into a ring of `entries`, for `readers`; the ring is reset `resets` times."""
 
+    ranges = within(events=(1, 63), entries=(2, 64), readers=(1, 8), resets=(0, 16))
     name = "ring-reset"
     claims = (
-        claimed("sc tso arm", {"events": 3, "resets": 0})
-        + claimed("sc tso", {"events": 1})
-        + claimed("sc", {}, {"readers": 2, "resets": 0})
+        claimed("sc tso arm", {"events": 3, "resets": 0}, {"events": 1, "readers": 2, "resets": 0})
+        + claimed("sc tso", {"events": 1}, {"readers": 2, "resets": 0})
+        + claimed("sc", {})
         + claimed("sc", {"events": 1, "readers": 2}, preemptions=2)
     )
 
     def __init__(self, *, events: int = 2, entries: int = 2, readers: int = 1, resets: int = 1) -> None:
+        power_of_two("entries", entries)
         self.ports = list(range(1, 1 + events))
         self.entries, self.readers, self.resets = entries, readers, resets
         self.read: list[list[int]] = []

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Final
 
 from pvbus.shm._core_explored import Context, EventPath, Memory, UserFile
 from pvbus.shm.layout import Domain, File, FilePage, Irq, Machine, Port, PublicPage, Submission, SubmissionRing
 from pvbus.verify.explorer.model import FilePort, Model
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios import loops
+
+PORTS: Final = 64  # in a word of the bitmap; 0 is none
 
 
 class SubmissionRings(Scenario):
     """`users` processes of one file; each notifies `notifies` IPI ports of its own, once each."""
 
+    ranges = within(users=(1, 8), notifies=(1, 63))
     name = "submission-ring"
     claims = claimed("sc tso arm", {"notifies": 2}, {"notifies": 3}, {"users": 2, "notifies": 1})
 
     def __init__(self, *, users: int = 1, notifies: int = 2) -> None:
+        if users * notifies >= PORTS:
+            raise ValueError(f"users={users} notifies={notifies}: each has a port of its own, and there are {PORTS - 1}")
         self.users = users
         self.ports = [[1 + user * notifies + i for i in range(notifies)] for user in range(users)]
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pvbus.shm.hyperv import Header, Slot, Vp, Work
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.synic_messages import SynicMessages
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 class SynicDeath(SynicMessages):
     """`messages` have been posted through one port when it begins; `dies` is `cpu0` or `host`."""
 
+    ranges = within(messages=(1, 12))
     name = "synic-death"
     claims = (
-        *claimed("sc tso", {"messages": 1}, {"dies": "host"}, deaths=1),
-        *claimed("sc", {}, deaths=1, preemptions=2),
+        *claimed("sc tso arm", {"messages": 1}, {"dies": "host"}, deaths=1),
+        *claimed("sc tso", {}, deaths=1),
     )
 
     def __init__(self, *, messages: int = 2, dies: str = "cpu0") -> None:

@@ -18,13 +18,14 @@ from pvbus.shm import hyperv
 from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 from pvbus.verify.scenarios import loops
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
 
 VECTOR: Final = 0x37
+PORTS_MAX: Final = 16  # of messages, in a domain
 SLOT: Final = Slot.at(Frame.of_vp(0, Frame.MESSAGES), SINT_VMBUS, 0)
 
 
@@ -35,15 +36,21 @@ class SynicMessages(Scenario):
     which (SynicSlot shows it), and on real machines the crash has stopped the other CPUs before somebody polls.
     """
 
+    ranges = within(messages=(1, 12), cpus=(1, 8), posters=(1, 16), ahead=(0, 12))
     name = "synic-messages"
     claims = (
-        *claimed("sc tso", {"messages": 2}, {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
+        *claimed("sc tso arm", {"messages": 1, "cpus": 2, "posters": 1}, {"messages": 2}),
+        *claimed("sc tso arm", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
+        *claimed("sc tso", {"ahead": 1}, {"cpus": 2, "posters": 1, "ahead": 2}),
         *claimed("arm", {"messages": 2, "posters": 1, "ahead": 2}),
-        *claimed("sc tso", {"messages": 2, "posters": 1, "ahead": 2, "poller": True}),
     )
     synic_type: type[Synic] = Synic
 
     def __init__(self, *, messages: int = 3, cpus: int = 1, posters: int = 2, poller: bool = False, ahead: int = 0) -> None:
+        if ahead > messages:
+            raise ValueError(f"ahead={ahead}: there are {messages} messages")
+        if cpus * posters > PORTS_MAX:
+            raise ValueError(f"cpus={cpus} posters={posters}: a domain has {PORTS_MAX} message ports")
         self.messages = messages
         self.ahead = ahead
         self.cpus = cpus

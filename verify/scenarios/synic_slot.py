@@ -17,7 +17,7 @@ from pvbus.actors.hypervisor.synic import HvStatus, Synic, request_interrupt
 from pvbus.shm import hyperv
 from pvbus.shm._core_explored import Memory
 from pvbus.shm.hyperv import SINT_VMBUS, Frame, Slot, Vp
-from pvbus.verify.explorer.scenario import Scenario, Start, claimed
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 
 if TYPE_CHECKING:
     from pvbus.verify.explorer.model import Model
@@ -33,13 +33,16 @@ _TAKEN: Final = Vp.at(0, Vp.TAKEN + 4 * SINT_VMBUS)
 class SynicSlot(Scenario):
     """A host posts messages of the given types; `consumers` 2 adds one who looks into the slot once, uncalled (a crash)."""
 
+    ranges = within(types=(1, 2**31 - 1), consumers=(1, 2))
     name = "synic-slot"
-    claims = claimed("sc tso", {}, {"frees": "store"}) + claimed("sc", {"types": (1, 2), "consumers": 2})
+    claims = claimed("sc tso arm", {}, {"frees": "store"}, {"types": (1, 2), "consumers": 2})
     synic_type: type[Synic] = Synic
 
     def __init__(self, types: tuple[int, ...] = (1, 1), *, frees: str = "cas", consumers: int = 1) -> None:
         if frees not in ("store", "cas", "claim"):
             raise ValueError(f"a slot is not freed by {frees!r}")
+        if not types:
+            raise ValueError("types: there is no message")
         self.types = types
         self.frees = frees
         self.consumers = consumers

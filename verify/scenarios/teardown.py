@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.vmbus_pair import VmbusPair
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Teardown(VmbusPair):
     process reads the attributes. `timeouts`: how often the guest gives up waiting.
     """
 
+    ranges = within(ticks=(0, 64), timeouts=(0, 16))
     name = "teardown"
     claims = claimed(
         "sc", {}, {"ends": "exit"}, {"ends": "reopen", "ticks": 0}, {"rescind": True, "ticks": 0},

@@ -15,7 +15,7 @@ from pvbus.actors.hypervisor import calls
 from pvbus.actors.hypervisor.irqs import IrqLayer
 from pvbus.shm.layout import Domain, FilePage, Irq, Port
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 MARK = 0xDEAD  # what the next owner of the page writes into it
@@ -27,17 +27,19 @@ class Unbinding(XenScenario):
     With `release` the file is closed; otherwise port 1 is unbound.
     """
 
+    ranges = within(before=(1, 63), pending=(1, 63), ports=(1, 63), cpus=(1, 8))
     name = "unbinding"
     claims = (
-        claimed("sc tso arm", {})
-        + claimed("sc tso", {"release": True, "ports": (1,), "pending": (1,), "before": ()}, {"release": True})
-        + claimed("sc tso", {"release": True, "cpus": 2}, preemptions=2)
+        claimed("sc tso arm", {}, {"release": True, "ports": (1,), "pending": (1,), "before": ()})
+        + claimed("sc tso", {"release": True}, {"release": True, "cpus": 2})
     )
 
     def __init__(
         self, *, before: tuple[int, ...] = (1,), pending: tuple[int, ...] = (), ports: tuple[int, ...] = (1, 2),
         release: bool = False, cpus: int = 1,
     ) -> None:  # fmt: skip
+        if strange := {*before, *pending, *(() if release else (1,))} - set(ports):
+            raise ValueError(f"port {min(strange)} is none of ports={','.join(map(str, ports))}")
         self.before, self.pending, self.ports = tuple(before), tuple(pending), tuple(ports)
         self.release = release
         self.cpus = cpus

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pvbus.shm.hyperv import Header, Vp
-from pvbus.verify.explorer.scenario import claimed
+from pvbus.verify.explorer.scenario import claimed, within
 from pvbus.verify.scenarios.work_ring import NUMBER_FIRST, WorkRings
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class WorkDeath(WorkRings):
     """`cpus` virtual CPUs with a message each."""
 
+    ranges = within(cpus=(1, 8))
     name = "work-death"
-    claims = (*claimed("sc tso arm", {}, deaths=1), *claimed("sc", {"cpus": 2}, deaths=1, preemptions=1))
+    claims = claimed("sc tso arm", {}, deaths=1) + claimed("sc tso", {"cpus": 2}, deaths=1)
     mortal = ("workqueue",)
 
     def __init__(self, *, cpus: int = 1) -> None:

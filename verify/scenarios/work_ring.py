@@ -15,7 +15,7 @@ from pvbus.shm._core_explored import EventPath, Memory
 from pvbus.shm.hyperv import BYTES, MESSAGE_VMBUS, SINT_VMBUS, Frame, Header, Slot, Vp, Work
 from pvbus.shm.layout import Domain, Machine
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Scenario, Start
+from pvbus.verify.explorer.scenario import Scenario, Start, claimed, within
 
 VECTOR = 0x37
 NUMBER_FIRST = 1000
@@ -24,7 +24,9 @@ NUMBER_FIRST = 1000
 class WorkRings(Scenario):
     """`cpus` virtual CPUs with a message each."""
 
+    ranges = within(cpus=(1, 8))
     name = "work-ring"
+    claims = claimed("sc tso", {}) + claimed("sc tso arm", {"cpus": 1})
 
     def __init__(self, *, cpus: int = 2) -> None:
         self.cpus = cpus

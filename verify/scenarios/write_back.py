@@ -14,13 +14,14 @@ from functools import partial
 from pvbus.shm._core_explored import Memory, UserFile
 from pvbus.shm.layout import Irq
 from pvbus.verify.explorer.model import Model
-from pvbus.verify.explorer.scenario import Start, claimed
+from pvbus.verify.explorer.scenario import Start, claimed, within
 from pvbus.verify.scenarios.xen import XenScenario
 
 
 class WriteBack(XenScenario):
     """`ports` ports, for each of which the peer writes and notifies `raises` times."""
 
+    ranges = within(ports=(1, 8), raises=(1, 64))
     name = "write-back"
     claims = claimed("sc tso", {"raises": 1}) + claimed("sc", {}, {"ports": 2, "raises": 2}, preemptions=2)
 

@@ -28,6 +28,7 @@ from pvbus.verify.explorer.scenario import Scenario
 
 EXECUTIONS_MAX: Final = 1_000  # within so many a bug is caught
 NOT_HERE: Final = {  # rows of the catalogue that our handlers cannot have, and why
+    13: "a slot carries the messages of VMBus only: there are no timers of SynIC, and no message is for the interrupt handler",
     18: "no lock is held around the upcall loop, so none can be waited for inside it",
     30: "the hypervisor is one process: what it publishes for itself needs no order",
     33: "no mutex is held over a bind: the file process executes one call at a time, and a user's fault never waits for it",
@@ -35,6 +36,8 @@ NOT_HERE: Final = {  # rows of the catalogue that our handlers cannot have, and 
     37: "unmask and raise run in one process, and both are locked operations",
     38: "a port's record is a word of a table that is always there",
     39: "a driver's answer to its interrupt: spurious is what it says is spurious",
+    41: "an interrupt whose message has been taken already is counted as nobody's, and no line is switched off for it",
+    44: "a hypercall is a call that carries its argument: there is no page of a CPU that two could fill",
 }
 CAUGHT: Final = "caught"
 CLEAN: Final = "clean"

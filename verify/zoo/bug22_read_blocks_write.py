@@ -35,6 +35,7 @@ BUG = Bug(
     sentence="read sleeps with the file's position lock, and the write that would unmask its port waits for it",
     scenario=OneReference,
     handler=PositionLock,
+    parameters={"handed": True},
     expected={"sc": CAUGHT, "tso": CAUGHT, "arm": CAUGHT},
     story=(
         "Since 2014 the kernel holds a lock of the file's position during read and write. The event-channel file has no "

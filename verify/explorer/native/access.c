@@ -17,7 +17,7 @@
 static int32_t locate(Engine *e, uint32_t memory, uint64_t off, int width)
 {
     if (memory >= MEMORIES_MAX - 1) {
-        PyErr_Format(PyExc_RuntimeError, "more than %d memories", MEMORIES_MAX - 1);
+        PyErr_Format(pv_limit_error, "more than %d memories", MEMORIES_MAX - 1);
         return -1;
     }
     return pv_cell(e, (uint64_t)memory << 40 | off << 4 | (uint64_t)width);
@@ -83,14 +83,15 @@ static int m_load(void *engine, uint32_t memory, uint64_t off, int width, int or
 int pv_push(Engine *e, context_t *c, int32_t cell, uint64_t value, enum order order, const char *site)
 {
     if (c->buffered == BUFFER_MAX) {
-        PyErr_Format(PyExc_RuntimeError, "%s: more than %d stores wait in the buffer of %s", site, BUFFER_MAX, c->name);
+        PyErr_Format(pv_limit_error, "%s: more than %d stores wait in the buffer of %s", site, BUFFER_MAX, c->name);
         return -1;
     }
     c->buffer[c->buffered++] = (store_t){
         .cell = cell, .value = value, .site = e->trace != NULL ? pv_keep_site(e, site) : "",
-        .epoch = c->epoch, .release = order == RELEASE, .pushed_at = (int32_t)e->depth - 1,
+        .epoch = c->epoch, .release = order == RELEASE, .pushed_at = (int32_t)e->depth - 1, .number = c->stores++,
+        .lane = pv_lanes(e) ? pv_lane(e, c, cell) : 0,
     };
-    c->pushed = c->unfenced = true;
+    c->unfenced = true;
     return 0;
 }
 
@@ -214,7 +215,7 @@ static int m_fence(void *engine, int kind, const char *site)
         pv_full_barrier(e, c);
     else if (kind == RMB)
         pv_load_barrier(c);
-    else if (c->buffered)
+    else
         c->epoch++;
     if (e->trace != NULL)
         pv_trace(e, c, "-- %s %s", kind == MB ? "mb" : kind == RMB ? "rmb" : "wmb", site);

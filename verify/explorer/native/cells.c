@@ -144,13 +144,16 @@ int pv_check_width(Engine *e, uint64_t key)
     return 0;
 }
 
-/* Note an access; the location becomes shared once two contexts touch it and one of them writes. */
+/*
+ * Note an access; the location becomes shared once two contexts touch it and one of them writes.  So does one at which a context
+ * goes round and round: it may wait there for somebody who has not come by yet.
+ */
 int pv_note(Engine *e, context_t *c, int32_t cell, bool writes)
 {
     cell_t *at = &e->cells[cell];
     uint32_t bit = 1u << pv_number(e, c);
     if ((at->touched & bit) && (!writes || at->written))
-        return 0;
+        return ++e->unseen > UNSEEN_MAX ? pv_share(e, cell) : 0;
     if (at->touched == 0 && pv_check_width(e, at->key) < 0)
         return -1;
     at->touched |= bit;

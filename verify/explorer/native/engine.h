@@ -4,7 +4,8 @@
  *
  * An execution is a path of events; an event is a choice (agent, way).  Agents are the contexts, numbered from 0, and their
  * store buffers, numbered from CONTEXTS_MAX.  A context's event is the operation that it had announced when it stopped, and
- * whatever it does up to its next stop; a buffer's is the flush of one store.
+ * whatever it does up to its next stop, or its death; a buffer's is the flush of one store.  Where the reduction runs under
+ * arm, there is an agent for each location that a context stores to instead, numbered from LANES_FROM.
  */
 #ifndef PVBUS_ENGINE_H
 #define PVBUS_ENGINE_H
@@ -19,10 +20,12 @@
 #include "model_api.h"
 
 #define CONTEXTS_MAX 16
-#define AGENTS_MAX (2 * CONTEXTS_MAX)
+#define LANES_FROM (2 * CONTEXTS_MAX)
+#define AGENTS_MAX 128
 #define MEMORIES_MAX 256
 #define BUFFER_MAX 192       /* stores that wait; hardware has 20 to 70 */
 #define STEPS_MAX 4096       /* of one execution, whatever is asked for */
+#define UNSEEN_MAX 100000    /* accesses of a context to what only it has touched, without a scheduling point */
 #define NAME_MAX_BYTES 64
 #define KINDS_MAX 512        /* different events of one scenario that the reduction tells apart */
 #define SUMMARY_WORDS (KINDS_MAX / 64)
@@ -39,8 +42,9 @@ enum kind {
 };
 
 /* What an event is to others: the relation of dependence is made of these. */
-enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_SPIN, E_PUSH };
+enum effect { E_NONE, E_READ, E_ADD, E_WRITE, E_MEMORY_WRITE, E_CAS_BARRED, E_INHERIT, E_SPIN, E_DEATH };
 
+typedef unsigned __int128 agents_t; /* a set of agents, a bit each */
 typedef struct { uint64_t a, b; } pair_t; /* 128 bits: what a history, or a state, is told apart by */
 
 /*
@@ -65,6 +69,7 @@ typedef struct {
     view_t view;              /* arm, doorbells and the like: what who rang had seen */
     message_t *history;       /* arm, memory: oldest first; the last one is value */
     uint32_t messages, room;
+    uint8_t lanes[CONTEXTS_MAX]; /* the agents that flush a context's stores to it, 0 = none yet */
 } cell_t;
 
 typedef struct { const void *object; char name[NAME_MAX_BYTES]; int32_t heap; } memory_t;
@@ -85,6 +90,8 @@ typedef struct {
     uint32_t epoch;    /* arm: waits for every store of an earlier epoch */
     bool release;      /* arm: waits for every store before it */
     int32_t pushed_at; /* the event in which it was stored, -1 = before the first */
+    uint32_t number;   /* of the context's stores */
+    uint8_t lane;
 } store_t;
 
 typedef struct {
@@ -96,9 +103,9 @@ typedef struct {
     uint32_t buffered;
     pair_t seen;       /* identity of the list of values it has observed */
     uint64_t mark;     /* version of memory when its turn of a spin loop began */
-    bool marked, pushed, unfenced; /* unfenced: it has stored since its last full barrier */
+    bool marked, unfenced; /* unfenced: it has stored since its last full barrier */
     int32_t last;      /* its last event of this execution, -1 = none */
-    uint32_t epoch;
+    uint32_t epoch, stores;
     view_t floor, latest, own;   /* arm: no load reads from before; latest time read; time of its last visible store */
     uint32_t *coherent;          /* arm: the same for each cell; indexed by cell */
     PyObject *error;
@@ -112,16 +119,16 @@ typedef struct { uint8_t agent, way; bool dies; } choice_t;
 typedef struct {
     uint8_t agent;
     int16_t id;     /* kind of event, see reduce.c */
-    bool pushed;    /* stores went into the buffer during it */
+    uint32_t epoch, number; /* arm: of the store that is flushed */
     uint16_t clock[AGENTS_MAX]; /* for each agent, 1 + its last event that happened before this one's end */
 } event_t;
 
 typedef struct {
-    uint32_t steps, dying; /* agents that can take a step; contexts that can die */
-    uint32_t wanted, done, asleep;
+    agents_t steps, dying; /* agents that can take a step; contexts that can die */
+    agents_t wanted, done, asleep;
     choice_t now;
     uint8_t ways[AGENTS_MAX];
-    bool stored, ends; /* its state is in the table; nobody could go on but by dying */
+    bool stored, ends; /* its state is in the table; nobody can go on but by dying, and that is not yet judged */
     pair_t state;
     uint64_t pending[SUMMARY_WORDS]; /* kinds of events that were about to happen here */
     uint64_t beyond[AGENTS_MAX][SUMMARY_WORDS]; /* kinds seen from here on, by who went first; of those done, asleep, under way */
@@ -133,7 +140,7 @@ enum strategy { FOLLOW, DEPTH_FIRST, RANDOM_WALK, PRIORITIES };
 enum after { AFTER_STOP, AFTER_FIRST, AFTER_RANDOM };
 enum outcome { RUNNING, QUIET, PRUNED, FAILED, STOPPED, MISFIT, LIVELOCK };
 
-typedef struct { pair_t state; uint32_t summary, asleep; } visited_t;
+typedef struct { pair_t state, asleep; uint32_t summary; } visited_t; /* asleep: low and high half */
 
 typedef struct {
     PyObject_HEAD
@@ -164,7 +171,8 @@ typedef struct {
     uint32_t width_count, width_size;
 
     context_t contexts[CONTEXTS_MAX];
-    uint32_t context_count;
+    uint32_t context_count, agent_count;
+    uint8_t agent_context[AGENTS_MAX];
     context_t *running;
     PyObject *hub;
     bool over, starting, frozen, grown, broken, cut;
@@ -186,7 +194,7 @@ typedef struct {
     node_t *nodes;
     uint32_t depth, node_count;
     int last_agent;
-    uint32_t alone, fair_from, preempted;
+    uint32_t alone, fair_from, preempted, unseen;
     int32_t preemptions_max, delay_max;
     uint64_t random;
     uint32_t priority[AGENTS_MAX], change_points[16], change_count, change_next;
@@ -205,7 +213,7 @@ typedef struct {
     PyObject *sites;      /* names that traces point to */
 } Engine;
 
-extern PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error;
+extern PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error, *pv_limit_error;
 extern void **pv_greenlet;
 
 static inline uint64_t pv_mix(uint64_t h, uint64_t v)
@@ -222,9 +230,16 @@ static inline pair_t pv_mix2(pair_t p, uint64_t v)
 }
 
 static inline bool pv_is_bell(const Engine *e, int32_t cell) { return (int64_t)e->cells[cell].key < 0; }
+static inline agents_t pv_bit(int agent) { return (agents_t)1 << agent; }
+static inline int pv_first(agents_t set)
+{
+    return (uint64_t)set != 0 ? __builtin_ctzll((uint64_t)set) : 64 + __builtin_ctzll((uint64_t)(set >> 64));
+}
+static inline int pv_count(agents_t set) { return __builtin_popcountll((uint64_t)set) + __builtin_popcountll((uint64_t)(set >> 64)); }
 static inline int pv_number(const Engine *e, const context_t *c) { return (int)(c - e->contexts); }
 static inline places_t pv_place(const Engine *e, int32_t cell) { return (places_t)1 << e->cells[cell].place; }
 static inline void pv_observe(context_t *c, uint64_t value) { c->seen = pv_mix2(c->seen, value); }
+static inline bool pv_lanes(const Engine *e) { return e->reducing && e->model == ARM; }
 #define PASSED 0x70617373u /* observed at a step that gives no value */
 
 /* cells.c */
@@ -268,12 +283,13 @@ uint64_t pv_draw(Engine *e);
 void pv_options(const Engine *e, node_t *n);
 
 /* reduce.c: which events depend on each other, and where another order has to be tried */
-int pv_kind_of(Engine *e, int agent, enum effect effect, int32_t cell);
 int pv_pending_kind(Engine *e, const context_t *c);
 void pv_record(Engine *e, uint32_t depth, choice_t choice);
 void pv_find_races(Engine *e, uint32_t depth);
 void pv_races_beyond(Engine *e, uint32_t depth, const uint64_t *summary);
-uint32_t pv_asleep_after(Engine *e, uint32_t depth);
+agents_t pv_asleep_after(Engine *e, uint32_t depth);
+uint8_t pv_lane(Engine *e, const context_t *c, int32_t cell);
+void pv_give_up_reducing(Engine *e);
 void pv_forget_kinds(Engine *e);
 
 /* search.c */

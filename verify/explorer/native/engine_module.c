@@ -2,7 +2,7 @@
 /* The module pvbus.verify.explorer._engine: the type Engine, its exceptions, and where greenlet is found. */
 #include "engine.h"
 
-PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error;
+PyObject *pv_context_died, *pv_use_after_free, *pv_lock_error, *pv_width_error, *pv_limit_error;
 void **pv_greenlet;
 
 static PyObject *get_native(Engine *e, void *closure)
@@ -30,7 +30,7 @@ static PyObject *get_waiting(Engine *e, void *closure)
     unsigned long long waiting = 0;
     for (uint32_t i = 0; i < e->node_count; i++) {
         const node_t *n = &e->nodes[i];
-        waiting += (unsigned)__builtin_popcount(n->wanted & ~n->done & ~n->asleep & ~(1u << n->now.agent));
+        waiting += (unsigned)pv_count(n->wanted & ~n->done & ~n->asleep & ~pv_bit(n->now.agent));
     }
     return PyLong_FromUnsignedLongLong(waiting);
 }
@@ -175,7 +175,9 @@ PyMODINIT_FUNC PyInit__engine(void)
         add_exception(module, &pv_lock_error, "LockError", PyExc_AssertionError,
                       "A lock released by somebody who does not hold it, or taken twice.") < 0 ||
         add_exception(module, &pv_width_error, "WidthError", PyExc_AssertionError,
-                      "Accesses of two widths to the same eight bytes, which no model here covers.") < 0)
+                      "Accesses of two widths to the same eight bytes, which no model here covers.") < 0 ||
+        add_exception(module, &pv_limit_error, "LimitError", PyExc_ValueError,
+                      "More than the engine has room for; it says nothing about the code under test.") < 0)
         Py_CLEAR(module);
     Py_XDECREF(type);
     return module;

@@ -38,6 +38,9 @@ int pv_engine_setup(Engine *e, PyObject *args, PyObject *kwargs)
     e->capsule = PyCapsule_New(&e->api, PV_MODEL_API, NULL);
     e->clock_cell = pv_cell(e, (uint64_t)3 << 62 | 0xFFFF0);
     e->preemptions_max = e->delay_max = -1;
+    e->agent_count = LANES_FROM;
+    for (int i = 0; i < LANES_FROM; i++)
+        e->agent_context[i] = (uint8_t)(i % CONTEXTS_MAX);
     pv_forget_kinds(e);
     return e->capsule == NULL || e->clock_cell < 0 || pv_share(e, e->clock_cell) < 0 ? -1 : 0;
 }
@@ -210,7 +213,7 @@ static PyObject *engine_seed(Engine *e, PyObject *args)
         return NULL;
     e->random = seed;
     e->change_count = points < 16 ? points : 16;
-    for (int i = 0; i < AGENTS_MAX; i++)
+    for (int i = 0; i < LANES_FROM; i++)
         e->priority[i] = 64 + (uint32_t)(pv_draw(e) >> 34);
     for (uint32_t i = 0; i < e->change_count; i++) { /* sorted as they are drawn */
         uint32_t at = (uint32_t)(pv_draw(e) % (length ? length : 1)), k = i;
@@ -236,7 +239,7 @@ static PyObject *engine_set_follow(Engine *e, PyObject *list)
         int dies;
         if (!PyArg_ParseTuple(PyList_GetItem(list, i), "IIp", &agent, &way, &dies))
             return NULL;
-        if (agent >= AGENTS_MAX || way >= 256)
+        if (agent >= LANES_FROM || way >= 256)
             return PyErr_Format(PyExc_ValueError, "choice %zd: agent %u, way %u", i, agent, way);
         follow[i] = (choice_t){(uint8_t)agent, (uint8_t)way, dies};
     }
@@ -267,7 +270,7 @@ static PyObject *engine_open(Engine *e, PyObject *ignored)
     node_t n;
     pv_options(e, &n);
     PyObject *list = PyList_New(0);
-    for (unsigned int agent = 0; agent < AGENTS_MAX; agent++)
+    for (unsigned int agent = 0; agent < LANES_FROM; agent++)
         for (unsigned int way = 0; list != NULL && (n.steps >> agent & 1) && way < n.ways[agent]; way++)
             list = add_choice(list, agent, way, false);
     for (unsigned int agent = 0; agent < CONTEXTS_MAX; agent++)

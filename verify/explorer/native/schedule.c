@@ -55,21 +55,26 @@ void pv_options(const Engine *e, node_t *n)
         uint32_t ways = pv_step_ways(e, c);
         n->ways[i] = (uint8_t)(ways < WAYS_MAX ? ways : WAYS_MAX);
         if (ways)
-            n->steps |= 1u << i;
-        if (c->buffered) {
+            n->steps |= pv_bit((int)i);
+        if (c->buffered && pv_lanes(e)) {
+            for (uint32_t k = pv_flushable(e, c, which); k-- > 0;) {
+                n->steps |= pv_bit(c->buffer[which[k]].lane);
+                n->ways[c->buffer[which[k]].lane] = 1;
+            }
+        } else if (c->buffered) {
             n->ways[CONTEXTS_MAX + i] = (uint8_t)pv_flushable(e, c, which);
-            n->steps |= 1u << (CONTEXTS_MAX + i);
+            n->steps |= pv_bit((int)(CONTEXTS_MAX + i));
             if (e->delay_max >= 0 && (int32_t)e->depth - c->buffer[0].pushed_at > e->delay_max) { /* overdue: nothing else */
-                n->steps = 1u << (CONTEXTS_MAX + i);
+                n->steps = pv_bit((int)(CONTEXTS_MAX + i));
                 n->dying = 0;
                 return;
             }
         }
         if (e->deaths < e->deaths_max && !c->finished && !c->dead && (e->mortal >> i & 1))
-            n->dying |= 1u << i;
+            n->dying |= pv_bit((int)i);
     }
     if (preempts && e->last_agent >= 0 && (n->steps >> e->last_agent & 1))
-        n->steps &= 1u << e->last_agent | 0xFFFFu << CONTEXTS_MAX;
+        n->steps &= pv_bit(e->last_agent) | ~(agents_t)0 << CONTEXTS_MAX;
 }
 
 static int do_flush(Engine *e, choice_t choice)
@@ -81,6 +86,20 @@ static int do_flush(Engine *e, choice_t choice)
         return -1;
     }
     return pv_flush(e, c, which[choice.way]);
+}
+
+/* The same choice in terms of store buffers, which is what replays are made of. */
+static choice_t of_buffer(const Engine *e, choice_t choice)
+{
+    uint32_t which[BUFFER_MAX];
+    if (choice.agent < LANES_FROM)
+        return choice;
+    int number = e->agent_context[choice.agent];
+    const context_t *c = &e->contexts[number];
+    uint32_t count = pv_flushable(e, c, which), way = 0;
+    while (way < count && c->buffer[which[way]].lane != choice.agent)
+        way++;
+    return (choice_t){(uint8_t)(CONTEXTS_MAX + number), (uint8_t)way, false};
 }
 
 static void die(Engine *e, int who)
@@ -121,12 +140,11 @@ static context_t *next(Engine *e)
     for (;;) {
         node_t options;
         choice_t choice;
-        if (e->depth > 0 && e->taken[e->depth - 1].agent < CONTEXTS_MAX)
-            e->events[e->depth - 1].pushed = e->contexts[e->taken[e->depth - 1].agent].pushed;
         pv_options(e, &options);
         if (!goes_on(e, &options) || !pv_choose(e, &options, &choice))
             return NULL;
-        uint32_t only = 1u << choice.agent;
+        choice = of_buffer(e, choice);
+        agents_t only = pv_bit(choice.agent);
         e->alone = options.steps == only && e->last_agent == choice.agent ? e->alone + 1 : 0;
         if (choice.agent < CONTEXTS_MAX && e->last_agent >= 0 && e->last_agent != choice.agent)
             e->preempted += (options.steps >> e->last_agent & 1) != 0;
@@ -166,6 +184,7 @@ int pv_stop(Engine *e, context_t *c, enum kind kind, int32_t cell, const char *s
     c->op.site = site;
     c->op.ways = ways;
     c->waiting = true;
+    e->unseen = 0;
     context_t *chosen = NULL;
     if (!e->starting)
         chosen = next(e);
@@ -181,7 +200,6 @@ int pv_stop(Engine *e, context_t *c, enum kind kind, int32_t cell, const char *s
         }
     }
     c->waiting = false;
-    c->pushed = false;
     return 0;
 }
 
@@ -208,6 +226,17 @@ static void finish(Engine *e, context_t *c)
     e->broken = true;
 }
 
+/* Who may die may do so before its first step, and where it touches nothing that others are known to share yet. */
+static int begins(Engine *e, context_t *c)
+{
+    if (e->deaths_max == 0 || !(e->mortal >> pv_number(e, c) & 1))
+        return 0;
+    if (pv_stop(e, c, CHOOSE, -1, "begin", 1) < 0)
+        return -1;
+    pv_observe(c, PASSED);
+    return 0;
+}
+
 /*
  * What the greenlet of a context does: one execution's part of it after the other.  Making a greenlet costs more than an
  * execution of 50 steps does, so they are kept.  The capsule, not a reference, leads to the engine: it outlives them.
@@ -218,7 +247,7 @@ static PyObject *work(PyObject *capsule, PyObject *ignored)
     context_t *c = PyCapsule_GetPointer(capsule, NULL);
     Engine *e = PyCapsule_GetContext(capsule);
     for (;;) {
-        PyObject *result = PyObject_CallNoArgs(c->body);
+        PyObject *result = begins(e, c) < 0 ? NULL : PyObject_CallNoArgs(c->body);
         Py_XDECREF(result);
         finish(e, c);
         context_t *chosen = e->over || e->starting ? NULL : next(e);
@@ -269,8 +298,8 @@ static int start(Engine *e, PyObject *starts)
         PyOS_snprintf(c->name, sizeof c->name, "%s", name);
         c->server = server;
         c->last = -1;
-        c->finished = c->dead = c->waiting = c->marked = c->pushed = c->unfenced = false;
-        c->buffered = c->epoch = 0;
+        c->finished = c->dead = c->waiting = c->marked = c->unfenced = false;
+        c->buffered = c->epoch = c->stores = 0;
         c->floor = c->latest = c->own = (view_t){0};
         c->seen = pv_mix2((pair_t){1, 2}, (uint64_t)i);
         if (e->model == ARM)

@@ -117,13 +117,9 @@ static void note_event(Engine *e, uint32_t depth)
 {
     const event_t *event = &e->events[depth];
     uint64_t *summary = e->nodes[depth].beyond[e->nodes[depth].now.agent];
-    if (!e->reducing)
+    if (!e->reducing || e->nodes[depth].ends)
         return;
     summary[event->id >> 6] |= 1ull << (event->id & 63);
-    if (event->pushed && e->model == ARM) {
-        int push = pv_kind_of(e, event->agent, E_PUSH, -1);
-        summary[push >> 6] |= 1ull << (push & 63);
-    }
 }
 
 /* What is about to happen, even if it never can, belongs to what is seen from here on. */
@@ -142,9 +138,11 @@ static void note_pending(Engine *e, node_t *n)
 static void sum_up(const node_t *n, uint64_t *summary)
 {
     memcpy(summary, n->pending, sizeof n->pending);
-    for (uint32_t left = n->done | n->asleep; left != 0; left &= left - 1)
-        merge(summary, n->beyond[__builtin_ctz(left)]);
+    for (agents_t left = n->done | n->asleep; left != 0; left &= left - 1)
+        merge(summary, n->beyond[pv_first(left)]);
 }
+
+static pair_t halves(agents_t set) { return (pair_t){(uint64_t)set, (uint64_t)(set >> 64)}; }
 
 /* Is the state known?  One that was left while some agents were asleep is known only to paths on which they are, too. */
 static int look_up(Engine *e, node_t *n)
@@ -156,7 +154,7 @@ static int look_up(Engine *e, node_t *n)
     n->stored = true;
     visited_t *known = find(e, n->state);
     if ((known->state.a | known->state.b) == 0) {
-        *known = (visited_t){n->state, IN_PROGRESS, n->asleep};
+        *known = (visited_t){n->state, halves(n->asleep), IN_PROGRESS};
         e->visited_count++;
         return 0;
     }
@@ -167,14 +165,15 @@ static int look_up(Engine *e, node_t *n)
         return -1;
     }
     memcpy(summary, e->summaries[known->summary], sizeof summary);
-    if ((known->asleep & ~n->asleep) == 0) {
+    agents_t asleep = (agents_t)known->asleep.b << 64 | known->asleep.a;
+    if ((asleep & ~n->asleep) == 0) {
         pv_races_beyond(e, e->depth, summary);
         if (e->depth > 0)
             merge(e->nodes[e->depth - 1].beyond[e->nodes[e->depth - 1].now.agent], summary);
         return 1;
     }
     merge(n->pending, summary);
-    known->asleep &= n->asleep;
+    known->asleep = halves(asleep & n->asleep);
     known->summary = IN_PROGRESS;
     return 0;
 }
@@ -207,19 +206,22 @@ int pv_enter(Engine *e, const node_t *options)
         pv_find_races(e, depth);
     if (e->sleeping && depth > 0) {
         n->asleep = pv_asleep_after(e, depth);
-        for (uint32_t left = n->asleep; left != 0; left &= left - 1)
-            memcpy(n->beyond[__builtin_ctz(left)], n[-1].beyond[__builtin_ctz(left)], sizeof n->beyond[0]);
+        for (agents_t left = n->asleep; left != 0; left &= left - 1)
+            memcpy(n->beyond[pv_first(left)], n[-1].beyond[pv_first(left)], sizeof n->beyond[0]);
     }
-    uint32_t all = n->steps | n->dying;
-    bool single = (all & (all - 1)) == 0 && !n->dying && n->ways[__builtin_ctz(all)] == 1;
+    agents_t all = n->steps | n->dying;
+    bool single = (all & (all - 1)) == 0 && !n->dying && n->ways[pv_first(all)] == 1;
     if (e->hashing && !single) {
         int known = look_up(e, n);
         if (known != 0)
             return known < 0 ? -1 : 0;
+    } else if (!single) {
+        n->state = pv_state(e); /* for a look whether another execution comes by here, too */
     }
     if (e->reducing)
         note_pending(e, n);
-    if ((all & ~n->asleep) == 0) {
+    agents_t awake = n->steps & ~n->asleep;
+    if ((all & ~n->asleep) == 0 && !n->ends) {
         uint64_t summary[SUMMARY_WORDS];
         sum_up(n, summary);
         if (depth > 0)
@@ -228,8 +230,9 @@ int pv_enter(Engine *e, const node_t *options)
             find(e, n->state)->summary = keep_summary(e, summary);
         return 0;
     }
-    n->wanted = e->reducing ? (all & ~n->asleep) & -(all & ~n->asleep) : all;
-    first_choice(n, __builtin_ctz(n->wanted));
+    n->wanted = !e->reducing ? all : awake ? awake & -awake : n->dying & ~n->asleep;
+    if (n->wanted)
+        first_choice(n, pv_first(n->wanted));
     e->node_count = depth + 1;
     return 1;
 }
@@ -237,10 +240,10 @@ int pv_enter(Engine *e, const node_t *options)
 static bool next_choice(node_t *n)
 {
     choice_t *now = &n->now;
-    uint32_t bit = 1u << now->agent;
+    agents_t bit = pv_bit(now->agent);
     if (n->ends) { /* it was judged; now for those who may die even so */
         n->ends = false;
-        return true;
+        return n->wanted != 0;
     }
     if (!now->dies && now->way + 1 < n->ways[now->agent]) {
         now->way++;
@@ -251,10 +254,10 @@ static bool next_choice(node_t *n)
         return true;
     }
     n->done |= bit;
-    uint32_t left = n->wanted & ~n->done & ~n->asleep;
+    agents_t left = n->wanted & ~n->done & ~n->asleep;
     if (left == 0)
         return false;
-    first_choice(n, __builtin_ctz(left));
+    first_choice(n, pv_first(left));
     return true;
 }
 
@@ -286,17 +289,18 @@ static choice_t way_of(Engine *e, const node_t *o, int agent)
 static choice_t at_random(Engine *e, const node_t *o)
 {
     if (o->dying && pv_draw(e) % 32 == 0) {
-        uint32_t skip = (uint32_t)(pv_draw(e) % (uint32_t)__builtin_popcount(o->dying)), left = o->dying;
+        uint32_t skip = (uint32_t)(pv_draw(e) % (uint32_t)pv_count(o->dying));
+        agents_t left = o->dying;
         while (skip-- > 0)
             left &= left - 1;
-        return (choice_t){(uint8_t)__builtin_ctz(left), 0, true};
+        return (choice_t){(uint8_t)pv_first(left), 0, true};
     }
     uint32_t total = 0, pick;
-    for (uint32_t left = o->steps; left != 0; left &= left - 1)
-        total += o->ways[__builtin_ctz(left)];
+    for (agents_t left = o->steps; left != 0; left &= left - 1)
+        total += o->ways[pv_first(left)];
     pick = (uint32_t)(pv_draw(e) % total);
-    for (uint32_t left = o->steps;; left &= left - 1) {
-        int agent = __builtin_ctz(left);
+    for (agents_t left = o->steps;; left &= left - 1) {
+        int agent = pv_first(left);
         if (pick < o->ways[agent])
             return (choice_t){(uint8_t)agent, (uint8_t)pick, false};
         pick -= o->ways[agent];
@@ -306,8 +310,8 @@ static choice_t at_random(Engine *e, const node_t *o)
 static choice_t by_priority(Engine *e, const node_t *o)
 {
     int best = -1;
-    for (uint32_t left = o->steps; left != 0; left &= left - 1) {
-        int agent = __builtin_ctz(left);
+    for (agents_t left = o->steps; left != 0; left &= left - 1) {
+        int agent = pv_first(left);
         if (best < 0 || e->priority[agent] > e->priority[best])
             best = agent;
     }
@@ -323,21 +327,23 @@ static choice_t by_priority(Engine *e, const node_t *o)
 /* Whoever was not chosen for longest. */
 static choice_t by_turns(const Engine *e, const node_t *o)
 {
-    int32_t when[AGENTS_MAX], best = -1;
+    int32_t when[AGENTS_MAX], best = -1, longest = INT32_MAX;
     memset(when, 0xff, sizeof when);
     for (uint32_t i = 0; i < e->depth; i++)
         when[e->taken[i].agent] = (int32_t)i;
-    for (uint32_t left = o->steps; left != 0; left &= left - 1) {
-        int agent = __builtin_ctz(left);
-        if (best < 0 || when[agent] < when[best])
-            best = agent;
+    for (agents_t left = o->steps; left != 0; left &= left - 1) {
+        int agent = pv_first(left), taken_as = agent < LANES_FROM ? agent : CONTEXTS_MAX + e->agent_context[agent];
+        if (when[taken_as] >= longest)
+            continue;
+        longest = when[taken_as];
+        best = agent;
     }
     return (choice_t){(uint8_t)best, 0, false};
 }
 
 static bool fits(Engine *e, const node_t *o, choice_t c)
 {
-    uint32_t may = c.dies ? o->dying : o->steps;
+    agents_t may = c.dies ? o->dying : o->steps;
     if ((may >> c.agent & 1) && (c.dies || c.way < o->ways[c.agent]))
         return true;
     e->outcome = MISFIT;
@@ -349,8 +355,15 @@ bool pv_choose(Engine *e, const node_t *o, choice_t *choice)
 {
     if (e->strategy == DEPTH_FIRST && e->depth < e->node_count) {
         *choice = e->nodes[e->depth].now;
-        if (e->reducing && e->depth + 1 == e->node_count)
-            pv_record(e, e->depth, *choice);
+        if (e->depth + 1 == e->node_count) {
+            if (e->reducing)
+                pv_record(e, e->depth, *choice);
+            pair_t state = pv_state(e), before = e->nodes[e->depth].state; /* the same choices lead to the same state */
+            if (state.a != before.a || state.b != before.b) {
+                e->outcome = MISFIT;
+                return false;
+            }
+        }
         return fits(e, o, *choice);
     }
     if (e->strategy == FOLLOW && e->depth < e->follow_count) {
@@ -370,7 +383,7 @@ bool pv_choose(Engine *e, const node_t *o, choice_t *choice)
         if (e->reducing)
             pv_record(e, e->depth, *choice);
     } else if (e->strategy == FOLLOW && e->after == AFTER_FIRST) {
-        *choice = (choice_t){(uint8_t)__builtin_ctz(o->steps), 0, false};
+        *choice = (choice_t){(uint8_t)pv_first(o->steps), 0, false};
     } else {
         *choice = e->strategy == PRIORITIES ? by_priority(e, o) : at_random(e, o);
     }

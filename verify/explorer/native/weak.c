@@ -9,8 +9,11 @@
  *       acquire load, and an rmb for all loads before it, raise the floor to the time of what was read; a full barrier waits
  *       for the own buffer, too, and raises the floor to the own last store.  Address, data and control dependencies order
  *       no loads (hardware keeps the first two: the model allows more).  A load never sees a store that comes after it in
- *       the order of any context's program (load buffering): not covered.  A locked operation takes the newest value, waits
- *       for the stores before it, is an acquire, and no full barrier for what comes after.
+ *       the order of any context's program (load buffering): not covered.  A load that reads its context's own store is the
+ *       same before and behind the flush: it orders nothing, as if it had been forwarded from the buffer.  A locked operation
+ *       takes the newest value, waits for the stores before it, is an acquire, and no full barrier for what comes after: loads
+ *       behind it may have been done before its store.  Stores behind it may not: hardware lets them pass a locked store, the
+ *       model does not cover it.
  */
 #include "engine.h"
 
@@ -20,7 +23,7 @@ static void raise_view(view_t *view, const view_t *to)
 {
     view->when = max32(view->when, to->when);
     view->of |= to->of;
-    for (int i = 0; i < AGENTS_MAX; i++)
+    for (int i = 0; i < AGENTS_MAX; i++) /* a fixed number is faster than the right one */
         view->clock[i] = view->clock[i] > to->clock[i] ? view->clock[i] : to->clock[i];
 }
 
@@ -58,7 +61,7 @@ static bool could_have_come_before(const Engine *e, const context_t *c, const me
 {
     if (!e->reducing || newest->event < 0)
         return false;
-    return c->last < 0 || e->events[c->last].clock[newest->agent] <= newest->event;
+    return c->last < 0 || e->events[c->last].clock[e->events[newest->event].agent] <= newest->event;
 }
 
 /* The cells whose part in a floor happened neither before nor after an event with this clock, whatever the order of steps. */
@@ -73,9 +76,10 @@ static places_t concurrent(const Engine *e, const view_t *floor, const uint16_t 
             continue;
         for (uint32_t i = at->messages; i-- > 0 && at->history[i].event >= 0;) { /* the newest that the floor knows */
             const message_t *m = &at->history[i];
-            if (floor->clock[m->agent] <= m->event)
+            int agent = e->events[m->event].agent;
+            if (floor->clock[agent] <= m->event)
                 continue;
-            if (clock[m->agent] <= m->event)
+            if (clock[agent] <= m->event)
                 found |= (places_t)1 << at->place;
             break;
         }
@@ -91,7 +95,9 @@ static void compare(const Engine *e, int32_t cell, const message_t *message, con
 {
     relation_t *relation = e->relation;
     places_t *known = &relation->with[e->cells[cell].place];
-    if (!e->reducing || message->event < 0 || (*known | floor->of) == *known || floor->clock[message->agent] > message->event)
+    if (!e->reducing || message->event < 0 || (*known | floor->of) == *known)
+        return;
+    if (floor->clock[e->events[message->event].agent] > message->event)
         return;
     places_t found = concurrent(e, floor, e->events[message->event].clock) & ~pv_place(e, cell);
     if ((*known | found) == *known)
@@ -128,8 +134,10 @@ uint32_t pv_readable(const Engine *e, const context_t *c, uint32_t way, uint32_t
 
 static void see(Engine *e, context_t *c, int32_t cell, const message_t *message, bool acquire)
 {
-    view_t view = view_of(e, cell, message->when, message->event);
     c->coherent[cell] = max32(c->coherent[cell], message->when);
+    if (c->op.kind == LOAD && message->event >= 0 && message->agent == CONTEXTS_MAX + pv_number(e, c))
+        return; /* its own store: the same as if it had been forwarded from the buffer */
+    view_t view = view_of(e, cell, message->when, message->event);
     raise_view(&c->latest, &view);
     if (acquire)
         raise_view(&c->floor, &view);
@@ -226,8 +234,6 @@ int pv_flush(Engine *e, context_t *c, uint32_t which)
 {
     store_t s = c->buffer[which];
     memmove(&c->buffer[which], &c->buffer[which + 1], (--c->buffered - which) * sizeof s);
-    if (c->buffered == 0)
-        c->epoch = 0;
     pv_own(e, c, s.cell);
     if (e->trace != NULL)
         pv_trace(e, c, "~ %s %W := 0x%llx", s.site, s.cell, (unsigned long long)s.value);
