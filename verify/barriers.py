@@ -35,7 +35,7 @@ LAST_MAX: Final = 2
 CONFIGURATIONS_MAX: Final = 6  # the smallest that come by a site are searched for as long as this allows
 ENDLESS_MAX: Final = 2  # of them; those behind are larger still
 HUNT_EXECUTIONS_MAX: Final = 300  # and every one of them by chance before, for a failure that comes soon
-HUNT_LONGER: Final = {"2l.is_pending": 5_000}  # fails late
+HUNT_LONGER: Final = {"2l.is_pending": 5_000, "cpu_sleep@heir": 3_000, "evr_publish@heir": 3_000}  # these fail late
 HUNTS: Final = ("dfs", "pct", "random")
 NAMES_MAX: Final = 3  # that a cell of the table names
 NEEDED, REDUNDANT, OPEN, UNSEEN = "needed", "redundant", "open", "not reached"
@@ -120,7 +120,7 @@ def examined(site: str, model: str, where: Sequence[Configuration]) -> Finding:
     """Search configurations without the site, until one fails."""
     ended: list[str] = []
     unfinished: list[str] = []
-    hunt_max = HUNT_LONGER.get(site.partition("@")[0], HUNT_EXECUTIONS_MAX)
+    hunt_max = HUNT_LONGER.get(site, HUNT_LONGER.get(site.partition("@")[0], HUNT_EXECUTIONS_MAX))
     for configuration in where:
         for search in HUNTS:
             result = explore(
