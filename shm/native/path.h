@@ -25,9 +25,6 @@ typedef struct {
     int *channel_doors[PV_DOMAINS_MAX];         /* by relid, PV_HV_FLAGS of them; NULL = none yet */
     int score, probe;         /* does spinning pay? */
     int nap_score, nap_probe; /* does a nap? */
-    int short_sleeps;         /* in a row */
-    uint64_t moved_ns;        /* when we last moved to another processor, */
-    int left;                 /* and from which, plus one; 0 = we are where we belong */
 } PathObject;
 
 typedef struct {

@@ -32,8 +32,6 @@
  */
 #define SPIN_NS 50000u
 #define SCORE_MAX 16
-#define CROWDED 8            /* sleeps in a row that ended sooner than a spin would have */
-#define MOVE_NS_MIN 50000000u /* from one move to the next: the scheduler has a word, too */
 #define NAP_NS 20000
 #define NAP_ENTRIES_MIN 16u  /* a round trip leaves one or two */
 #define NAP_PROBE 64         /* sleeps from one try to the next while it does not pay */
@@ -46,7 +44,6 @@ typedef struct {
     MemoryObject *hv;          /* of a domain on the Hyper-V platform */
     uint32_t index;            /* the domain's */
     uint32_t vcpu;
-    int spun;                  /* before this sleep */
 } server;
 
 static void send_byte(PathObject *path, uint32_t slot)
@@ -102,8 +99,6 @@ static uint32_t work(server *s)
     pv_drained_clear(&out);
     pv_drain(s->path, 0, s->path->rings_end, BUDGET, &out);
     pv_expire(s->path, &out);
-    if (out.kick_count + out.rearm_count > 0)
-        s->path->short_sleeps = 0; /* whom we wake may answer, and is better off near us */
     for (uint32_t i = 0; i < out.kick_count; i++)
         ring(s->path, out.kicks[i]);
     for (uint32_t i = 0; i < out.rearm_count; i++)
@@ -142,49 +137,15 @@ static void breathe(void)
 }
 
 /*
- * Nothing comes while we spin, and it comes at once when we sleep: who sends waits for the processor on which we spin.  Go to
- * another, if there is one; and back once spinning there does not pay: whoever takes part in a round trip is best off beside the
- * others.  We stay free to be moved on.
- */
-static void move(PathObject *path)
-{
-    cpu_set_t all, there;
-    uint64_t now = pv_now_ns();
-    size_t here = (size_t)sched_getcpu();
-    if (path->left == 0 && (path->short_sleeps < CROWDED || now - path->moved_ns < MOVE_NS_MIN))
-        return;
-    path->moved_ns = now;
-    path->short_sleeps = 0;
-    if (sched_getaffinity(0, sizeof all, &all) != 0)
-        return;
-    there = all;
-    if (path->left == 0) {
-        CPU_CLR(here, &there);
-        path->left = (int)here + 1;
-        path->score = SCORE_MAX;
-    } else {
-        cpu_set_t back;
-        CPU_ZERO(&back);
-        CPU_SET((size_t)path->left - 1, &back);
-        CPU_AND(&there, &all, &back);
-        path->left = 0;
-    }
-    if (CPU_COUNT(&there) > 0 && sched_setaffinity(0, sizeof there, &there) == 0)
-        (void)sched_setaffinity(0, sizeof all, &all);
-}
-
-/*
  * Spin for work that comes soon, if that has paid lately.  1 when some was done.  Whoever waits for this core goes first: it
  * may be the one that we wait for, and with fewer cores than processes it mostly is.
  */
 static int spin(server *s)
 {
     PathObject *path = s->path;
-    s->spun = 0;
     if (s->domain != NULL || (path->score == 0 && (++path->probe & 15) != 0))
         return 0;
     uint64_t deadline = pv_now_ns() + SPIN_NS;
-    s->spun = 1;
     do {
         breathe();
         sched_yield();
@@ -194,8 +155,6 @@ static int spin(server *s)
         }
     } while (pv_now_ns() < deadline);
     path->score -= path->score > 0;
-    if (path->score == 0)
-        move(path);
     return 0;
 }
 
@@ -252,11 +211,8 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
         /* A late EOI that waits; a message that waits for room in the work ring. */
         int64_t timer_ms = s->domain == NULL ? pv_expires_in(s->path) : sleep == 2 ? 1 : -1;
         int ours = timer_ms >= 0 && (timeout_ms < 0 || timer_ms < timeout_ms);
-        uint64_t asleep = pv_now_ns();
         int other = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
-        if (s->domain == NULL && !s->spun)
-            s->path->short_sleeps = pv_now_ns() - asleep < SPIN_NS ? s->path->short_sleeps + 1 : 0;
         if ((other && !ours) || timeout_ms == 0)
             return;
     }
@@ -286,7 +242,7 @@ PyObject *pv_serve_hypervisor(PathObject *self, PyObject *args)
         PyBuffer_Release(&doorbells);
         return NULL;
     }
-    server s = {self, (MemoryObject *)public_page, NULL, NULL, 0, 0, 0};
+    server s = {self, (MemoryObject *)public_page, NULL, NULL, 0, 0};
     return served(&s, epoll, timeout_ms, &doorbells);
 }
 
@@ -306,7 +262,7 @@ PyObject *pv_serve_cpu(PathObject *self, PyObject *args)
         PyBuffer_Release(&doorbells);
         return PyErr_Format(PyExc_LookupError, "no cpu/%u.%u", domid, vcpu);
     }
-    server s = {self, NULL, self->domains[index], self->hyperv[index], (uint32_t)index, vcpu, 0};
+    server s = {self, NULL, self->domains[index], self->hyperv[index], (uint32_t)index, vcpu};
     return served(&s, epoll, timeout_ms, &doorbells);
 }
 

@@ -204,6 +204,12 @@ int64_t pv_file_read(ContextObject *c, uint32_t *out, uint32_t max)
         if (r)
             continue;
         PV_TRY(r, door_wait(c));
+        if (r == -EAGAIN) {
+            /* The door hangs up when the last process that holds its other end has heard of the release. */
+            int64_t dead;
+            PV_TRY(dead, is_alive(c));
+            return dead < 0 ? dead : r;
+        }
         if (r < 0)
             return r;
         woken = 1;

@@ -180,28 +180,3 @@ def test_a_detached_machine_holds_no_descriptor_of_who_started_it(tmp_path: Path
         assert log.read_text().startswith("xen:evtchn: event-channel device installed in domain 0\n")
     down = subprocess.run([*command, "down", "--name", "detached"], capture_output=True, timeout=30, text=True, check=False)
     assert down.returncode == 0, down.stderr
-
-
-@pytest.mark.parametrize("processors", [1, 2])
-def test_a_hypervisor_that_shares_its_only_senders_processor_keeps_to_those_it_is_given(
-    pvbus_shared_machine: Any, processors: int
-) -> None:
-    machine = pvbus_shared_machine.machine
-    hypervisor = next(one["pid"] for one in machine.status()["processes"] if one["name"] == "hypervisor")
-    ours, its = os.sched_getaffinity(0), os.sched_getaffinity(hypervisor)
-    file = machine.open_evtchn(domain=0, nonblock=True)
-    peer = file.bind_interdomain(0, file.bind_unbound_port(remote_domain=0))
-    given = set(sorted(its)[:processors])
-    try:
-        os.sched_setaffinity(0, {min(its)})
-        os.sched_setaffinity(hypervisor, given)
-        for _ in range(2000):  # which merge: nobody else is woken
-            file.notify(peer)
-            os.sched_yield()
-        machine.settle()
-        assert os.sched_getaffinity(hypervisor) == given
-        assert file.poll(select.POLLIN, 5000) & select.POLLIN
-    finally:
-        os.sched_setaffinity(0, ours)
-        os.sched_setaffinity(hypervisor, its)
-        file.close()

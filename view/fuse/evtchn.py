@@ -173,7 +173,6 @@ class OpenFile(Handle):
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
-        request.session.caller_is_off = True
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
         if length == size >= _PORT.size:
             self._must_live()

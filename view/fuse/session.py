@@ -50,8 +50,6 @@ class Session:
         self.closed = False
         self.kept = 0
         """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
-        self.caller_is_off = False
-        """Set by who looks at a caller in /proc: that takes it off its processor's queue, and our answer brings it back late."""
         self._pause = 0
         os.set_blocking(fd, False)
         self._caller = self._in_a_row = 0
@@ -127,12 +125,11 @@ class Session:
     def serve_on(self) -> None:
         """Handle a request that is there, and those that its caller makes as soon as it goes on: no look at others between them.
 
-        A caller on our own processor goes on within our answer, as a rule. It does not if it was looked at meanwhile: then we
-        give way to it. Where that has not paid, it is not tried for a while.
+        A caller on our own processor goes on within our answer, or when we give way to it; it does the latter if it was looked at
+        meanwhile. Where giving way has not paid, it is not tried for a while.
         """
         kept = self.kept
         for _ in range(SERVED_ON_MAX):
-            self.caller_is_off = False
             if not self.serve():
                 self._pause = PAUSE
                 return
@@ -141,12 +138,11 @@ class Session:
                 return
             if self.kept != kept or self.closed:
                 return
-            if self.caller_is_off:
-                begin_s = time.monotonic()
-                os.sched_yield()
-                if time.monotonic() - begin_s > GIVEN_WAY_S_MAX:
-                    self._pause = PAUSE_CROWDED
-                    return
+            begin_s = time.monotonic()
+            os.sched_yield()
+            if time.monotonic() - begin_s > GIVEN_WAY_S_MAX:
+                self._pause = PAUSE_CROWDED
+                return
 
     # ---- answers
 

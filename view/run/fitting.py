@@ -22,6 +22,7 @@ from pvbus.actors.runtime import rundir
 from pvbus.actors.runtime.clock import MonotonicClock
 from pvbus.actors.runtime.inbox import Inbox
 from pvbus.view.fuse import mount
+from pvbus.view.fuse.eager import Eager
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,7 +115,7 @@ def serve_session(inbox: Inbox, session: Session) -> None:
     """
     both = select.epoll()
     both.register(session.fd, select.EPOLLIN)
-    look, serve, requests_only = both.poll, session.serve_on, [(session.fd, select.EPOLLIN)]
+    wait, serve, requests_only = Eager(both, 2).wait, session.serve_on, [(session.fd, select.EPOLLIN)]
     watched = False
 
     def sleep(inbox_fd: int, timeout_ms: int) -> None:
@@ -126,7 +127,7 @@ def serve_session(inbox: Inbox, session: Session) -> None:
         timeout_s = None if timeout_ms < 0 else timeout_ms / 1000
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while session.kept == kept and not session.closed:
-            ready = look(timeout_s, 2)
+            ready = wait(timeout_s)
             if ready == requests_only:
                 serve()
                 if timeout_s is None:
