@@ -21,6 +21,12 @@ class Counted:
         return [(7, select.EPOLLIN)]
 
 
+def has_slept(eager: Eager) -> bool:
+    """Say whether it has, and forget it."""
+    said, eager.has_slept = eager.has_slept, False
+    return said
+
+
 def test_who_finds_nothing_sleeps_at_once_and_tries_again_now_and_then() -> None:
     epoll = Counted()
     eager = Eager(epoll, 2)  # type: ignore[arg-type]
@@ -39,15 +45,18 @@ def test_who_has_found_something_stays_awake_until_that_has_not_paid_for_a_while
         epoll.finds_at = epoll.looks + 1
         eager.wait(None)
     slept = epoll.sleeps
+    has_slept(eager)
     epoll.finds_at = epoll.looks + 2
     assert eager.wait(None)
     assert epoll.sleeps == slept  # it did not come at once, and was waited for
+    assert not has_slept(eager)
 
     epoll.finds_at = -1
     looks = epoll.looks
     for _ in range(SCORE_MAX * 2):
         eager.wait(0.5)
     assert epoll.sleeps == slept + SCORE_MAX * 2
+    assert has_slept(eager)
     assert epoll.looks - looks <= (SCORE_MAX + 2) * LOOKS
 
 

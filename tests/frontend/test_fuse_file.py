@@ -288,6 +288,9 @@ def test_a_timer_is_due_however_much_is_asked() -> None:
         def serve_on(self) -> None:
             self.served += 1
 
+        def look_soon(self) -> None:
+            pass
+
         def close(self) -> None:
             self.closed = True
 

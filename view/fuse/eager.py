@@ -27,6 +27,8 @@ class Eager:
     def __init__(self, epoll: select.epoll, events_max: int) -> None:
         self._poll, self._events_max = epoll.poll, events_max
         self._score = self._probe = 0
+        self.has_slept = False
+        """Set before each sleep."""
 
     def wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Wait for events, for at most so long and a moment; None is for ever."""
@@ -43,4 +45,5 @@ class Eager:
                     self._score = 0
                     break
             self._score -= self._score > 0
+        self.has_slept = True
         return self._poll(timeout_s, self._events_max)

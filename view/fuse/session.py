@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HEAD, _HEAD_BYTES, _DATA = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES, abi.WRITE_IN.size
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
+SOON = 4  # requests in a row, behind a sleep
 SERVED_ON_MAX = 8  # requests without a look at whom else there is
 PAUSE = 16  # requests without a try to serve on: one that finds nothing costs a tenth of a request
 GIVEN_WAY_S_MAX = 0.0005  # a caller that goes on and asks again takes a few microseconds: others take our turn,
@@ -121,6 +122,10 @@ class Session:
         except OSError as failed:
             self.answer(unique, failed.errno or errno.EIO)
         return True
+
+    def look_soon(self) -> None:
+        """After a sleep, behind which the scheduler may have put us elsewhere: see soon whether we are beside who asks."""
+        self._in_a_row = IN_A_ROW - SOON
 
     def serve_on(self) -> None:
         """Handle a request that is there, and those that its caller makes as soon as it goes on: no look at others between them.

@@ -115,7 +115,8 @@ def serve_session(inbox: Inbox, session: Session) -> None:
     """
     both = select.epoll()
     both.register(session.fd, select.EPOLLIN)
-    wait, serve, requests_only = Eager(both, 2).wait, session.serve_on, [(session.fd, select.EPOLLIN)]
+    eager = Eager(both, 2)
+    wait, serve, requests_only = eager.wait, session.serve_on, [(session.fd, select.EPOLLIN)]
     watched = False
 
     def sleep(inbox_fd: int, timeout_ms: int) -> None:
@@ -128,6 +129,9 @@ def serve_session(inbox: Inbox, session: Session) -> None:
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while session.kept == kept and not session.closed:
             ready = wait(timeout_s)
+            if eager.has_slept:
+                eager.has_slept = False
+                session.look_soon()
             if ready == requests_only:
                 serve()
                 if timeout_s is None:
