@@ -123,10 +123,11 @@ class IrqLayer:
     def unmask(self, domid: int, port: int) -> None:
         """Unmask a port that was seen without a reason to be masked, and raise it if it is pending.
 
-        A CPU may have claimed it since, and our unmask come behind its mask. It claims first: looking again behind the unmask,
-        both of them locked, we see the claim, or it masks behind us.
+        A CPU may have claimed it since, and our unmask come behind its mask.
         """
         self.channels.unmask_and_raise(domid, port)
+        # SYNC(irq_unmask): the unmask, then the look at the irq word, both locked. The CPU claims before it masks: we see its
+        # claim, or it masks behind us.
         if self._memory(domid).fetch_or64(Domain.table(Domain.IRQ_WORDS, port), 0) & Irq.REASONS:
             self.channels.path.mask(domid, port)
 

@@ -33,6 +33,7 @@ static int64_t handle_claimed(pv_upcall_run *u, uint32_t port, uint64_t irq)
     uint64_t old;
     int64_t pushed, r;
     /* SYNC(sub_resolve): the service was counted by the claim (locked exchange) before pending is cleared here. */
+    /* SYNC(irq_unmask): claimed before the mask (locked, both): who unmasks meanwhile sees the claim behind that, and masks again. */
     PV_TRY(r, pv_mask_and_clear(u->domain, port));
     /*
      * Not enabled only now (A3.2): a user who writes the port back earlier is ignored, so nobody unmasks it between our

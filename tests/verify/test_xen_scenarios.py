@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pvbus.actors.hypervisor.irqs import IrqLayer
+from pvbus.shm.layout import Irq
 from pvbus.verify.explorer import MODELS, Model, Scenario, explore
 from pvbus.verify.scenarios.cpu_death import CpuDeath
 from pvbus.verify.scenarios.doorbell import Doorbell
@@ -108,6 +109,32 @@ def test_without_the_barrier_between_flag_and_announcement_a_busy_cpu_counts_as_
 
 
 # ---- planted bugs: a property that cannot fail is a defect
+
+
+class Hasty(IrqLayer):
+    """Looks for a claim, and then unmasks."""
+
+    def unmask(self, domid: int, port: int) -> None:
+        """Turn the two round."""
+        claimed = self.word(domid, port) & Irq.REASONS
+        self.channels.unmask_and_raise(domid, port)
+        if claimed:
+            self.channels.path.mask(domid, port)
+
+
+class Hurried(PortLife):
+    """A move by such a layer."""
+
+    def irq_layer(self, model: Model) -> IrqLayer:
+        """Give it in place of ours."""
+        return Hasty(super().irq_layer(model).channels)
+
+
+def test_who_looks_before_the_unmask_misses_a_claim() -> None:
+    result = explore(Hurried((("raise", 1), ("move", 1))))
+
+    assert result.failure is not None
+    assert "port 1" in result.failure.message
 
 
 class Forgetful(CpuDeath):
