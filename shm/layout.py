@@ -310,7 +310,6 @@ class FilePage:
     RELEASED: Final = 28
     PROD: Final = 64
     SIZE: Final = 72
-    PRODUCER_CPU: Final = 76
     CONS: Final = 128
     DOOR: Final = 192
     BITMAP: Final = 4096

@@ -187,9 +187,6 @@ int64_t pv_ring_push(MemoryObject *machine, uint32_t slot, MemoryObject *page, u
     PV_TRY(r, pv_ring_unlock(machine, slot));
     if (result != 0)
         return result;
-#ifndef PVBUS_EXPLORED
-    PV_STORE32(page, PV_PAGE(producer_cpu), (uint32_t)sched_getcpu(), PV_RELAXED, "evr.cpu");
-#endif
     PV_TRY(wake, wake_after_publish(machine, slot, page, driver_order, was_empty));
     return wake;
 }

@@ -204,8 +204,7 @@ struct pv_file_page {
     uint8_t pad1[32];
     uint64_t prod;                   /* @64 P: epoch << 34 | poisoned << 33 | overflow << 32 | producer index.  Machine writes. */
     uint32_t size;                   /* event ring size.  Machine writes. */
-    uint32_t producer_cpu;           /* where the producer last ran: is spinning worth while? */
-    uint8_t pad2[48];
+    uint8_t pad2[52];
     uint64_t cons;                   /* @128 C: epoch << 34 | consumer index.  Users compare-exchange; the machine validates. */
     uint8_t pad3[56];
     uint32_t door;                   /* @192 1 = a byte lies in the doorbell, or is on its way */

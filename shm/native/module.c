@@ -32,7 +32,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     OFFSET(pv_submission, claim), OFFSET(pv_submission, taken),
     OFFSET(pv_file_page, version), OFFSET(pv_file_page, magic), OFFSET(pv_file_page, capacity), OFFSET(pv_file_page, ports_max),
     OFFSET(pv_file_page, bitmap), OFFSET(pv_file_page, ring), OFFSET(pv_file_page, domain), OFFSET(pv_file_page, released), OFFSET(pv_file_page, prod),
-    OFFSET(pv_file_page, size), OFFSET(pv_file_page, producer_cpu), OFFSET(pv_file_page, cons), OFFSET(pv_file_page, door),
+    OFFSET(pv_file_page, size), OFFSET(pv_file_page, cons), OFFSET(pv_file_page, door),
     OFFSET(pv_submission_ring, version), OFFSET(pv_submission_ring, magic), OFFSET(pv_submission_ring, entries),
     OFFSET(pv_submission_ring, tail), OFFSET(pv_submission_ring, head),
     OFFSET(pv_public_page, version), OFFSET(pv_public_page, magic), OFFSET(pv_public_page, hypervisor_sleeping),

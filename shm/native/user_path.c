@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <poll.h>
 #ifndef PVBUS_EXPLORED
+#include <fcntl.h>
 #include <sched.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -36,6 +37,7 @@ static int64_t door_take(ContextObject *c) { return called(PyObject_CallMethod(c
 static int64_t door_wait(ContextObject *c) { return called(PyObject_CallMethod(c->page->model, "door_wait", NULL)); }
 static int64_t ring_doorbell(ContextObject *c) { return called(PyObject_CallMethod(c->page->model, "kick", NULL)); }
 static int64_t spin_for_entry(ContextObject *c) { (void)c; return 0; }
+static int may_block(ContextObject *c) { (void)c; return 0; }
 static int64_t push_back(ContextObject *c, uint64_t *deadline) { (void)deadline; PV_SPIN(c->ring, "sub.full"); return 0; }
 #else
 /* Take the byte(s) out of the doorbell: how many, 0 when there is none. */
@@ -74,16 +76,19 @@ static int64_t ring_doorbell(ContextObject *c)
 #ifdef PVBUS_GATED
 static int64_t spin_for_entry(ContextObject *c) { (void)c; return 0; } /* a trace has no place for chance */
 #else
+/*
+ * Look for an entry a moment longer before sleeping, if that has paid lately.  Whoever waits for this core goes first: with
+ * fewer cores than processes it mostly is the one whose entry we wait for.
+ */
 static int64_t spin_for_entry(ContextObject *c)
 {
-    uint32_t producer;
     int64_t state = 0;
-    PV_LOAD32(producer, c->page, PV_PAGE(producer_cpu), PV_RELAXED, "evr.cpu");
-    if (producer == (uint32_t)sched_getcpu() || (c->score == 0 && (++c->probe & 15) != 0))
+    if (c->score == 0 && (++c->probe & 15) != 0)
         return 0;
     uint64_t deadline = pv_now_ns() + SPIN_NS;
     Py_BEGIN_ALLOW_THREADS
     do {
+        sched_yield();
         for (int i = 0; i < 16 && state == 0; i++) {
             PV_RELAX();
             state = pv_ring_state(c->page);
@@ -94,6 +99,12 @@ static int64_t spin_for_entry(ContextObject *c)
     return state != 0;
 }
 #endif
+
+/* A file that is O_NONBLOCK says EAGAIN at once.  Asked when a read is about to sleep, not at every read. */
+static int may_block(ContextObject *c)
+{
+    return !(fcntl(c->door, F_GETFL) & O_NONBLOCK);
+}
 
 /* The submission ring is full: let the hypervisor run.  Bounded. */
 static int64_t push_back(ContextObject *c, uint64_t *deadline)
@@ -200,9 +211,11 @@ int64_t pv_file_read(ContextObject *c, uint32_t *out, uint32_t max)
         if (again)
             continue;
         lowered = 0;
-        PV_TRY(r, spin_for_entry(c));
-        if (r)
-            continue;
+        if (may_block(c)) {
+            PV_TRY(r, spin_for_entry(c));
+            if (r)
+                continue;
+        }
         PV_TRY(r, door_wait(c));
         if (r == -EAGAIN) {
             /* The door hangs up when the last process that holds its other end has heard of the release. */
@@ -259,6 +272,11 @@ int64_t pv_file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
                     return again;
                 continue;
             }
+        }
+        if (state == 0) {
+            PV_TRY(again, spin_for_entry(c));
+            if (again)
+                continue;
         }
         uint64_t now = pv_now_ns();
         if (timeout_ms > 0 && now >= deadline)

@@ -66,7 +66,7 @@ NOT_COMPARED: dict[str, list[tuple[int, int]]] = {
         *[(Domain.vcpu(vcpu, Vcpu.FIFO_DROPPED), 8) for vcpu in range(VCPUS_MAX)],
         (Domain.table(Domain.PENDING_SINCE, 0), 2 * 8 * PORTS_MAX),
     ],
-    "page": [(FilePage.PRODUCER_CPU, 4)],
+    "page": [],
     "ring": [],
     "public": [],
 }
