@@ -18,7 +18,8 @@
 #include <unistd.h>
 #endif
 
-#define SPIN_NS 20000u                        /* a blocked wake costs 13-15 us: spin about that long, if it has paid lately */
+#define SPINS 64                              /* some 20 us of our own time: a blocked wake costs 13-15, so as long as that, if it has paid lately */
+#define SPIN_NS_MAX 200000u                   /* with the time of those who went first */
 #define SCORE_MAX 16
 #define TIMEOUT_MS_MAX 2147483647 /* poll(2) has an int */
 #define PUSHBACK_NS_MAX 10000000000ull        /* a hypervisor that takes nothing for ten seconds is gone */
@@ -85,15 +86,15 @@ static int64_t spin_for_entry(ContextObject *c)
     int64_t state = 0;
     if (c->score == 0 && (++c->probe & 15) != 0)
         return 0;
-    uint64_t deadline = pv_now_ns() + SPIN_NS;
+    uint64_t deadline = pv_now_ns() + SPIN_NS_MAX;
     Py_BEGIN_ALLOW_THREADS
-    do {
+    for (int spins = 0; spins < SPINS && state == 0 && (spins == 0 || pv_now_ns() < deadline); spins++) {
         sched_yield();
         for (int i = 0; i < 16 && state == 0; i++) {
             PV_RELAX();
             state = pv_ring_state(c->page);
         }
-    } while (state == 0 && pv_now_ns() < deadline);
+    }
     Py_END_ALLOW_THREADS
     c->score += state != 0 ? (c->score < SCORE_MAX) : -(c->score > 0);
     return state != 0;
