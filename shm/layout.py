@@ -230,6 +230,7 @@ class Machine:
     POISONED: Final = 48
     KICKS: Final = 56
     DRAINS: Final = 64
+    HYPERVISOR_CORE: Final = 72
     VIRQ_HANDLER: Final = 128
     FILES: Final = 4096
     FILE_BYTES: Final = 256

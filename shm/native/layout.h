@@ -151,7 +151,8 @@ struct pv_machine_header {
     uint32_t variants;               /* PV_VARIANT_* */
     uint32_t hypervisor_generation;
     uint64_t notifies, enables, refused, poisoned, kicks, drains;
-    uint8_t pad[56];
+    uint64_t hypervisor_core;        /* where the hypervisor runs, plus 1.  It writes; CPUs may follow */
+    uint8_t pad[48];
     uint32_t virq_handler[PV_NR_VIRQS]; /* @128 the domain + 1 that handles a global VIRQ, 0 = the hardware domain */
 };
 struct pv_file {                     /* 256 bytes: what of an open file its user must not be able to write */

@@ -23,7 +23,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     SIZE(pv_machine_header), OFFSET(pv_machine_header, version), OFFSET(pv_machine_header, magic), OFFSET(pv_machine_header, clock_offset_ns),
     OFFSET(pv_machine_header, variants), OFFSET(pv_machine_header, hypervisor_generation), OFFSET(pv_machine_header, notifies),
     OFFSET(pv_machine_header, enables), OFFSET(pv_machine_header, refused), OFFSET(pv_machine_header, poisoned),
-    OFFSET(pv_machine_header, kicks), OFFSET(pv_machine_header, drains), OFFSET(pv_machine_header, virq_handler),
+    OFFSET(pv_machine_header, kicks), OFFSET(pv_machine_header, drains), OFFSET(pv_machine_header, hypervisor_core), OFFSET(pv_machine_header, virq_handler),
     SIZE(pv_file), OFFSET(pv_file, state), OFFSET(pv_file, domain), OFFSET(pv_file, lock), OFFSET(pv_file, size), OFFSET(pv_file, prod),
     OFFSET(pv_file, claim), OFFSET(pv_file, delivered), OFFSET(pv_file, dropped), OFFSET(pv_file, wakes), OFFSET(pv_file, impossible),
     OFFSET(pv_file, ports), OFFSET(pv_file, restricted), OFFSET(pv_file, opener_pid), OFFSET(pv_file, process_pid), OFFSET(pv_file, name),

@@ -51,11 +51,11 @@ SIZES = {
     "public": PublicPage.BYTES,
 }
 
-# Statistics and stamps (PV_COUNT64, PV_STAMP64), and the CPU on which the producer ran: (offset, bytes) of
-# each page.
+# Statistics and stamps (PV_COUNT64, PV_STAMP64), and the core of the hypervisor: (offset, bytes) of each
+# page.
 NOT_COMPARED: dict[str, list[tuple[int, int]]] = {
     "machine": [
-        (Machine.NOTIFIES, 48),
+        (Machine.NOTIFIES, 56),
         (Machine.file(SLOT, File.DELIVERED), 32),
         (Machine.submission(0, Submission.TAKEN), 8),
     ],
