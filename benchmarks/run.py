@@ -3,10 +3,11 @@
 
     benchmarks/run.py [--quick] [--json] [--seconds S] [--rounds N] [--ports-max N]
 
-One machine whose domains 0 and 1 have the FIFO ABI and 2 and 3 the 2-level one, one pair of processes with a file on each
-side of both, no pinning. All rows are run in each round, every second round backwards, so that whatever the computer does
-meanwhile falls on all of them; a row's figure is the median of its rounds, a ratio the median of the ratios within each
-round. Nothing but figures of this run is printed.
+One machine whose domains 0 and 1 have the FIFO ABI and 2 and 3 the 2-level one, as they come, and 4 and 5 FIFO with
+ports spread over two virtual CPUs; one pair of processes with a file on each side of all, no pinning. All rows are
+run in each round, every second round backwards, so that whatever the computer does meanwhile falls on all of them; a
+row's figure is the median of its rounds, a ratio the median of the ratios within each round. Nothing but figures of
+this run is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 if __name__ in {"__main__", "__mp_main__"}:  # started as a script: the checkout is the package pvbus
     sys.path.append(str(Path(__file__).resolve().parent.parent / ".dev"))
 
-from pvbus.benchmarks.evtchn import ABIS, FIFO, MACHINE, TWO_LEVEL
+from pvbus.benchmarks.evtchn import ABIS, FIFO, MACHINE, SPREAD, TWO_LEVEL
 from pvbus.benchmarks.machine_facts import MachineFigures, measure_machine
 from pvbus.benchmarks.page import percentiles
 from pvbus.benchmarks.pair import Pair
@@ -84,14 +85,15 @@ class Row:
 def make_rows(ports: dict[str, int], with_zmq: bool) -> list[Row]:
     """List what is measured, in the order of the table; `ports` says how many each ABI has bound."""
     peers = ["pipe", "zmq"] if with_zmq else ["pipe"]
-    ours = [(abi.transport, count) for count in PORTS for abi in ABIS if count <= ports[abi.transport]]
+    ours = [(abi.transport, count) for count in PORTS for abi in (FIFO, TWO_LEVEL) if count <= ports[abi.transport]]
     return [
         *(Row("single", transport, count) for transport, count in ours),
+        Row("single", SPREAD.transport, ports[SPREAD.transport]),
         *(Row("single", peer) for peer in peers),
         *(Row("batch", transport, count) for transport, count in ours if count > 1),
         *(Row("batch", peer) for peer in peers),
         *(Row("packets", transport, size=size) for size in PACKET_SIZES for transport in (TRANSPORT, *peers)),
-        *(Row("trip", abi.transport) for abi in ABIS),
+        *(Row("trip", abi.transport) for abi in (FIFO, TWO_LEVEL)),
         Row("trip", TRANSPORT),
         *(Row("trip", peer) for peer in peers),
     ]
