@@ -133,8 +133,8 @@ static void awake(server *s)
 
 /*
  * On two cores the machine keeps to one of them and leaves the other to its users: hypervisor and CPUs wait for each other all
- * the time, and a core that yields to the next is ten times as fast as one that wakes another.  The hypervisor runs where the
- * scheduler puts it, and the CPUs follow.  With more cores there is room for everyone, and the scheduler finds it.
+ * the time, and a core goes from one process to the next in a microsecond, and takes ten to wake the other core.  The
+ * hypervisor runs where the scheduler puts it, and the CPUs follow.  With more cores the scheduler has room for everyone.
  */
 static void keep_together(server *s)
 {
@@ -159,7 +159,7 @@ static void keep_together(server *s)
 }
 
 /*
- * Between two looks at the rings: whoever looks at every entry as it comes takes three cache lines from the other core each
+ * Between two looks of the hypervisor at the rings: whoever looks at every entry as it comes takes three cache lines from the other core each
  * time, and slows the sender down tenfold.  After some 300 ns there is a handful to take.
  */
 static void breathe(void)
@@ -180,12 +180,12 @@ static int spin(server *s)
         return 0;
     uint64_t deadline = pv_now_ns() + SPIN_NS_MAX;
     for (int spins = 0; spins < most && (spins == 0 || pv_now_ns() < deadline); spins++) {
-        breathe();
         sched_yield();
         if (work(s)) {
             path->score += path->score < SCORE_MAX;
             return 1;
         }
+        breathe();
     }
     path->score -= path->score > 0;
     return 0;
@@ -237,11 +237,10 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
                 if (look(epoll, 0, doorbells, doorbell_words))
                     return;
             }
-            breathe();
+            if (s->domain == NULL)
+                breathe();
             continue;
         }
-        if (look(epoll, 0, doorbells, doorbell_words))
-            return;
         int sleep = nap(s) ? 0 : may_sleep(s);
         if (!sleep)
             continue;
