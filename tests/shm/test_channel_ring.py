@@ -404,6 +404,7 @@ class Nosy:
 def eager_collector() -> Iterator[None]:
     """Let the collector, whenever it is on, run at the next object that is made."""
     thresholds = gc.get_threshold()
+    gc.collect()  # empties the interpreter's free lists, too: what is made of those is not counted
     gc.set_threshold(1, 1, 1)
     yield
     gc.set_threshold(*thresholds)
