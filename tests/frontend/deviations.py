@@ -153,7 +153,6 @@ def of_regular_files() -> dict[str, str]:
         "F_SETFL with O_DIRECT": name_of(lambda: fcntl.fcntl(a.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)),
         "FIONREAD": name_of(lambda: fcntl.ioctl(a.fd, FIONREAD, bytes(4)).hex()),
         "FIOQSIZE": name_of(lambda: fcntl.ioctl(a.fd, FIOQSIZE, bytes(8)).hex()),
-        "getxattr": name_of(lambda: os.getxattr(a.fd, "user.x")),
         "an unknown ioctl with a size, and NULL": name_of(lambda: a.ioctl(0x40044599, None)),
         "an unknown ioctl of more than a page": name_of(lambda: a.ioctl(0x5F404599, None)),
     }

@@ -49,7 +49,6 @@ FUSE_SEES = {
     "F_SETFL with O_DIRECT": "0",
     "FIONREAD": "00000000",
     "FIOQSIZE": "0000000000000000",
-    "getxattr": "ENOTSUP",
     "an unknown ioctl with a size, and NULL": "EFAULT",
     "an unknown ioctl of more than a page": "ENOMEM",
     "the event": "4",

@@ -19,6 +19,7 @@ from pvbus.view.fuse import abi
 from pvbus.view.fuse.follow import IN_A_ROW, Follower
 from pvbus.view.fuse.node import Handle, Node, error
 from pvbus.view.fuse.request import Request
+from pvbus.view.fuse.xattr import Like, Xattrs, chmod
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +42,14 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 
 
 class Session:
-    """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns."""
+    """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns; `like` says whose attributes it has."""
 
-    def __init__(self, fd: int, root: Node, *, pages_max: int = 0) -> None:
+    def __init__(self, fd: int, root: Node, *, pages_max: int = 0, like: Like = Like.DEVTMPFS) -> None:
         self.fd = fd
         self.root = root
         self.pages_max = pages_max  # of a buffer in one READ or WRITE; 0 leaves it to the kernel
+        self._init_flags = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
+        self._init_flags |= (abi.INIT_MAX_PAGES if pages_max else 0) | (abi.INIT_POSIX_ACL if like is Like.DEVTMPFS else 0)
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
         self.kept = 0
@@ -74,6 +77,7 @@ class Session:
             abi.FSYNC: self._fsync, abi.IOCTL: self._ioctl, abi.POLL: self._poll, abi.INTERRUPT: self._interrupt,
             abi.OPENDIR: self._opendir, abi.READDIR: self._readdir, abi.RELEASEDIR: self._releasedir,
             abi.STATFS: self._statfs, abi.INIT: self._init, abi.DESTROY: self._destroy,
+            **Xattrs(self._node, like).operations,
         }  # fmt: skip
 
     # ---- the loop
@@ -187,12 +191,9 @@ class Session:
         if major != abi.VERSION_MAJOR or minor < abi.VERSION_MINOR_MIN:
             raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
         self.minor = min(minor, abi.VERSION_MINOR)
-        wanted = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
-        if self.pages_max:
-            wanted |= abi.INIT_MAX_PAGES
         request.reply(
             abi.INIT_OUT.pack(
-                abi.VERSION_MAJOR, self.minor, readahead, flags & wanted,
+                abi.VERSION_MAJOR, self.minor, readahead, flags & self._init_flags,
                 0, 0, WRITE_BYTES_MAX, 1, self.pages_max, 0, 0,
             )
         )  # fmt: skip
@@ -217,7 +218,7 @@ class Session:
         return node
 
     def _lookup(self, request: Request, body: memoryview) -> None:
-        name = os.fsdecode(bytes(body[:abi.LOOKUP_BYTES_MAX]).split(b"\0", 1)[0])
+        name = os.fsdecode(abi.text_at(body, 0))
         node = self._node(request.nodeid).lookup(name)
         nodeid = self._id_of(node)
         self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
@@ -270,6 +271,8 @@ class Session:
                 node.truncate(request, size)
         if changed:
             node.changed = {**node.changed, **changed}
+        if "mode" in changed:
+            chmod(node, changed["mode"])
         request.reply(self._attributes(request))
 
     def _readlink(self, request: Request, _body: memoryview) -> None:
