@@ -18,7 +18,7 @@ import pytest
 
 from pvbus.tests.frontend.support import command, need_namespaces, not_shown, run, started, xenevtchn_client
 from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, users_python, with_packages
-from pvbus.tests.view.support import until
+from pvbus.tests.view.support import stopped, until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import abi, bpf
 
@@ -119,6 +119,61 @@ def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str) -> No
     with holding(machine_name) as held:
         _line(held)
 
+        _child_of(held, "pvbus: seccomp").kill()
+
+        assert _line(held) == "error!!"
+
+
+OUTLIVES = """
+import errno, fcntl, os, struct, sys, signal
+def answer(call, *arguments):
+    try:
+        return call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+device = "/dev/xen/evtchn"
+fd, one = os.open(device, os.O_RDWR), struct.pack("=I", 1)
+print(fcntl.ioctl(fd, 0x44502, bytearray(4)), os.getpid(), flush=True)
+sys.stdin.readline()
+print(answer(fcntl.ioctl, fd, 0x44502, bytearray(4)), flush=True)     # in the middle of which the front end dies
+print(answer(fcntl.ioctl, fd, 0x44504, one), answer(os.read, fd, 4), answer(os.read, fd, 3), answer(os.write, fd, one))
+for path in ("/etc/passwd", device):
+    print(type(answer(os.open, path, os.O_RDWR)).__name__)
+other = os.open(device, os.O_RDWR)
+print(fcntl.ioctl(other, 0x44502, bytearray(4)) > 0, answer(fcntl.ioctl, other, 0x4599, 0))
+print(os.spawnlp(os.P_WAIT, "cat", "cat", "/proc/self/comm"))
+"""
+
+
+def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_boot: Any, machine_name: str) -> None:
+    booted = pvbus_boot(ONE_DOMAIN)
+    with started(sys.executable, "-c", OUTLIVES, name=booted.name, options=SECCOMP) as process:
+        assert process.stdin is not None
+        port, pid = _line(process).split()
+        file = next(row["pid"] for row in booted.machine.status()["processes"] if row["name"].startswith("file/0."))
+        with stopped(file):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            call = f"{bpf.here().ioctl} "
+            until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith(call), "it asks for a port")
+            _child_of(process, "pvbus: seccomp").kill()
+            ended = _line(process)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said, errors = process.stdout.read(), process.stderr.read()
+
+    assert (port, ended) == ("1", "ENOTTY")
+    assert said.split("\n")[:-1] == ["ENOTTY b'' b'' EPIPE", "int", "int", "True ENOTTY", "cat", "0"]
+    assert errors == "pvbus run: the server of seccomp has died; its files answer with errors\n"
+
+
+def test_when_nobody_is_left_that_answers_every_call_is_refused(machine_name: str) -> None:
+    with holding(machine_name) as held:
+        _line(held)
+
+        stand_in = _child_of(held, "pvbus: stand-in")
+        stand_in.kill()
+        until(lambda: not stand_in.is_running(), "the stand-in has ended")
         _child_of(held, "pvbus: seccomp").kill()
 
         assert _line(held) == "error!!"

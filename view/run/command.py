@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.view.fuse import mount
-from pvbus.view.run import boot
+from pvbus.view.run import boot, seccomp
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import Room
-from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
 from pvbus.view.run.territory import Territory
 from pvbus.view.run.xenstore import Xenstore
@@ -40,7 +39,7 @@ SHELL = "/bin/sh"  # runs what the kernel does not know how to, as execvp(3) has
 
 FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
     "fuse": lambda: [XenDevices()],
-    "seccomp": lambda: [XenDevices(), SeccompFrontend()],
+    "seccomp": lambda: [XenDevices(), *seccomp.fittings()],
 }
 """What is put in place for each --frontend."""
 FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
