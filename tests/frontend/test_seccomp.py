@@ -77,6 +77,7 @@ def decide(number: int, *arguments: int, audit: int = ANY.audit) -> int:
         ((ANY.read, 3, 0, 5), True), ((ANY.read, 3, 0, 2), True), ((ANY.write, 3, 0, 8), False),
         ((ANY.write, 3, 0, 4096), False), ((ANY.write, 3, 0, 4100), True), ((ANY.write, 3, 0, 3), True),
         ((ANY.ioctl, 3, 0x44504), True), ((ANY.ioctl, 3, 0x5421), False), ((ANY.ioctl, 3, 0x5451), False),
+        ((ANY.ioctl, 3, 0x5460), False), ((ANY.ioctl, 3, 0xC0189436), False),
         ((ANY.ioctl, 3, 0x5452), True), ((ANY.ioctl, 3, 0x5401), True), ((ANY.openat, 0), True), ((ANY.open, 0), True),
         ((ANY.openat2, 0), True), ((ANY.creat, 0), True), ((ANY.readv, 0), True), ((ANY.writev, 0), True),
         ((ANY.fcntl, 3, 4, 0x2000), True), ((ANY.fcntl, 3, 4, 0x800), False), ((ANY.fcntl, 3, 3, 0x2000), False),
