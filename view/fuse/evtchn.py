@@ -38,6 +38,7 @@ ARGUMENT_BYTES = {
 BYTES_A_CALL = 4096  # the driver reads and writes at most a page at once
 RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and no bind any more
 _PORT = struct.Struct("=I")
+_APPEND = os.O_APPEND
 
 
 class Device(DeviceNode):
@@ -193,7 +194,7 @@ class OpenFile(Handle):
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
-        if flags & os.O_APPEND:
+        if flags & _APPEND:
             offset = self._offset_of(request.pid, offset, size)
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
         if length == size >= _PORT.size:
