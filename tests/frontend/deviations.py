@@ -182,6 +182,13 @@ def takes_nothing(a: DeviceFile, b: DeviceFile, at_b: int) -> dict[str, str]:
     return answers | {"the event": str(len(a.read(8)))}
 
 
+def set_async(fd: int) -> str:
+    """Ask for SIGIO, and say whether that is shown."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC)
+    return "shown" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ASYNC else "not shown"
+
+
 def of_fstat(fd: int) -> str:
     """Say what it is, of which size, and which device."""
     found = os.fstat(fd)
@@ -201,6 +208,9 @@ def searched() -> str:
 def main(library: str) -> None:
     """Look, and print."""
     DeviceFile.driver = Driver(library)
+    alone = opened(os.O_RDONLY)
+    lease = name_of(lambda: fcntl.fcntl(alone.fd, fcntl.F_SETLEASE, fcntl.F_RDLCK))
+    alone.close()
     file = opened(os.O_RDWR | os.O_NONBLOCK)
     full = overflowed()
     a, _, b, at_b = pair()
@@ -212,7 +222,9 @@ def main(library: str) -> None:
         "read under SA_RESTART": restarted(),
         "SIGIO": sigio(),
         "FIOASYNC": name_of(lambda: file.ioctl(FIOASYNC, bytearray(b"\1\0\0\0"))),
+        "O_ASYNC by fcntl": set_async(file.fd),
         "fstat": of_fstat(file.fd),
+        "a lease of who is alone": lease,
         "grep -r": searched(),
         "read of an empty ring to NULL": name_of(lambda: file.read_at(None, 4)),
         "read of an overflowed ring": name_of(lambda: full.read(4)),

@@ -22,8 +22,11 @@ def test_a_32_bit_program_finds_the_device(pvbus_shared_machine: BootedMachine, 
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
-def test_the_device_is_read_written_and_polled_through_io_uring(pvbus_shared_machine: BootedMachine) -> None:
-    done = run(str(compiled(HERE / "uring_client.c")), name=pvbus_shared_machine.name)
+@pytest.mark.parametrize("frontend", ["fuse", "seccomp"])
+def test_the_device_is_read_written_and_polled_through_io_uring(pvbus_shared_machine: BootedMachine, frontend: str) -> None:
+    client = str(compiled(HERE / "uring_client.c"))
+
+    done = run(client, name=pvbus_shared_machine.name, options=["--frontend", frontend])
 
     if done.returncode == NO_IO_URING:
         not_shown("io_uring on the device file", done.stdout.strip())

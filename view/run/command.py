@@ -115,7 +115,7 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
     territory = Territory()
     for fitting in fittings:
         fitting.prepare(room)
-    servers = {fork_server(fitting, room, fittings): fitting.title for fitting in fittings if fitting.title}
+    servers = {fork_server(fitting, room, fittings): fitting.obituary for fitting in fittings if fitting.title}
     for fitting in fittings:
         close_all(fitting)
     guard, lifeline = _guard(room, territory)  # behind the servers, which would otherwise hold its lifeline
@@ -206,11 +206,11 @@ def _wait(running: Running) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(command.pid, caught.si_signo)
             continue
-        for group, what in ((running.servers, "the server of {}"), (running.daemons, "{}")):
-            for pid, title in list(group.items()):
+        for group, what in ((running.servers, "{}"), (running.daemons, "{} has died; its files answer with errors")):
+            for pid, said in list(group.items()):
                 if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
                     del group[pid]
-                    print(f"pvbus run: {what.format(title)} has died; its files answer with errors", file=sys.stderr)
+                    print(f"pvbus run: {what.format(said)}", file=sys.stderr)
         code = command.poll()
         if code is not None:
             return code if code >= 0 else EXIT_SIGNALLED - code

@@ -112,6 +112,11 @@ class StandIn(Fitting):
         super().__init__()
         self._frontend = frontend
 
+    @property
+    def obituary(self) -> str:
+        """What is said when its process has died."""
+        return "the stand-in of seccomp has died; when the server dies as well, its programs open no file any more"
+
     def prepare(self, room: Room) -> None:
         """Make what tells of the server's end: a pipe of which nobody else has the other end."""
         lives, lifeline = os.pipe2(os.O_CLOEXEC)
