@@ -20,6 +20,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -195,14 +196,17 @@ def of_fstat(fd: int) -> str:
     return f"{stat.filemode(found.st_mode)} {found.st_size} {found.st_rdev}"
 
 
-def searched() -> str:
-    """Have a program look for a word in each regular file of the directory."""
-    with subprocess.Popen(["grep", "-rsq", "word", "/dev/xen"]) as search:
-        while search.poll() is None:
-            if Path(f"/proc/{search.pid}/syscall").read_text().split()[0] == READ_CALL:
-                search.kill()
-                return "waits for an event"
-    return f"ends with {search.returncode}"
+def copied() -> str:
+    """Have a program copy what lies in the directory, devices as devices."""
+    device = os.fsdecode(DEVICE)
+    with tempfile.TemporaryDirectory() as place, subprocess.Popen(["cp", "-a", device, place], stderr=subprocess.DEVNULL) as copy:
+        while copy.poll() is None:
+            words = Path(f"/proc/{copy.pid}/syscall").read_text().split()
+            with contextlib.suppress(OSError):  # not a descriptor, or gone
+                if words[0] == READ_CALL and str(Path(f"/proc/{copy.pid}/fd/{int(words[1], 16)}").readlink()) == device:
+                    copy.kill()
+                    return "waits for an event"
+    return f"ends with {copy.returncode}"
 
 
 def main(library: str) -> None:
@@ -225,7 +229,7 @@ def main(library: str) -> None:
         "O_ASYNC by fcntl": set_async(file.fd),
         "fstat": of_fstat(file.fd),
         "a lease of who is alone": lease,
-        "grep -r": searched(),
+        "cp -a": copied(),
         "read of an empty ring to NULL": name_of(lambda: file.read_at(None, 4)),
         "read of an overflowed ring": name_of(lambda: full.read(4)),
         "poll of an overflowed ring": full.poll(0xFFFF),

@@ -34,7 +34,7 @@ FUSE_SEES = {
     "FIOASYNC": "ENOTTY",
     "O_ASYNC by fcntl": "not shown",
     "fstat": "-rw------- 0 0",
-    "grep -r": "waits for an event",
+    "cp -a": "waits for an event",
     "private mapping": "SIGBUS",
     "copy_file_range": "EXDEV",
     "sync_file_range": "0",
