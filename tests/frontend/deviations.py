@@ -8,6 +8,7 @@ prints a JSON object of what was seen, by name.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -17,7 +18,9 @@ import select
 import signal
 import stat
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +30,7 @@ from pvbus.tests.golden.session import wait_until_blocked
 from pvbus.tests.golden.through_file import DeviceFile, Driver
 
 DEVICE = b"/dev/xen/evtchn"
-FIONREAD, FIOQSIZE = 0x541B, 0x5460
+FIONREAD, FIOQSIZE, FIBMAP, FS_IOC_RESVSP, FIOASYNC, TCGETS = 0x541B, 0x5460, 1, 0x40305828, 0x5452, 0x5401
 READ_CALL = {"x86_64": "0", "aarch64": "63"}.get(os.uname().machine, "")
 
 
@@ -126,50 +129,107 @@ def continued() -> str:
     return answer
 
 
-def of_regular_files() -> dict[str, str]:
-    """Make calls that a character device refuses, and say what they answer; events that lie there stay."""
+def of_regular_files(path: str) -> dict[str, str]:
+    """Make calls that the kernel answers otherwise for a regular file than for a device whose driver has not got them."""
     library = ctypes.CDLL(None, use_errno=True)
-    a, _, b, at_b = pair()
+    fd, read_only = (os.open(path, flags | os.O_NONBLOCK) for flags in (os.O_RDWR, os.O_RDONLY))
+    regular = os.memfd_create("regular")
+
+    def call(name: str, *words: int) -> str:
+        value = getattr(library, name)(fd, *map(ctypes.c_long, words))
+        return errno.errorcode[ctypes.get_errno()] if value < 0 else str(value)
+
+    def ioctl(request: int) -> str:
+        return name_of(lambda: fcntl.ioctl(fd, request, bytearray(64)))
+
+    answers = {
+        "copy_file_range": name_of(lambda: os.copy_file_range(fd, regular, 4)),
+        "sync_file_range": call("sync_file_range", 0, 0, 0),
+        "fallocate": call("fallocate", 0, 0, 8),
+        "readahead": call("readahead", 0, 4096),
+        "a lease": name_of(lambda: fcntl.fcntl(read_only, fcntl.F_SETLEASE, fcntl.F_RDLCK)),
+        "O_DIRECT by fcntl": name_of(lambda: fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)),
+        "FIONREAD": ioctl(FIONREAD),
+        "FIOQSIZE": ioctl(FIOQSIZE),
+        "FIBMAP": ioctl(FIBMAP),
+        "FS_IOC_RESVSP": ioctl(FS_IOC_RESVSP),
+        "the file system": hex(ctypes.c_long.from_buffer(of_statfs(library, fd)).value),
+    }
+    for each in (fd, read_only, regular):
+        os.close(each)
+    return answers
+
+
+def of_statfs(library: ctypes.CDLL, fd: int) -> ctypes.Array[ctypes.c_char]:
+    """Ask for what kind of file system it lies in."""
+    found = ctypes.create_string_buffer(256)
+    library.fstatfs(fd, found)
+    return found
+
+
+def takes_nothing(a: DeviceFile, b: DeviceFile, at_b: int) -> dict[str, str]:
+    """Make calls that move data by other ways than read and write; an event that lies there stays."""
     fcntl.fcntl(a.fd, fcntl.F_SETFL, os.O_NONBLOCK)
     b.notify(at_b)
     a.poll(select.POLLIN, 2000)
     pipe_out, pipe_in = os.pipe()
     os.write(pipe_in, bytes(8))
-    regular = os.memfd_create("regular")
-
-    def call(name: str, *words: int) -> str:
-        value = getattr(library, name)(a.fd, *map(ctypes.c_long, words))
-        return errno.errorcode[ctypes.get_errno()] if value < 0 else str(value)
-
+    of_regular_files(os.fsdecode(DEVICE))
     answers = {
         "splice from it": name_of(lambda: os.splice(a.fd, pipe_in, 4)),
         "splice to it": name_of(lambda: os.splice(pipe_out, a.fd, 4)),
-        "copy_file_range": name_of(lambda: os.copy_file_range(a.fd, regular, 4)),
         "pwritev2 with RWF_APPEND": name_of(lambda: os.pwritev(a.fd, [bytes(4)], -1, os.RWF_APPEND)),
-        "sync_file_range": call("sync_file_range", 0, 0, 0),
-        "fallocate": call("fallocate", 0, 0, 8),
-        "readahead": call("readahead", 0, 4096),
-        "F_SETLEASE": name_of(lambda: fcntl.fcntl(opened(os.O_RDONLY).fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)),
-        "F_SETFL with O_DIRECT": name_of(lambda: fcntl.fcntl(a.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)),
-        "FIONREAD": name_of(lambda: fcntl.ioctl(a.fd, FIONREAD, bytes(4)).hex()),
-        "FIOQSIZE": name_of(lambda: fcntl.ioctl(a.fd, FIOQSIZE, bytes(8)).hex()),
-        "getxattr": name_of(lambda: os.getxattr(a.fd, "user.x")),
-        "an unknown ioctl with a size, and NULL": name_of(lambda: a.ioctl(0x40044599, None)),
-        "an unknown ioctl of more than a page": name_of(lambda: a.ioctl(0x5F404599, None)),
     }
     return answers | {"the event": str(len(a.read(8)))}
+
+
+def set_async(fd: int) -> str:
+    """Ask for SIGIO, and say whether that is shown."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC)
+    return "shown" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ASYNC else "not shown"
+
+
+def of_fstat(fd: int) -> str:
+    """Say what it is, of which size, and which device."""
+    found = os.fstat(fd)
+    return f"{stat.filemode(found.st_mode)} {found.st_size} {found.st_rdev}"
+
+
+def copied() -> str:
+    """Have a program copy what lies in the directory, devices as devices."""
+    device = os.fsdecode(DEVICE)
+    with tempfile.TemporaryDirectory() as place, subprocess.Popen(["cp", "-a", device, place], stderr=subprocess.DEVNULL) as copy:
+        while copy.poll() is None:
+            words = Path(f"/proc/{copy.pid}/syscall").read_text().split()
+            with contextlib.suppress(OSError):  # not a descriptor, or gone
+                if words[0] == READ_CALL and str(Path(f"/proc/{copy.pid}/fd/{int(words[1], 16)}").readlink()) == device:
+                    copy.kill()
+                    return "waits for an event"
+    return f"ends with {copy.returncode}"
 
 
 def main(library: str) -> None:
     """Look, and print."""
     DeviceFile.driver = Driver(library)
+    alone = opened(os.O_RDONLY)
+    lease = name_of(lambda: fcntl.fcntl(alone.fd, fcntl.F_SETLEASE, fcntl.F_RDLCK))
+    alone.close()
     file = opened(os.O_RDWR | os.O_NONBLOCK)
     full = overflowed()
+    a, _, b, at_b = pair()
     seen = {
-        "unknown ioctl": name_of(lambda: file.ioctl(0x4599, None)),
+        "an unknown ioctl": name_of(lambda: file.ioctl(0x4599, None)),
+        "an unknown ioctl with a size, and NULL": name_of(lambda: file.ioctl(0x40044599, None)),
+        "an unknown ioctl of more than a page": name_of(lambda: file.ioctl(0x5F404599, None)),
+        "isatty": name_of(lambda: file.ioctl(TCGETS, bytearray(64))),
         "read under SA_RESTART": restarted(),
         "SIGIO": sigio(),
-        "a regular file": stat.S_ISREG(os.fstat(file.fd).st_mode),
+        "FIOASYNC": name_of(lambda: file.ioctl(FIOASYNC, bytearray(b"\1\0\0\0"))),
+        "O_ASYNC by fcntl": set_async(file.fd),
+        "fstat": of_fstat(file.fd),
+        "a lease of who is alone": lease,
+        "cp -a": copied(),
         "read of an empty ring to NULL": name_of(lambda: file.read_at(None, 4)),
         "read of an overflowed ring": name_of(lambda: full.read(4)),
         "poll of an overflowed ring": full.poll(0xFFFF),
@@ -181,8 +241,11 @@ def main(library: str) -> None:
         "read over SIGSTOP and SIGCONT": continued(),
         "open with O_DIRECT": name_of(lambda: opened(os.O_RDWR | os.O_DIRECT)),
         "truncate": name_of(lambda: os.truncate(DEVICE, 0)),
-        **of_regular_files(),
+        **takes_nothing(a, b, at_b),
+        **of_regular_files(os.fsdecode(DEVICE)),
     }
+    with contextlib.suppress(OSError):  # a device whose driver answers ENOSYS for an unknown ioctl, as ours does
+        seen["on a device"] = of_regular_files("/dev/loop-control")
     print(json.dumps(seen))
 
 

@@ -99,6 +99,21 @@ def xenevtchn_client(linking: str, source: str = "xenevtchn_client.c") -> Path:
     return compiled(HERE / source, *libraries)
 
 
+def client_32() -> Path:
+    """Give a 32-bit client; skip loudly where such programs cannot be made, or do not run."""
+    options = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector"]
+    with tempfile.TemporaryDirectory(prefix="pvbus-c-") as directory:
+        source, program = Path(directory, "nothing.c"), Path(directory, "nothing")
+        source.write_text('void _start(void) { __asm__ volatile("int $0x80" : : "a"(1), "b"(0)); }\n')
+        try:
+            subprocess.run(["cc", *options, "-o", str(program), str(source)], capture_output=True, text=True, check=True)
+            subprocess.run([str(program)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or str(error)
+            not_shown("32-bit programs on the device file", f"none can be made and run: {why.strip().splitlines()[-1]}")
+    return compiled(HERE / "client32.c", *options)
+
+
 def driver() -> Path:
     """Give the library of single system calls (tests/golden/evtchn_driver.c)."""
     return compiled(HERE.parent / "golden" / "evtchn_driver.c", "-shared", "-fPIC")

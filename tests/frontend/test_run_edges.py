@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,13 @@ from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environmen
 from pvbus.tests.frontend.test_run import PVBUS, alive, in_private_mounts, machines
 from pvbus.view.pytest_plugin import BootedMachine
 
+NO_VMBUS = """\
+[[domain]]
+id = 0
+cpus = 1
+platforms = ["hyperv"]
+acpi_device = false
+"""
 NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups"
 
 
@@ -150,3 +158,14 @@ def test_a_run_within_a_run_ends_with_it_and_so_do_their_machines(pvbus_shared_m
     wait_until(lambda: machines() == before, "the inner machines are gone")
     shared = Path("/dev/shm")
     wait_until(lambda: not any(list(shared.glob(f"pvbus-{run_id}-*")) for run_id in run_ids), "their segments are gone")
+
+
+def test_a_domain_on_the_platform_without_a_vmbus_device_has_the_directories_and_nothing_in_them(pvbus_boot: Any) -> None:
+    booted = pvbus_boot(NO_VMBUS)
+
+    done = run("sh", "-c", "ls -d /sys/bus/vmbus; ls /sys/bus/vmbus/d*s; ls /sys/devices/VMBUS:00", name=booted.name)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [
+        "/sys/bus/vmbus", "/sys/bus/vmbus/devices:", "/sys/bus/vmbus/drivers:", "hid", "modalias", "subsystem", "uevent",
+    ]  # fmt: skip

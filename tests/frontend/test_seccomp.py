@@ -18,7 +18,7 @@ import pytest
 
 from pvbus.tests.frontend.support import command, need_namespaces, not_shown, run, started, xenevtchn_client
 from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, users_python, with_packages
-from pvbus.tests.view.support import until
+from pvbus.tests.view.support import stopped, until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import abi, bpf
 
@@ -77,6 +77,7 @@ def decide(number: int, *arguments: int, audit: int = ANY.audit) -> int:
         ((ANY.read, 3, 0, 5), True), ((ANY.read, 3, 0, 2), True), ((ANY.write, 3, 0, 8), False),
         ((ANY.write, 3, 0, 4096), False), ((ANY.write, 3, 0, 4100), True), ((ANY.write, 3, 0, 3), True),
         ((ANY.ioctl, 3, 0x44504), True), ((ANY.ioctl, 3, 0x5421), False), ((ANY.ioctl, 3, 0x5451), False),
+        ((ANY.ioctl, 3, 0x5460), False), ((ANY.ioctl, 3, 0xC0189436), False),
         ((ANY.ioctl, 3, 0x5452), True), ((ANY.ioctl, 3, 0x5401), True), ((ANY.openat, 0), True), ((ANY.open, 0), True),
         ((ANY.openat2, 0), True), ((ANY.creat, 0), True), ((ANY.readv, 0), True), ((ANY.writev, 0), True),
         ((ANY.fcntl, 3, 4, 0x2000), True), ((ANY.fcntl, 3, 4, 0x800), False), ((ANY.fcntl, 3, 3, 0x2000), False),
@@ -119,6 +120,62 @@ def test_when_the_front_end_dies_its_clients_get_errors(machine_name: str) -> No
     with holding(machine_name) as held:
         _line(held)
 
+        _child_of(held, "pvbus: seccomp").kill()
+
+        assert _line(held) == "error!!"
+
+
+OUTLIVES = """
+import errno, fcntl, os, struct, sys, signal
+def answer(call, *arguments):
+    try:
+        return call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+device = "/dev/xen/evtchn"
+fd, one = os.open(device, os.O_RDWR), struct.pack("=I", 1)
+print(fcntl.ioctl(fd, 0x44502, bytearray(4)), os.getpid(), flush=True)
+sys.stdin.readline()
+print(answer(fcntl.ioctl, fd, 0x44502, bytearray(4)), flush=True)     # in the middle of which the front end dies
+print(answer(fcntl.ioctl, fd, 0x44504, one), answer(os.read, fd, 4), answer(os.read, fd, 3), answer(os.write, fd, one))
+for path in ("/etc/passwd", device):
+    print(type(answer(os.open, path, os.O_RDWR)).__name__)
+other = os.open(device, os.O_RDWR)
+print(fcntl.ioctl(other, 0x44502, bytearray(4)) > 0, answer(fcntl.ioctl, other, 0x4599, 0))
+print(os.spawnlp(os.P_WAIT, "cat", "cat", "/proc/self/comm"))
+"""
+
+
+def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_boot: Any, machine_name: str) -> None:
+    booted = pvbus_boot(ONE_DOMAIN)
+    with started(sys.executable, "-c", OUTLIVES, name=booted.name, options=SECCOMP) as process:
+        assert process.stdin is not None
+        port, pid = _line(process).split()
+        file = next(row["pid"] for row in booted.machine.status()["processes"] if row["name"].startswith("file/0."))
+        with stopped(file):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            call = f"{bpf.here().ioctl} "
+            until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith(call), "it asks for a port")
+            _child_of(process, "pvbus: seccomp").kill()
+            ended = _line(process)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said, errors = process.stdout.read(), process.stderr.read()
+
+    assert (port, ended) == ("1", "ENOTTY")
+    assert said.split("\n")[:-1] == ["ENOTTY b'' b'' EPIPE", "int", "int", "True ENOTTY", "cat", "0"]
+    assert errors == "pvbus run: the server of seccomp has died; its files answer with errors\n"
+
+
+def test_when_nobody_is_left_that_answers_every_call_is_refused(machine_name: str) -> None:
+    with holding(machine_name) as held:
+        _line(held)
+
+        stand_in = _child_of(held, "pvbus: stand-in")
+        stand_in.kill()
+        assert held.stderr is not None
+        assert held.stderr.readline().startswith("pvbus run: the stand-in of seccomp has died; ")
         _child_of(held, "pvbus: seccomp").kill()
 
         assert _line(held) == "error!!"
@@ -185,6 +242,28 @@ def test_who_has_no_descriptor_left_hears_emfile_and_the_file_is_released(
 
     assert done.stdout == "24\n", done.stderr
     assert pvbus_shared_machine.machine.status()["files"] == []
+
+
+def test_an_access_control_list_is_the_kernel_s_to_look_at(machine_name: str) -> None:
+    if os.geteuid() != 0 or Path("/proc/self/uid_map").read_text().split()[2] == "1":
+        not_shown("access control lists under the seccomp front end", "it takes root to become another user")
+    script = (
+        "import os\n"
+        "from pvbus.tests.frontend.xattrs import ANYBODY, access_list\n"
+        "mine = (2, 6, 1234), (4, 0, ANYBODY), (16, 6, ANYBODY), (32, 0, ANYBODY)\n"
+        "os.setxattr('/dev/xen/evtchn', 'system.posix_acl_access', access_list((1, 6, ANYBODY), *mine))\n"
+        "for user, group in (1234, 1234), (1235, 0):\n"
+        "    if os.fork() == 0:\n"
+        "        os.setgroups([]); os.setgid(group); os.setuid(user)\n"
+        "        try: os.open('/dev/xen/evtchn', os.O_RDWR); print('opened', flush=True)\n"
+        "        except PermissionError: print('refused', flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+    )
+
+    done = run(sys.executable, "-c", script, name=machine_name, options=SECCOMP)
+
+    assert (done.stdout, done.stderr) == ("opened\nrefused\n", "")
 
 
 def test_when_the_machine_stops_its_device_answers_eio_and_all_else_goes_on(pvbus_boot: Any) -> None:

@@ -190,3 +190,20 @@ def test_xenstored_runs_in_domain_0_only(pvbus_boot: object) -> None:
 
     assert (done.returncode, done.stderr) == (3, "pvbus run: xenstored runs in domain 0, not in domain 1\n")
     assert not Path("/dev/.xenstored").exists()
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_only_xenstored_has_a_proc_xen(machine_name: str) -> None:
+    script = (
+        "test -e /proc/xen || echo none\n"
+        "for one in /proc/[0-9]*; do\n"
+        '    [ "$(cat $one/comm)" = xenstored ] && [ $one/ns/net -ef /proc/self/ns/net ] && ls $one/root/proc{,/xen}\n'
+        "done 2>/dev/null\n"
+    )
+
+    done = run("bash", "-c", script, name=machine_name, options=["--xenstore"])
+
+    none, *there = done.stdout.splitlines()
+    assert none == "none"
+    assert there[1] == "xen"
+    assert {"capabilities", "xsd_port", "xsd_kva"} <= set(there[2:])

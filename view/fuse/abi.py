@@ -18,18 +18,19 @@ VERSION_MINOR = 38  # what we have looked at; the kernel speaks it if it knows m
 
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK = 1, 2, 3, 4, 5
 OPEN, READ, WRITE, STATFS, RELEASE, FSYNC = 14, 15, 16, 17, 18, 20
-GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 22, 23, 25, 26, 27, 28, 29
+SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 21, 22, 23, 24, 25, 26, 27, 28, 29
 ACCESS, INTERRUPT, DESTROY, IOCTL, POLL, BATCH_FORGET = 34, 36, 38, 39, 40, 42
 
 SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2 = 6, 8, 9, 10, 11, 12, 13, 35, 45
 
-NOTIFY_POLL = 1
+NOTIFY_POLL, NOTIFY_STORE = 1, 4
 
 # ---- flags
 
 INIT_ATOMIC_O_TRUNC = 1 << 3  # O_TRUNC is a flag of OPEN, not a SETATTR behind it
 INIT_BIG_WRITES = 1 << 5
 INIT_PARALLEL_DIROPS = 1 << 18
+INIT_POSIX_ACL = 1 << 20  # access control lists are the kernel's to look at
 INIT_MAX_PAGES = 1 << 22  # we say how many pages of a buffer a request has
 
 FOPEN_DIRECT_IO = 1
@@ -59,10 +60,12 @@ IOCTL_ANSWER = struct.Struct("=IiQiIII")
 POLL_IN = struct.Struct("=QQII")
 POLL_ANSWER = struct.Struct("=IiQII")
 POLL_WAKEUP = struct.Struct("=Q")
+STORE = struct.Struct("=QQI4x")
 INTERRUPT_IN = struct.Struct("=Q")
 FORGET_IN = struct.Struct("=Q")
 BATCH_FORGET_IN = struct.Struct("=II")
 FORGET_ONE = struct.Struct("=QQ")
+GETXATTR_IN = GETXATTR_OUT = SETXATTR_IN = struct.Struct("=II")
 STATFS_OUT = struct.Struct("=QQQQQIIII24x")
 DIRENT = struct.Struct("=QQII")
 ATTR_OUT_HEAD = struct.Struct("=QII")
@@ -104,6 +107,11 @@ def changed_attributes(body: memoryview) -> dict[str, int]:
         (SETATTR_MTIME, "time_s", int(time.time()) if valid & SETATTR_MTIME_NOW else mtime_s),
     )  # fmt: skip
     return {name: value for bit, name, value in said if valid & bit}
+
+
+def text_at(body: memoryview, at: int) -> bytes:
+    """Give the name that stands there, without its NUL."""
+    return bytes(body[at : at + LOOKUP_BYTES_MAX]).split(b"\0", 1)[0]
 
 
 def dirent(inode: int, offset: int, mode: int, name: bytes) -> bytes:

@@ -3,8 +3,8 @@
 
 The kernel hands over a page of a buffer at a time (`pages_max` of the session), and so never two segments of readv or writev at
 once. A driver sees whole segments, and the fault at their end. While its call waits for us, /proc shows which call it is. Who is
-in another kind of call (io_uring, a 32-bit program), or may not be looked at, is taken by FUSE's word. What an ioctl points to
-lies in the caller's memory.
+in another kind of call (io_uring), or may not be looked at, is taken by FUSE's word. What an ioctl points to lies in the caller's
+memory.
 """
 
 from __future__ import annotations
@@ -26,12 +26,28 @@ LOOKS_MAX = 50  # it is on its way into its sleep: a few microseconds
 IOV_MAX = 1024
 LINE_BYTES_MAX = 256
 _RUNNING = b"running"
-_NUMBERS = {  # read, readv, preadv2; write, writev, pwritev2
-    "x86_64": {READ: (0, 19, 327), WRITE: (1, 20, 328)},
-    "aarch64": {READ: (63, 65, 286), WRITE: (64, 66, 287)},
-}.get(platform.machine(), {READ: (-1, -1, -1), WRITE: (-1, -1, -1)})
-_SPLICES = {"x86_64": (40, 275), "aarch64": (71, 76)}.get(platform.machine(), ())  # sendfile, splice
-_VECTOR = struct.Struct("=QQ")
+_IN_RING = b"426 "  # io_uring_enter, for every machine and program
+_VECTOR, _VECTOR_32 = struct.Struct("=QQ"), struct.Struct("=II")
+_Calls = dict[int, tuple[str, struct.Struct | None, bool]]
+
+
+def _calls(vector: struct.Struct, reads: tuple[int, ...], writes: tuple[int, ...]) -> _Calls:
+    """Describe read, readv, preadv2, and write, writev, pwritev2: of what kind, the layout of a segment, whether with flags."""
+    return {
+        number: (kind, vector if at else None, at == 2)
+        for kind, numbers in ((READ, reads), (WRITE, writes)) for at, number in enumerate(numbers)
+    }  # fmt: skip
+
+
+# A 32-bit program's calls have numbers of their own. On these machines each means something else to the others, but nothing that
+# could wait for a READ or WRITE of ours: so there is no need to know whose a number is.
+_KNOWN: _Calls = {
+    "x86_64": _calls(_VECTOR, (0, 19, 327), (1, 20, 328)) | _calls(_VECTOR_32, (3, 145, 378), (4, 146, 379)),
+    "aarch64": _calls(_VECTOR, (63, 65, 286), (64, 66, 287)) | _calls(_VECTOR_32, (3, 145, 392), (4, 146, 393)),
+}.get(platform.machine(), {})
+_SPLICES = {  # sendfile, splice; and sendfile64 of 32-bit programs
+    "x86_64": (40, 275, 187, 239, 313), "aarch64": (71, 76, 187, 239, 340),
+}.get(platform.machine(), ())  # fmt: skip
 MEMORY_S_MAX = 1.0  # in less than that no number of a thread can have been given to another
 _QUERY, _QUERY_BYTES = struct.Struct("=QQQ"), 104  # procmap_query: its size, flags, the address
 _ANSWER, _ANSWER_AT = struct.Struct("=QQ"), 32  # in it, the end and the flags of the mapping
@@ -65,8 +81,8 @@ class Callers:
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
         """Give address and length of the segment in which `size` bytes at `offset` of a call lie, and where in it they begin.
 
-        Where nothing else is known, they are a segment of their own, at address 0. Refused is what a driver without such methods
-        never sees: EINVAL for a splice, EOPNOTSUPP for a write with flags.
+        Where nothing else is known, the call has one segment, which ends with them, and its address is 0. Refused is what a
+        driver without such methods never sees: EINVAL for a splice, EOPNOTSUPP for a write with flags.
         """
         fd = self._files.get(thread)
         try:
@@ -78,30 +94,38 @@ class Callers:
             return self._whole
         segments = self._segments(thread, text if text and not text.startswith(_RUNNING) else self._look(thread), kind)
         if sum(length for _, length in segments) < offset + size:  # that is not the call in which it waits for us
-            return 0, size, 0
+            return 0, offset + size, offset
         inner = offset
         for address, length in segments:
             if inner < length:
                 return address, length, inner
             inner -= length
-        return 0, size, 0
+        return 0, offset + size, offset
+
+    def length(self, thread: int, kind: str) -> int:
+        """Give how many bytes a thread's call is about; 0 if that is not known."""
+        return sum(length for _, length in self._segments(thread, self._look(thread), kind))
+
+    def is_in_ring(self, thread: int) -> bool:
+        """Whether a thread waits in io_uring_enter, or is one of the kernel's for that."""
+        return self._look(thread).startswith(_IN_RING)
 
     def _segments(self, thread: int, text: bytes, kind: str) -> list[tuple[int, int]]:
         """Give the address and the length of each segment that a thread reads or writes, by its line of /proc."""
         words = text.split()
-        simple, vectored, flagged = _NUMBERS[kind]
         refused = 0
         try:
             number = int(words[0]) if len(words) > 3 else -2
-            if number == simple:
+            called, vector, has_flags = _KNOWN.get(number, ("", None, False))
+            if called == kind and vector is None:
                 address, length = int(words[2], 16), int(words[3], 16)
                 self._whole_text, self._whole = text, (address, length, 0)
                 return [(address, length)]
-            if number == flagged and int(words[6], 16) & ~os.RWF_HIPRI:
+            if called == kind and has_flags and int(words[6], 16) & ~os.RWF_HIPRI:
                 refused = errno.EOPNOTSUPP
-            elif number in (vectored, flagged):
+            elif called == kind and vector is not None:
                 count = min(int(words[3], 16), IOV_MAX)
-                return list(_VECTOR.iter_unpack(read_memory(thread, int(words[2], 16), count * _VECTOR.size)))
+                return list(vector.iter_unpack(read_memory(thread, int(words[2], 16), count * vector.size)))
         except (OSError, ValueError):
             return []
         if number in _SPLICES:

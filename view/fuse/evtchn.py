@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import evtchn, frontend
 from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
-from pvbus.view.fuse.caller import READ, WRITE, Callers
+from pvbus.view.fuse.caller import CALLERS_MAX, READ, WRITE, Callers
 from pvbus.view.fuse.mount import read_memory, write_memory
 from pvbus.view.fuse.node import DeviceNode, Handle, error
 
@@ -38,6 +38,7 @@ ARGUMENT_BYTES = {
 BYTES_A_CALL = 4096  # the driver reads and writes at most a page at once
 RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and no bind any more
 _PORT = struct.Struct("=I")
+_APPEND = os.O_APPEND
 
 
 class Device(DeviceNode):
@@ -103,6 +104,10 @@ class OpenFile(Handle):
         self.readers: deque[_Reader] = deque()
         self.rests: dict[int, bytes] = {}
         """What has been taken for a thread's read and lies in the buffer's next pages, which the kernel comes for at once."""
+        self.appends: dict[int, tuple[int, int]] = {}
+        """Where a thread's write begins that is not at its end yet, and where its next page will be: O_APPEND."""
+        self.short = 0, 0
+        """Who has read last, and how much less than it had room for."""
         self.poller: Callable[[], None] | None = None
         file.on_ready = self._on_ready
 
@@ -112,11 +117,27 @@ class OpenFile(Handle):
             self.rests.pop(request.pid, None)  # of a read that was killed
         if not offset and size >= _PORT.size and flags & os.O_NONBLOCK and not self.file.ready():
             return errno.EAGAIN
+        if self.short == (request.pid, size) and self._is_ring_unsated(request):
+            self.short = 0, 0
+            return b""
         reader = _Reader(request, offset, size, nonblock=bool(flags & os.O_NONBLOCK))
         data = self._advance(reader)
         if data is None:
             self.readers.append(reader)
+        elif data or offset:
+            self._gave(reader, data)
         return data
+
+    def _is_ring_unsated(self, request: Request) -> bool:
+        """Whether the kernel is after the rest of a short read: of a regular file an io_uring reads all that it asks for.
+
+        It waits in poll for that, and then reads. No driver's read is like that: there is no more, and it is done.
+        """
+        return self.short[1] > 0 and self.device.callers.is_in_ring(request.pid)
+
+    def _gave(self, reader: _Reader, data: bytes) -> None:
+        """Remember a short answer."""
+        self.short = reader.request.pid, 0 if reader.nonblock else reader.room - len(data)
 
     def _advance(self, reader: _Reader) -> bytes | None:
         """Give what there is for a read, or None: it waits."""
@@ -173,17 +194,36 @@ class OpenFile(Handle):
     def write(self, request: Request, offset: int, data: bytes, flags: int) -> int:
         """Mirror evtchn_write (A5), once for each segment: at its first page for all of it."""
         size = len(data)
+        if flags & _APPEND:
+            offset = self._offset_of(request.pid, offset, size)
         address, length, inner = self.device.callers.segment(request.pid, WRITE, offset, size)
         if length == size >= _PORT.size:
             self._must_live()
             return self.file.write(data)
         count = min(length & ~3, BYTES_A_CALL)
+        if not address:  # nothing is known but these bytes
+            count = 0 if offset & 3 else max(count - offset, 0)
+            if count:
+                self._must_live()
+                self.file.write(data[:count])
+            return count
         if count and not inner:
             self._must_live()
             if count > size:
                 data += read_memory(request.pid, address + size, count - size)
             self.file.write(data[:count])
         return max(min(count - inner, size), 0)
+
+    def _offset_of(self, thread: int, position: int, size: int) -> int:
+        """Give where in its call a page of a write lies that the kernel puts behind all that was ever written."""
+        begin, following = self.appends.pop(thread, (position, position))
+        if following != position:  # the rest of that one never came
+            begin = position
+        if position + size - begin < self.device.callers.length(thread, WRITE):
+            if len(self.appends) >= CALLERS_MAX:  # of those that were killed meanwhile
+                self.appends.clear()
+            self.appends[thread] = begin, position + size
+        return position - begin
 
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
@@ -220,7 +260,10 @@ class OpenFile(Handle):
         """Mirror evtchn_poll (A10.1)."""
         if kh:
             self.poller = lambda: request.session.wake_pollers(kh)
-        return self.file.mask()
+        mask = self.file.mask()
+        if self.short[0] == request.pid and not mask & select.POLLIN and self._is_ring_unsated(request):
+            mask |= select.POLLIN | select.POLLRDNORM
+        return mask
 
     def interrupt(self, request: Request) -> None:
         """End a read that waits; a call of the machine's own ends by itself."""
@@ -253,6 +296,7 @@ class OpenFile(Handle):
                     self.readers.appendleft(reader)
                     return
                 reader.request.reply(data)
+                self._gave(reader, data)
             except OSError as failed:
                 reader.request.fail(failed.errno or errno.EIO)
         if self.poller is not None and file.ready():

@@ -74,6 +74,9 @@ class Node:
     changed: Mapping[str, int] = MappingProxyType({})
     """Fields of the attributes that chmod, chown or utimes has changed since."""
 
+    xattrs: Mapping[bytes, bytes] = MappingProxyType({})
+    """Extended attributes by their names (xattr.py)."""
+
     def attributes(self) -> Attributes:
         """Give what stat shows, afresh each time."""
         raise NotImplementedError

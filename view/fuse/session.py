@@ -19,6 +19,7 @@ from pvbus.view.fuse import abi
 from pvbus.view.fuse.follow import IN_A_ROW, Follower
 from pvbus.view.fuse.node import Handle, Node, error
 from pvbus.view.fuse.request import Request
+from pvbus.view.fuse.xattr import Like, Xattrs, chmod
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +42,14 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 
 
 class Session:
-    """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns."""
+    """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns; `like` says whose attributes it has."""
 
-    def __init__(self, fd: int, root: Node, *, pages_max: int = 0) -> None:
+    def __init__(self, fd: int, root: Node, *, pages_max: int = 0, like: Like = Like.DEVTMPFS) -> None:
         self.fd = fd
         self.root = root
         self.pages_max = pages_max  # of a buffer in one READ or WRITE; 0 leaves it to the kernel
+        self._init_flags = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
+        self._init_flags |= (abi.INIT_MAX_PAGES if pages_max else 0) | (abi.INIT_POSIX_ACL if like is Like.DEVTMPFS else 0)
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
         self.kept = 0
@@ -74,6 +77,7 @@ class Session:
             abi.FSYNC: self._fsync, abi.IOCTL: self._ioctl, abi.POLL: self._poll, abi.INTERRUPT: self._interrupt,
             abi.OPENDIR: self._opendir, abi.READDIR: self._readdir, abi.RELEASEDIR: self._releasedir,
             abi.STATFS: self._statfs, abi.INIT: self._init, abi.DESTROY: self._destroy,
+            **Xattrs(self._node, like).operations,
         }  # fmt: skip
 
     # ---- the loop
@@ -160,6 +164,15 @@ class Session:
         head = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + abi.POLL_WAKEUP.size, abi.NOTIFY_POLL, 0)
         self.put(0, head + abi.POLL_WAKEUP.pack(kh))
 
+    def _make_readable(self, nodeid: int) -> None:
+        """Have the kernel read for io_uring and aio: it does not ask for what lies behind a file's size, and a stream has none.
+
+        A byte of which we say that it has come makes the size larger that the kernel keeps to itself, until it hears of
+        attributes again; stat always asks us. Nobody sees the byte: no page of it is whole.
+        """
+        size = abi.OUT_HEADER_BYTES + abi.STORE.size + 1
+        self.put(0, abi.OUT_HEADER.pack(size, abi.NOTIFY_STORE, 0) + abi.STORE.pack(nodeid, 1, 1) + b"\0")
+
     def put(self, unique: int, message: bytes) -> None:
         """Write an answer with its header. (For `Request`.)"""
         if self.closed:
@@ -187,12 +200,9 @@ class Session:
         if major != abi.VERSION_MAJOR or minor < abi.VERSION_MINOR_MIN:
             raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
         self.minor = min(minor, abi.VERSION_MINOR)
-        wanted = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
-        if self.pages_max:
-            wanted |= abi.INIT_MAX_PAGES
         request.reply(
             abi.INIT_OUT.pack(
-                abi.VERSION_MAJOR, self.minor, readahead, flags & wanted,
+                abi.VERSION_MAJOR, self.minor, readahead, flags & self._init_flags,
                 0, 0, WRITE_BYTES_MAX, 1, self.pages_max, 0, 0,
             )
         )  # fmt: skip
@@ -217,7 +227,7 @@ class Session:
         return node
 
     def _lookup(self, request: Request, body: memoryview) -> None:
-        name = os.fsdecode(bytes(body[:abi.LOOKUP_BYTES_MAX]).split(b"\0", 1)[0])
+        name = os.fsdecode(abi.text_at(body, 0))
         node = self._node(request.nodeid).lookup(name)
         nodeid = self._id_of(node)
         self._lookups[nodeid] = self._lookups.get(nodeid, 0) + 1
@@ -270,6 +280,8 @@ class Session:
                 node.truncate(request, size)
         if changed:
             node.changed = {**node.changed, **changed}
+        if "mode" in changed:
+            chmod(node, changed["mode"])
         request.reply(self._attributes(request))
 
     def _readlink(self, request: Request, _body: memoryview) -> None:
@@ -321,6 +333,8 @@ class Session:
         fh = self._next_handle
         self._next_handle += 1
         self._handles[fh] = handle
+        if handle.open_flags & abi.FOPEN_STREAM:
+            self._make_readable(request.nodeid)
         request.reply(abi.OPEN_OUT.pack(fh, handle.open_flags, 0))
 
     def _handle_of(self, fh: int) -> Handle:

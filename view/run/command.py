@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.view.fuse import mount
-from pvbus.view.run import boot
+from pvbus.view.run import boot, seccomp
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import Room
-from pvbus.view.run.seccomp import SeccompFrontend
 from pvbus.view.run.sysfs import Sysfs
 from pvbus.view.run.territory import Territory
 from pvbus.view.run.xenstore import Xenstore
@@ -40,7 +39,7 @@ SHELL = "/bin/sh"  # runs what the kernel does not know how to, as execvp(3) has
 
 FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
     "fuse": lambda: [XenDevices()],
-    "seccomp": lambda: [XenDevices(), SeccompFrontend()],
+    "seccomp": lambda: [XenDevices(), *seccomp.fittings()],
 }
 """What is put in place for each --frontend."""
 FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
@@ -116,7 +115,7 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
     territory = Territory()
     for fitting in fittings:
         fitting.prepare(room)
-    servers = {fork_server(fitting, room, fittings): fitting.title for fitting in fittings if fitting.title}
+    servers = {fork_server(fitting, room, fittings): fitting.obituary for fitting in fittings if fitting.title}
     for fitting in fittings:
         close_all(fitting)
     guard, lifeline = _guard(room, territory)  # behind the servers, which would otherwise hold its lifeline
@@ -207,11 +206,11 @@ def _wait(running: Running) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(command.pid, caught.si_signo)
             continue
-        for group, what in ((running.servers, "the server of {}"), (running.daemons, "{}")):
-            for pid, title in list(group.items()):
+        for group, what in ((running.servers, "{}"), (running.daemons, "{} has died; its files answer with errors")):
+            for pid, said in list(group.items()):
                 if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
                     del group[pid]
-                    print(f"pvbus run: {what.format(title)} has died; its files answer with errors", file=sys.stderr)
+                    print(f"pvbus run: {what.format(said)}", file=sys.stderr)
         code = command.poll()
         if code is not None:
             return code if code >= 0 else EXIT_SIGNALLED - code

@@ -54,6 +54,11 @@ class Fitting:
     def start(self, room: Room) -> None:
         """Start daemons; what they are is killed at the end of the run."""
 
+    @property
+    def obituary(self) -> str:
+        """What is said when its process has died."""
+        return f"the server of {self.title} has died; its files answer with errors"
+
     # ---- for subclasses
 
     def mount_fuse(self, target: str, options: str) -> int:

@@ -126,9 +126,9 @@ def refuse(listener: int, call: Call, number: int) -> None:
     _send(listener, _RESPONSE.pack(call.id, 0, -number, 0))
 
 
-def let_through(listener: int, call: Call) -> None:
-    """Have the kernel carry a call out, as if there were no filter."""
-    _send(listener, _RESPONSE.pack(call.id, 0, 0, _CONTINUE))
+def let_through(listener: int, call: int) -> None:
+    """Have the kernel carry out the call of that id, as if there were no filter."""
+    _send(listener, _RESPONSE.pack(call, 0, 0, _CONTINUE))
 
 
 def inject(listener: int, call: Call, fd: int, *, cloexec: bool) -> bool:

@@ -2,8 +2,8 @@
 """The front end: takes up the calls that filters hand over, and moves ports between sockets and the machine.
 
 One loop, which never waits: NOTIFY and transfers are answered from shared memory, opens and the other ioctls when the machine
-has answered. Whatever is none of ours is let through. Who dies with the listeners leaves an error to each caller: the kernel
-ends the calls that wait with ENOSYS, and the sockets hang up.
+has answered. Whatever is none of ours is let through. When we die the sockets hang up, and whoever else has the listeners goes on
+with the calls that wait (ledger.py); without anybody the kernel ends them with ENOSYS.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pvbus.actors.runtime import messages as m
 from pvbus.view.fuse.evtchn import ARGUMENT_BYTES, RELEASE_NS_MAX
 from pvbus.view.seccomp import abi, bpf
 from pvbus.view.seccomp.files import SocketFile, segments_of
+from pvbus.view.seccomp.ledger import Ledger
 from pvbus.view.seccomp.rights import is_the_drivers
 
 if TYPE_CHECKING:
@@ -38,18 +39,27 @@ class Waiting(NamedTuple):
 
     listener: int
     call: abi.Call
+    ledger: Ledger
 
     def answer(self, value: int) -> None:
         """End it with a value."""
         abi.answer(self.listener, self.call, value)
+        self.ledger.answered(self.call.id)
 
     def refuse(self, number: int) -> None:
         """End it with an errno."""
         abi.refuse(self.listener, self.call, number)
+        self.ledger.answered(self.call.id)
 
     def let_through(self) -> None:
         """Leave it to the kernel."""
-        abi.let_through(self.listener, self.call)
+        abi.let_through(self.listener, self.call.id)
+        self.ledger.answered(self.call.id)
+
+    def inject(self, fd: int, *, cloexec: bool) -> None:
+        """End it with a descriptor. OSError EMFILE: it has not ended."""
+        abi.inject(self.listener, self.call, fd, cloexec=cloexec)
+        self.ledger.answered(self.call.id)
 
     @property
     def fd(self) -> int:
@@ -83,20 +93,21 @@ class Frontend:
         }
         self._known = known
 
-    def add_listener(self, listener: int) -> None:
+    def add_listener(self, listener: int, ledger: Ledger) -> None:
         """Serve one more filter, until its last process has ended; the descriptor is ours."""
         os.set_blocking(listener, False)
         abi.tune(listener)
-        self.inbox.add_fd(listener, select.EPOLLIN, lambda events: self._listen(listener, events))
+        self.inbox.add_fd(listener, select.EPOLLIN, lambda events: self._listen(listener, ledger, events))
 
-    def _listen(self, listener: int, events: int) -> None:
+    def _listen(self, listener: int, ledger: Ledger, events: int) -> None:
         if not events & select.EPOLLIN:  # EPOLLHUP: the last process under the filter has gone
             self.inbox.remove_fd(listener)
             os.close(listener)
             return
         call = abi.receive(listener)
         if call is not None:
-            self._guarded(Waiting(listener, call), self._handlers.get(call.number, self._open))
+            ledger.taken(call.id)
+            self._guarded(Waiting(listener, call, ledger), self._handlers.get(call.number, self._open))
 
     @staticmethod
     def _guarded(waiting: Waiting, handle: Callable[[Waiting], None]) -> None:
@@ -165,7 +176,7 @@ class Frontend:
         file.on_ready = made.pump
         self.inbox.add_fd(made.ours.fileno(), _EVERY_CHANGE, lambda _: self._changed(made))
         try:
-            abi.inject(waiting.listener, waiting.call, made.theirs.fileno(), cloexec=bool(flags & os.O_CLOEXEC))
+            waiting.inject(made.theirs.fileno(), cloexec=bool(flags & os.O_CLOEXEC))
         finally:  # where the caller has gone, or has no room: nobody holds the other end, and that is a hang-up
             made.handed_over()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.workqueue.sysfs import synthetic
 from pvbus.view.fuse.node import Directory, Node, Symlink, Text
 from pvbus.view.fuse.session import Session
+from pvbus.view.fuse.xattr import Like
 from pvbus.view.sysfs.late import LateText
 from pvbus.view.sysfs.points import BUS, MISC, MISC_MAJOR, PARENT
 from pvbus.view.sysfs.source import BusSource
@@ -52,7 +53,7 @@ class SysfsServer:
         if MISC in fds:
             roots[MISC] = misc_device(minor, sender.send, self.later)
         for point, fd in fds.items():
-            session = Session(fd, roots[point])
+            session = Session(fd, roots[point], like=Like.SYSFS)
             self.sessions.append(session)
             self._selector.register(session, selectors.EVENT_READ, session.serve)
 

@@ -156,6 +156,24 @@ def test_the_kernel_s_own_tree_is_there_and_can_only_be_read(room: Room) -> None
     assert all(room.do(f"mountpoint -q {point}")[0] == 0 for point in below)
 
 
+def test_udevadm_knows_the_device_by_its_place_in_sys_and_not_by_its_file(room: Room) -> None:
+    program("udevadm", "udev")
+
+    assert "N: xen/evtchn" in room.must("udevadm info '/sys/class/misc/xen!evtchn'")
+    assert room.do("udevadm info --name=/dev/xen/evtchn")[0] != 0
+
+
+def test_stat_shows_two_links_and_one_time_and_a_private_mapping_the_value(room: Room) -> None:
+    device = "/sys/devices/VMBUS:00/vmbus_0_1"
+    shown = room.must(f"stat -c '%h %Y' /sys/devices/VMBUS:00 {device} {device}/channels {device}/id").split()
+    mapped = "import mmap, os, sys; f = os.open(sys.argv[1], 0); print(mmap.mmap(f, 4096, mmap.MAP_PRIVATE)[:64].rstrip(b'\\0'))"
+
+    assert shown[::2] == ["2", "2", "2", "1"]
+    assert len(set(shown[1::2])) == 1
+    assert room.must(f'{sys.executable} -c "{mapped}" {device}/id') == "b'1\\n'\n"
+    assert room.must(f"cat {device}/id") == "1\n"
+
+
 # ---- what is read is so
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tree is made of, on a real machine: uevents in their order, and a bus that dies and comes back."""
 
+import errno
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
+from pvbus.actors.client import attach
 from pvbus.actors.runtime.vmbus_facts import DEVICE_CLASSES, modalias
 from pvbus.tests.machine.vmbus_support import ECHO, Recorder, config, kill_and_wait_for_heir, wait_until
 from pvbus.view.sysfs.source import BusSource
@@ -127,3 +130,27 @@ def test_a_uevent_that_cannot_be_sent_is_reported_and_stops_nothing(
 
     wait_until("the next is sent", lambda: heard.told == [("move", HEARTBEAT)])
     assert f"uevent change@{HEARTBEAT} is lost: not permitted" in capsys.readouterr().err
+
+
+def test_a_driver_whose_probe_writes_to_its_own_bind_hears_of_a_time_out(
+    machine: Any, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[int | None] = []
+
+    class BindsItself(Recorder):
+        def probe(self, device: Any, matched_id: Any) -> None:
+            with pytest.raises(OSError, match="no answer") as raised:
+                sysfs.write_driver("heart", "bind", device.name)
+            said.append(raised.value.errno)
+            super().probe(device, matched_id)
+
+    with attach(machine.name) as of_sysfs:
+        sysfs = BusSource(of_sysfs, 0, heard.send)
+        connection = of_sysfs.bus(0)._link.connection
+        monkeypatch.setattr(connection, "ask", functools.partial(connection.ask, timeout_s=0.3))  # instead of 40 s
+
+        driver = machine.register_driver(BindsItself("heart", (DEVICE_CLASSES["heartbeat"],), ring_bytes=0))
+        wait_until("it is probed", lambda: driver.devices)
+        sysfs.close()
+
+    assert said == [errno.ETIMEDOUT]

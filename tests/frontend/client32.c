@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A 32-bit program on the device, without a library: cc -m32 -static -nostdlib -ffreestanding.
+ * Prints "ok", or the line that did not hold and what it gave, and ends with 1.
+ */
+#include <stdint.h>
+
+enum {
+    EXIT = 1, FORK = 2, READ = 3, WRITE = 4, OPEN = 5, CLOSE = 6, WAITPID = 7, LSEEK = 19, IOCTL = 54, FCNTL = 55, READV = 145,
+    WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379,
+};
+enum { EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, EOPNOTSUPP = 95, ENOTCONN = 107 };
+enum { BIND_INTERDOMAIN = 0x84501, BIND_UNBOUND_PORT = 0x44502, UNBIND = 0x44503, NOTIFY = 0x44504 };
+enum { RDWR = 2, NONBLOCK = 04000, POLLIN = 1, SETFL = 4, SHARED = 1, PRIVATE_ANONYMOUS = 0x22, APPEND = 16, PAGE = 4096 };
+#define BAD 0xfffff000L
+#define CHECK(value, wanted) check((long)(value), (long)(wanted), __LINE__)
+
+struct pollfd { int fd; short events, revents; };
+struct segment { uint32_t at, bytes; };
+
+long call(long number, ...); /* up to six arguments, in the order of the kernel's registers */
+__asm__(".globl call\n"
+        "call: push %ebx; push %esi; push %edi; push %ebp\n"
+        "mov 20(%esp), %eax; mov 24(%esp), %ebx; mov 28(%esp), %ecx; mov 32(%esp), %edx\n"
+        "mov 36(%esp), %esi; mov 40(%esp), %edi; mov 44(%esp), %ebp\n"
+        "int $0x80\n"
+        "pop %ebp; pop %edi; pop %esi; pop %ebx; ret\n");
+
+static void say(const char *text)
+{
+    long bytes = 0;
+    while (text[bytes])
+        bytes++;
+    call(WRITE, 1, (long)text, bytes);
+}
+
+static void say_number(long value)
+{
+    char digits[16], *at = digits + 15;
+    unsigned long left = value < 0 ? -(unsigned long)value : (unsigned long)value;
+    *at = 0;
+    do
+        *--at = (char)('0' + left % 10);
+    while (left /= 10);
+    if (value < 0)
+        *--at = '-';
+    say(at);
+}
+
+static void check(long value, long wanted, int line)
+{
+    if (value == wanted)
+        return;
+    say("line ");
+    say_number(line);
+    say(": ");
+    say_number(value);
+    say("\n");
+    call(EXIT, 1);
+}
+
+static long ready(int fd, int timeout_ms)
+{
+    struct pollfd one = {fd, POLLIN, 0};
+    return call(POLL, (long)&one, 1, timeout_ms) == 1 && one.revents == POLLIN;
+}
+
+static long ask(int fd, long request, uint32_t first, uint32_t second)
+{
+    uint32_t words[2] = {first, second};
+    return call(IOCTL, fd, request, (long)words);
+}
+
+static long readv_of(long number, int fd, void *at, uint32_t first, void *behind, uint32_t second)
+{
+    struct segment two[2] = {{(uint32_t)at, first}, {(uint32_t)behind, second}};
+    return call(number, fd, (long)two, 2);
+}
+
+void _start(void)
+{
+    const char *path = "/dev/xen/evtchn";
+    uint32_t words[4] = {0}, port, other, second;
+    long a = call(OPEN, (long)path, RDWR), b = call(OPEN, (long)path, RDWR | NONBLOCK);
+    CHECK(a > 0 && b > 0, 1);
+    port = (uint32_t)ask((int)a, BIND_UNBOUND_PORT, 0, 0);
+    other = (uint32_t)ask((int)b, BIND_INTERDOMAIN, 0, port);
+    CHECK((long)port > 0 && (long)other > 0, 1);
+
+    CHECK(ready((int)b, 5000), 1); /* a port is born with an event */
+    CHECK(call(READ, b, BAD, 4), -EFAULT);
+    CHECK(call(READ, b, (long)words, 16), 4);
+    CHECK(words[0], other);
+    CHECK(call(READ, b, (long)words, 16), -EAGAIN);
+    CHECK(call(WRITE, b, BAD, 4), -EFAULT);
+    CHECK(call(WRITE, b, (long)words, 4), 4);
+    CHECK(ask((int)a, NOTIFY, port, 0), 0);
+    CHECK(ready((int)b, 5000), 1);
+    CHECK(readv_of(READV, (int)b, words, 2, words + 1, 4), 0); /* a call a segment, up to the first short one */
+    CHECK(readv_of(READV, (int)b, words, 4, words + 2, 4), 4);
+    CHECK(readv_of(WRITEV, (int)b, words, 2, words + 1, 4), 0);
+    CHECK(readv_of(WRITEV, (int)b, words, 4, words, 4), 8);
+    struct segment one = {(uint32_t)words, 4};
+    CHECK(call(PWRITEV2, b, (long)&one, 1, -1L, -1L, APPEND), -EOPNOTSUPP);
+
+    CHECK(call(IOCTL, a, NOTIFY, BAD), -EFAULT);
+    CHECK(call(IOCTL, a, UNBIND, 8), -EFAULT);
+    CHECK(ask((int)a, NOTIFY, 4000, 0), -ENOTCONN);
+    CHECK(call(IOCTL, a, 0x4599, 0), -ENOTTY);
+    CHECK(call(LSEEK, b, 0, 1), -ESPIPE);
+    CHECK(call(MMAP2, 0, PAGE, 1, SHARED, b, 0), -ENODEV);
+    CHECK(call(SENDFILE, 1, b, 0, 4), -EINVAL);
+
+    /* Buffers across two pages: one transfer, which waits for nothing more. */
+    long pages = call(MMAP2, 0, 3 * PAGE, 3, PRIVATE_ANONYMOUS, -1, 0), edge = pages + PAGE;
+    CHECK(pages > 0 || pages < -PAGE, 1);
+    CHECK(call(FCNTL, b, SETFL, 0), 0);
+    CHECK(ask((int)a, NOTIFY, port, 0), 0);
+    CHECK(call(READ, b, edge - 4, 8), 4);
+    CHECK(call(WRITE, b, edge - 4, 4), 4);
+    CHECK(ask((int)a, NOTIFY, port, 0), 0);
+    CHECK(call(READ, b, edge - 2, 4), 4);
+    CHECK(call(WRITE, b, edge - 2, 4), 4);
+    CHECK(call(WRITE, b, pages, 2 * PAGE), PAGE);
+    second = (uint32_t)ask((int)b, BIND_INTERDOMAIN, 0, (uint32_t)ask((int)a, BIND_UNBOUND_PORT, 0, 0));
+    CHECK((long)second > 0 && ready((int)b, 5000), 1);
+    CHECK(call(MPROTECT, edge, PAGE, 0), 0);
+    CHECK(call(READ, b, edge - 4, 4), 4);
+    CHECK(call(WRITE, b, edge - 4, 8), -EFAULT);
+    CHECK(call(WRITE, b, edge - 4, 4), 4);
+
+    long child = call(FORK); /* which ends a wait of ours */
+    if (child == 0)
+        call(EXIT, ask((int)a, NOTIFY, port, 0));
+    CHECK(call(READ, b, (long)words, 4), 4);
+    CHECK(words[0], other);
+    CHECK(call(WAITPID, child, 0, 0), child);
+    CHECK(ask((int)b, UNBIND, other, 0), 0);
+    CHECK(call(CLOSE, a) | call(CLOSE, b), 0);
+    say("ok\n");
+    call(EXIT, 0);
+}
