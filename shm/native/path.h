@@ -24,7 +24,6 @@ typedef struct {
     int exits[PV_DOMAINS_MAX][PV_VCPUS_MAX];    /* and the hypervisor, when a vCPU has written EOM */
     int *channel_doors[PV_DOMAINS_MAX];         /* by relid, PV_HV_FLAGS of them; NULL = none yet */
     int score, probe;         /* does spinning pay? */
-    int nap_score, nap_probe; /* does a nap? */
     int cores, core;          /* how many this process was born with, 0 = not counted yet; 1 + the one said or taken last */
 } PathObject;
 

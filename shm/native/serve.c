@@ -11,12 +11,9 @@
 
 #include "hv.h"
 
-#include <errno.h>
 #include <sched.h>
 #include <sys/epoll.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #ifdef PVBUS_GATED
@@ -37,9 +34,6 @@
 #endif
 #define SPIN_NS_MAX 200000u  /* with the time of those who went first */
 #define SCORE_MAX 16
-#define NAP_NS 20000
-#define NAP_ENTRIES_MIN 16u  /* a round trip leaves one or two */
-#define NAP_PROBE 64         /* sleeps from one try to the next while it does not pay */
 #define EVENTS_MAX 32
 
 typedef struct {
@@ -191,27 +185,6 @@ static int spin(server *s)
     return 0;
 }
 
-/*
- * Sleep a moment without announcing it.  Where a sender shares our core, every entry of it would wake us, and be the only one
- * that we find; after a moment unannounced there is a handful, and nobody had to ring.  Only while that pays: a nap that finds
- * little is paid for in latency.  1 when some work was done.
- */
-static int nap(server *s)
-{
-    PathObject *path = s->path;
-    if (s->domain != NULL || (path->nap_score == 0 && (++path->nap_probe & (NAP_PROBE - 1)) != 0))
-        return 0;
-    struct timespec moment = {0, NAP_NS};
-    prctl(PR_SET_TIMERSLACK, 1000); /* else the kernel makes 70 us of it */
-    nanosleep(&moment, NULL);
-    uint32_t found = work(s);
-    if (found >= NAP_ENTRIES_MIN)
-        path->nap_score += path->nap_score < SCORE_MAX;
-    else
-        path->nap_score = 0;
-    return found != 0;
-}
-
 /* 1 when something other than an edge-triggered doorbell became ready, or the time is over. */
 static int look(int epoll, int timeout_ms, const uint64_t *doorbells, size_t doorbell_words)
 {
@@ -231,17 +204,17 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
 {
     keep_together(s);
     for (uint32_t rounds = 1;; rounds++) {
+        if (rounds % ROUNDS_A_LOOK == 0) {
+            keep_together(s);
+            if (look(epoll, 0, doorbells, doorbell_words))
+                return;
+        }
         if (work(s) || spin(s)) {
-            if (rounds % ROUNDS_A_LOOK == 0) {
-                keep_together(s);
-                if (look(epoll, 0, doorbells, doorbell_words))
-                    return;
-            }
             if (s->domain == NULL)
                 breathe();
             continue;
         }
-        int sleep = nap(s) ? 0 : may_sleep(s);
+        int sleep = may_sleep(s);
         if (!sleep)
             continue;
         /* A late EOI that waits; a message that waits for room in the work ring. */
