@@ -6,8 +6,6 @@
 #include <pthread.h>
 #endif
 
-#define SCORE_FIRST 16
-
 PyTypeObject *pv_context_type;
 uint32_t pv_fork_generation;
 
@@ -44,7 +42,9 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     c->head = tail;
     c->rung = 0;
     c->ports_max = ports_max;
-    c->score = SCORE_FIRST;
+#ifndef PVBUS_EXPLORED
+    pv_spin_init(&c->spinner, PV_SPIN_SCORE_MAX);
+#endif
     c->fork_generation = pv_fork_generation;
     return (PyObject *)c;
 }

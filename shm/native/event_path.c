@@ -305,6 +305,9 @@ static PyObject *path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     memset(self->doors, 0xff, sizeof self->doors);
     memset(self->work_doorbells, 0xff, sizeof self->work_doorbells);
     memset(self->exits, 0xff, sizeof self->exits);
+#ifndef PVBUS_EXPLORED
+    pv_spin_init(&self->spinner, 0);
+#endif
     if (path_set_domains(self, domains) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;

@@ -4,6 +4,7 @@
 #define PVBUS_PATH_H
 
 #include "core.h"
+#include "spin.h"
 
 #define KICKS_MAX (PV_DOMAINS_MAX * PV_VCPUS_MAX) /* a kick that found no room would be a lost interrupt */
 
@@ -23,8 +24,9 @@ typedef struct {
     int work_doorbells[PV_DOMAINS_MAX];         /* eventfds: the domain's workqueue, */
     int exits[PV_DOMAINS_MAX][PV_VCPUS_MAX];    /* and the hypervisor, when a vCPU has written EOM */
     int *channel_doors[PV_DOMAINS_MAX];         /* by relid, PV_HV_FLAGS of them; NULL = none yet */
-    int score, probe;         /* does spinning pay? */
-    int cores, core;          /* how many this process was born with, 0 = not counted yet; 1 + the one said or taken last */
+    pv_spinner spinner;
+    int core, stays;          /* keep_together: 1 + the core said or taken last, 0 = none; a CPU whose affinity is another's business */
+    cpu_set_t born, last;     /* a CPU's affinity before it followed, and what it has set */
 } PathObject;
 
 typedef struct {

@@ -10,8 +10,8 @@
 #ifndef PVBUS_EXPLORED
 
 #include "hv.h"
+#include "spin.h"
 
-#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -32,8 +32,6 @@
 #ifndef CPU_SPINS
 #define CPU_SPINS 16
 #endif
-#define SPIN_NS_MAX 200000u  /* with the time of those who went first */
-#define SCORE_MAX 16
 #define EVENTS_MAX 32
 
 typedef struct {
@@ -133,23 +131,29 @@ static void awake(server *s)
 static void keep_together(server *s)
 {
     PathObject *path = s->path;
-    cpu_set_t set;
-    if (path->cores == 0)
-        path->cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    if (path->cores != 2)
-        return;
     uint64_t *said = PV_AT(uint64_t, path->machine, offsetof(struct pv_machine_header, hypervisor_core));
     int core = s->domain == NULL ? sched_getcpu() + 1 : (int)__atomic_load_n(said, __ATOMIC_RELAXED);
-    if (core == path->core || core < 1 || core > CPU_SETSIZE)
+    cpu_set_t now, wanted;
+    if (core == path->core || path->stays || sched_getaffinity(0, sizeof now, &now) != 0)
         return;
-    path->core = core;
-    if (s->domain == NULL) {
-        __atomic_store_n(said, (uint64_t)core, __ATOMIC_RELAXED);
+    if (s->domain == NULL) { /* as many as it may have now */
+        __atomic_store_n(said, CPU_COUNT(&now) == 2 ? (uint64_t)core : 0, __ATOMIC_RELAXED);
+        path->core = core;
         return;
     }
-    CPU_ZERO(&set);
-    CPU_SET((size_t)core - 1, &set);
-    (void)sched_setaffinity(0, sizeof set, &set); /* if we may not, we stay where we are */
+    if (path->core == 0)
+        path->born = path->last = now;
+    path->stays = !CPU_EQUAL(&now, &path->last) || core > CPU_SETSIZE; /* somebody else has decided */
+    CPU_ZERO(&wanted);
+    if (core > 0)
+        CPU_SET((size_t)core - 1, &wanted);
+    CPU_AND(&wanted, &wanted, &path->born);
+    if (core == 0)
+        wanted = path->born;
+    if (path->stays || CPU_COUNT(&wanted) == 0 || sched_setaffinity(0, sizeof wanted, &wanted) != 0)
+        return;
+    path->core = core;
+    path->last = wanted;
 }
 
 /*
@@ -162,42 +166,44 @@ static void breathe(void)
         PV_RELAX();
 }
 
-/*
- * Spin for work that comes soon, if that has paid lately.  1 when some was done.  Whoever waits for this core goes first: it
- * may be the one that we wait for, and with fewer cores than processes it mostly is.
- */
+/* Spin for work that comes soon, if that has paid lately.  1 when some was done. */
 static int spin(server *s)
 {
-    PathObject *path = s->path;
-    int most = s->domain == NULL ? SPINS : CPU_SPINS;
-    if (path->score == 0 && (++path->probe & 15) != 0)
+    pv_spinner *spinner = &s->path->spinner;
+    uint64_t now, deadline;
+    if ((s->domain != NULL && spinner->alone) || !pv_spin_may(spinner))
         return 0;
-    uint64_t deadline = pv_now_ns() + SPIN_NS_MAX;
-    for (int spins = 0; spins < most && (spins == 0 || pv_now_ns() < deadline); spins++) {
-        sched_yield();
+    now = pv_now_ns();
+    deadline = now + PV_SPIN_NS_MAX;
+    for (int turns = s->domain == NULL ? SPINS : CPU_SPINS; turns > 0 && now < deadline; turns--) {
+        int soon = pv_spin_yield(spinner, &now);
         if (work(s)) {
-            path->score += path->score < SCORE_MAX;
+            pv_spin_paid(spinner, soon);
             return 1;
         }
+        if (!soon)
+            return 0;
         breathe();
     }
-    path->score -= path->score > 0;
+    pv_spin_paid(spinner, 0);
     return 0;
 }
 
-/* 1 when something other than an edge-triggered doorbell became ready, or the time is over. */
+enum { DOORBELLS, SOMETHING, TIME_OVER };
+
+/* What became ready: at most edge-triggered doorbells, something for Python, nothing in the time given. */
 static int look(int epoll, int timeout_ms, const uint64_t *doorbells, size_t doorbell_words)
 {
     struct epoll_event events[EVENTS_MAX];
     int n = epoll_wait(epoll, events, EVENTS_MAX, timeout_ms);
     if (n < 0)
-        return 1; /* a signal: Python runs its handler */
+        return SOMETHING; /* a signal: Python runs its handler */
     for (int i = 0; i < n; i++) {
         size_t fd = (size_t)events[i].data.fd;
         if (fd / 64 >= doorbell_words || !(doorbells[fd / 64] >> (fd % 64) & 1))
-            return 1;
+            return SOMETHING;
     }
-    return n == 0 && timeout_ms != 0;
+    return n == 0 ? TIME_OVER : DOORBELLS;
 }
 
 static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbells, size_t doorbell_words)
@@ -206,7 +212,7 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
     for (uint32_t rounds = 1;; rounds++) {
         if (rounds % ROUNDS_A_LOOK == 0) {
             keep_together(s);
-            if (look(epoll, 0, doorbells, doorbell_words))
+            if (look(epoll, 0, doorbells, doorbell_words) == SOMETHING)
                 return;
         }
         if (work(s) || spin(s)) {
@@ -220,10 +226,10 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
         /* A late EOI that waits; a message that waits for room in the work ring. */
         int64_t timer_ms = s->domain == NULL ? pv_expires_in(s->path) : sleep == 2 ? 1 : -1;
         int ours = timer_ms >= 0 && (timeout_ms < 0 || timer_ms < timeout_ms);
-        int other = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
+        int ready = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
         keep_together(s);
-        if ((other && !ours) || timeout_ms == 0)
+        if (ready == SOMETHING || (ready == TIME_OVER && !ours) || timeout_ms == 0)
             return;
     }
 }

@@ -4,13 +4,14 @@
 #define PVBUS_USER_H
 
 #include "core.h"
+#include "spin.h"
 
 typedef struct {
     PyObject_HEAD
     MemoryObject *page, *ring, *public_page;
     int door, kick;
     uint32_t tail, head, rung, ports_max, fork_generation;
-    int score, probe;
+    pv_spinner spinner;
     int inflight;       /* calls under way: the last one to leave finishes a close, if one waits */
     int closing;
     PyObject *on_idle, *on_fork;

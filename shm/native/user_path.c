@@ -12,15 +12,12 @@
 #include <poll.h>
 #ifndef PVBUS_EXPLORED
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 #endif
 
-#define SPINS 64                              /* some 20 us of our own time: a blocked wake costs 13-15, so as long as that, if it has paid lately */
-#define SPIN_NS_MAX 200000u                   /* with the time of those who went first */
-#define SCORE_MAX 16
+#define SPINS 64                              /* some 20 us of our own time: a blocked wake costs 13-15, so about as long as that */
 #define TIMEOUT_MS_MAX 2147483647 /* poll(2) has an int */
 #define PUSHBACK_NS_MAX 10000000000ull        /* a hypervisor that takes nothing for ten seconds is gone */
 
@@ -77,26 +74,25 @@ static int64_t ring_doorbell(ContextObject *c)
 #ifdef PVBUS_GATED
 static int64_t spin_for_entry(ContextObject *c) { (void)c; return 0; } /* a trace has no place for chance */
 #else
-/*
- * Look for an entry a moment longer before sleeping, if that has paid lately.  Whoever waits for this core goes first: with
- * fewer cores than processes it mostly is the one whose entry we wait for.
- */
+/* Look for an entry a moment longer before sleeping, if that has paid lately. */
 static int64_t spin_for_entry(ContextObject *c)
 {
     int64_t state = 0;
-    if (c->score == 0 && (++c->probe & 15) != 0)
+    int soon = 1;
+    if (c->spinner.alone || !pv_spin_may(&c->spinner))
         return 0;
-    uint64_t deadline = pv_now_ns() + SPIN_NS_MAX;
+    uint64_t now = pv_now_ns(), deadline = now + PV_SPIN_NS_MAX;
     Py_BEGIN_ALLOW_THREADS
-    for (int spins = 0; spins < SPINS && state == 0 && (spins == 0 || pv_now_ns() < deadline); spins++) {
-        sched_yield();
+    for (int turns = SPINS; turns > 0 && state == 0 && soon && now < deadline; turns--) {
+        soon = pv_spin_yield(&c->spinner, &now);
         for (int i = 0; i < 16 && state == 0; i++) {
             PV_RELAX();
             state = pv_ring_state(c->page);
         }
     }
     Py_END_ALLOW_THREADS
-    c->score += state != 0 ? (c->score < SCORE_MAX) : -(c->score > 0);
+    if (soon)
+        pv_spin_paid(&c->spinner, state != 0);
     return state != 0;
 }
 #endif
@@ -274,12 +270,13 @@ int64_t pv_file_poll(ContextObject *c, unsigned events, int64_t timeout_ms)
                 continue;
             }
         }
-        if (state == 0) {
+        uint64_t now = pv_now_ns();
+        if (state == 0 && (timeout_ms < 0 || now + PV_SPIN_NS_MAX < deadline)) {
             PV_TRY(again, spin_for_entry(c));
             if (again)
                 continue;
+            now = pv_now_ns();
         }
-        uint64_t now = pv_now_ns();
         if (timeout_ms > 0 && now >= deadline)
             return 0;
         uint64_t left = timeout_ms < 0 ? 3600000000000ull : deadline - now;
