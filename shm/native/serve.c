@@ -157,8 +157,8 @@ static void keep_together(server *s)
 }
 
 /*
- * Between two looks of the hypervisor at the rings: whoever looks at every entry as it comes takes three cache lines from the other core each
- * time, and slows the sender down tenfold.  After some 300 ns there is a handful to take.
+ * Between two looks of the hypervisor at the rings: whoever looks at every entry as it comes takes three cache lines from the
+ * other core each time, and slows the sender down tenfold.  After some 300 ns there is a handful to take.
  */
 static void breathe(void)
 {
@@ -176,13 +176,14 @@ static int spin(server *s)
     now = pv_now_ns();
     deadline = now + PV_SPIN_NS_MAX;
     for (int turns = s->domain == NULL ? SPINS : CPU_SPINS; turns > 0 && now < deadline; turns--) {
-        int soon = pv_spin_yield(spinner, &now);
-        if (work(s)) {
-            pv_spin_paid(spinner, soon);
-            return 1;
-        }
+        int soon = pv_spin_yield(&now);
+        uint32_t done = work(s);
         if (!soon)
-            return 0;
+            pv_spin_busy(spinner);
+        else if (done)
+            pv_spin_paid(spinner, 1);
+        if (done || !soon)
+            return done != 0;
         breathe();
     }
     pv_spin_paid(spinner, 0);

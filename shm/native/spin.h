@@ -49,18 +49,21 @@ static inline void pv_spin_paid(pv_spinner *s, int paid)
     s->busy -= paid && s->busy > 0;
 }
 
-/* 0 = the core was not given back in time: one look more, and to sleep. */
-static inline int pv_spin_yield(pv_spinner *s, uint64_t *now)
+/* 0 = the core was not given back in time: one look more, and to sleep.  Touches no spinner: threads without the GIL call it. */
+static inline int pv_spin_yield(uint64_t *now)
 {
     uint64_t before = *now;
     sched_yield();
     *now = pv_now_ns();
-    if (*now - before < PV_YIELD_NS_MAX)
-        return 1;
+    return *now - before < PV_YIELD_NS_MAX;
+}
+
+/* After such a yield. */
+static inline void pv_spin_busy(pv_spinner *s)
+{
     s->score = 0;
     s->sleeps = -(PV_SPIN_PROBE << s->busy);
     s->busy += s->busy < PV_SPIN_BUSY_MAX;
-    return 0;
 }
 #endif
 

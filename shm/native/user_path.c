@@ -84,7 +84,7 @@ static int64_t spin_for_entry(ContextObject *c)
     uint64_t now = pv_now_ns(), deadline = now + PV_SPIN_NS_MAX;
     Py_BEGIN_ALLOW_THREADS
     for (int turns = SPINS; turns > 0 && state == 0 && soon && now < deadline; turns--) {
-        soon = pv_spin_yield(&c->spinner, &now);
+        soon = pv_spin_yield(&now);
         for (int i = 0; i < 16 && state == 0; i++) {
             PV_RELAX();
             state = pv_ring_state(c->page);
@@ -93,6 +93,8 @@ static int64_t spin_for_entry(ContextObject *c)
     Py_END_ALLOW_THREADS
     if (soon)
         pv_spin_paid(&c->spinner, state != 0);
+    else
+        pv_spin_busy(&c->spinner);
     return state != 0;
 }
 #endif
