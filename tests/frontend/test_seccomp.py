@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import command, need_namespaces, not_shown, run, started, xenevtchn_client
+from pvbus.tests.frontend.support import command, environment, need_namespaces, not_shown, run, started, xenevtchn_client
 from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, users_python, with_packages
 from pvbus.tests.view.support import stopped, until
 from pvbus.view.pytest_plugin import BootedMachine
@@ -179,6 +179,32 @@ def test_when_nobody_is_left_that_answers_every_call_is_refused(machine_name: st
         _child_of(held, "pvbus: seccomp").kill()
 
         assert _line(held) == "error!!"
+
+
+WITHOUT_STAND_IN = """
+import os, signal, socket
+from pvbus.view.run.room import Room
+from pvbus.view.run.seccomp import Listeners, fittings
+room, made = Room("none", 0), fittings()
+for fitting in made:
+    fitting.prepare(room)
+server, stand_in = [fitting.fds[0] for fitting in made]     # where listeners come to
+os.close(stand_in)
+if os.fork() == 0:
+    signal.alarm(10)                                        # nobody answers its calls
+    for hook in room.in_child:
+        hook()
+    os._exit(0)
+print(os.wait()[1], Listeners.receive(socket.socket(fileno=server)) is not None)
+"""
+
+
+def test_a_child_starts_without_a_stand_in_as_long_as_there_is_a_server(machine_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_STAND_IN], capture_output=True, text=True, check=False, timeout=20, env=environment()
+    )
+
+    assert done.stdout == "0 True\n", done.stderr
 
 
 def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any) -> None:

@@ -70,8 +70,11 @@ class SeccompFrontend(Fitting):
     def _filter(self) -> None:
         """In a child, between fork and exec: from here on its calls are handed over."""
         listener = abi.install()
-        for way in self.ways:
-            way.send(listener)
+        to_server, *others = self.ways
+        to_server.send(listener)
+        for way in others:
+            with contextlib.suppress(OSError):  # nobody stands in any more, which the run has said: the server goes on
+                way.send(listener)
         os.close(listener)
 
     def close_ways(self) -> None:
