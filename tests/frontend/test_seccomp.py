@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import struct
@@ -21,6 +22,7 @@ from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, user
 from pvbus.tests.view.support import stopped, until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import abi, bpf
+from pvbus.view.seccomp.ledger import GAP_MAX, unanswered
 
 SECCOMP = ["--frontend", "seccomp"]
 ONE_DOMAIN = '[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n'
@@ -146,6 +148,21 @@ print(os.spawnlp(os.P_WAIT, "cat", "cat", "/proc/self/comm"))
 """
 
 
+def has_taken_up(server: int, owner: int) -> bool:
+    """Whether a call under a process's filter is noted in the server's page as under way."""
+    for line in Path(f"/proc/{server}/maps").read_text().splitlines():
+        place, rights, *_, name = line.split(maxsplit=5)
+        begin, end = (int(word, 16) for word in place.split("-"))
+        if rights != "rw-s" or not name.startswith("/dev/zero") or end - begin != mmap.PAGESIZE:
+            continue
+        with Path(f"/proc/{server}/mem").open("rb", buffering=0) as memory:
+            memory.seek(begin)
+            found = unanswered(memoryview(memory.read(mmap.PAGESIZE)).cast("Q"), owner)
+        if found:
+            return len(found) > GAP_MAX  # one at least besides those that may come
+    return False
+
+
 def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_boot: Any, machine_name: str) -> None:
     booted = pvbus_boot(ONE_DOMAIN)
     with started(sys.executable, "-c", OUTLIVES, name=booted.name, options=SECCOMP) as process:
@@ -157,7 +174,9 @@ def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_b
             process.stdin.flush()
             call = f"{bpf.here().ioctl} "
             until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith(call), "it asks for a port")
-            _child_of(process, "pvbus: seccomp").kill()
+            server = _child_of(process, "pvbus: seccomp")
+            until(lambda: has_taken_up(server.pid, int(pid)), "the server has taken that up")
+            server.kill()
             ended = _line(process)
         assert process.stdout is not None
         assert process.stderr is not None
