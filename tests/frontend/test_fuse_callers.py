@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FUSE file and callers whose calls look otherwise: 32-bit programs, io_uring and aio, files opened with O_APPEND."""
+"""The FUSE file and callers whose calls look otherwise: 32-bit programs, io_uring and aio, O_APPEND, readahead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_a_32_bit_program_finds_the_device(pvbus_shared_machine: BootedMachine, 
 
 
 @pytest.mark.parametrize("frontend", ["fuse", "seccomp"])
-def test_the_device_is_read_written_and_polled_through_io_uring(pvbus_shared_machine: BootedMachine, frontend: str) -> None:
+def test_through_io_uring_the_device_is_an_empty_file_that_can_be_written_to_and_polled(
+    pvbus_shared_machine: BootedMachine, frontend: str
+) -> None:
     client = str(compiled(HERE / "uring_client.c"))
 
     done = run(client, name=pvbus_shared_machine.name, options=["--frontend", frontend])
@@ -66,3 +68,29 @@ def test_what_is_appended_is_written_as_what_is_not(pvbus_shared_machine: Booted
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[8, 8], [8, 8], [8, 8], [0, 4, 4096, 8], [12, 4, 4096]]
+
+
+READS_AHEAD = """
+import ctypes, os, signal
+readahead = ctypes.CDLL(None).readahead
+readahead.argtypes = ctypes.c_int, ctypes.c_long, ctypes.c_size_t
+children = []
+for _ in range(3):
+    children.append(os.fork())
+    if children[-1] == 0:
+        fd = os.open("/dev/xen/evtchn", os.O_RDWR)
+        while True:                                     # the kernel keeps the first page locked until it has its answer
+            readahead(fd, 0, 4096)
+for _ in range(30):
+    os.close(os.open("/dev/xen/evtchn", os.O_RDWR))
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("alive")
+"""
+
+
+def test_who_reads_ahead_while_others_open_the_device_holds_up_nobody(pvbus_shared_machine: BootedMachine) -> None:
+    done = run(sys.executable, "-c", READS_AHEAD, name=pvbus_shared_machine.name)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")

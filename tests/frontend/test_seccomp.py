@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import struct
@@ -16,11 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import command, need_namespaces, not_shown, run, started, xenevtchn_client
+from pvbus.tests.frontend.support import command, environment, need_namespaces, not_shown, run, started, xenevtchn_client
 from pvbus.tests.frontend.test_run import AS_USER, USER, in_private_mounts, users_python, with_packages
 from pvbus.tests.view.support import stopped, until
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.seccomp import abi, bpf
+from pvbus.view.seccomp.ledger import GAP_MAX, unanswered
 
 SECCOMP = ["--frontend", "seccomp"]
 ONE_DOMAIN = '[[domain]]\nid = 0\ncpus = 1\nplatforms = ["xen"]\n'
@@ -146,6 +148,21 @@ print(os.spawnlp(os.P_WAIT, "cat", "cat", "/proc/self/comm"))
 """
 
 
+def has_taken_up(server: int, owner: int) -> bool:
+    """Whether a call under a process's filter is noted in the server's page as under way."""
+    for line in Path(f"/proc/{server}/maps").read_text().splitlines():
+        place, rights, *_, name = line.split(maxsplit=5)
+        begin, end = (int(word, 16) for word in place.split("-"))
+        if rights != "rw-s" or not name.startswith("/dev/zero") or end - begin != mmap.PAGESIZE:
+            continue
+        with Path(f"/proc/{server}/mem").open("rb", buffering=0) as memory:
+            memory.seek(begin)
+            found = unanswered(memoryview(memory.read(mmap.PAGESIZE)).cast("Q"), owner)
+        if found:
+            return len(found) > GAP_MAX  # one at least besides those that may come
+    return False
+
+
 def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_boot: Any, machine_name: str) -> None:
     booted = pvbus_boot(ONE_DOMAIN)
     with started(sys.executable, "-c", OUTLIVES, name=booted.name, options=SECCOMP) as process:
@@ -157,7 +174,9 @@ def test_when_the_front_end_dies_in_a_call_all_but_its_own_files_goes_on(pvbus_b
             process.stdin.flush()
             call = f"{bpf.here().ioctl} "
             until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith(call), "it asks for a port")
-            _child_of(process, "pvbus: seccomp").kill()
+            server = _child_of(process, "pvbus: seccomp")
+            until(lambda: has_taken_up(server.pid, int(pid)), "the server has taken that up")
+            server.kill()
             ended = _line(process)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -179,6 +198,32 @@ def test_when_nobody_is_left_that_answers_every_call_is_refused(machine_name: st
         _child_of(held, "pvbus: seccomp").kill()
 
         assert _line(held) == "error!!"
+
+
+WITHOUT_STAND_IN = """
+import os, signal, socket
+from pvbus.view.run.room import Room
+from pvbus.view.run.seccomp import Listeners, fittings
+room, made = Room("none", 0), fittings()
+for fitting in made:
+    fitting.prepare(room)
+server, stand_in = [fitting.fds[0] for fitting in made]     # where listeners come to
+os.close(stand_in)
+if os.fork() == 0:
+    signal.alarm(10)                                        # nobody answers its calls
+    for hook in room.in_child:
+        hook()
+    os._exit(0)
+print(os.wait()[1], Listeners.receive(socket.socket(fileno=server)) is not None)
+"""
+
+
+def test_a_child_starts_without_a_stand_in_as_long_as_there_is_a_server(machine_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_STAND_IN], capture_output=True, text=True, check=False, timeout=20, env=environment()
+    )
+
+    assert done.stdout == "0 True\n", done.stderr
 
 
 def test_when_the_file_s_process_dies_its_user_reads_the_end(pvbus_boot: Any) -> None:

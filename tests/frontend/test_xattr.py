@@ -37,6 +37,9 @@ SYSFS_SEES = DEVICE_SEES | {
         "ENOTSUP", "0o640",
     ],
 }  # fmt: skip
+LIST = "system.posix_acl_access"
+DEVICE_NAMES = [None, [LIST, "security.a", "trusted.a"], None, [LIST, "security.a"]]
+SYSFS_NAMES = [None, ["security.a", "trusted.a"], None, ["security.a"]]
 FILE = "/sys/devices/virtual/misc/xen!evtchn/uevent"
 
 
@@ -48,9 +51,13 @@ def test_extended_attributes_are_those_of_a_device_node_and_of_a_file_of_sysfs(p
     assert done.returncode == 0, done.stderr
     node, device, file = json.loads(done.stdout)
     of_root: Any = [found.pop("trusted.x") for found in (device, file)]
-    if node is None:  # we are in a user namespace
+    names = [found.pop("names") for found in (device, file)]
+    if node is None:  # we are in a user namespace, of one user
         assert of_root[0][1] == "EPERM"
+        assert names == [["EPERM", listed, "EINVAL", listed] for listed in (DEVICE_NAMES[-1], SYSFS_NAMES[-1])]
     else:
         assert of_root == [KEPT, node.pop("trusted.x")]
+        assert node.pop("names") == DEVICE_NAMES
+        assert names == [DEVICE_NAMES, SYSFS_NAMES]
     assert device == (node or DEVICE_SEES)
     assert file == SYSFS_SEES

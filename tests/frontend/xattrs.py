@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ANYBODY = 0xFFFFFFFF
+OTHER_USER = 1234
 NODE = Path("/dev/a-node")  # the run's own /dev is a tmpfs, as devtmpfs is
 
 
@@ -65,6 +66,26 @@ def of_lists(path: Path) -> list[Any]:
     return [*seen, named(lambda: os.getxattr(path, name)), oct(stat.S_IMODE(path.stat().st_mode))]
 
 
+def of_names(path: Path) -> list[Any]:
+    """List names, as who may administer the system and as who may not."""
+    named(lambda: os.setxattr(path, "security.a", b"x"))
+    kept = named(lambda: os.setxattr(path, "trusted.a", b"x"))
+    named(lambda: os.setxattr(path, "system.posix_acl_access", ONE_MORE))
+    seen = [kept, _listed(path)]
+    user = named(lambda: os.seteuid(OTHER_USER))  # the capabilities of root are root's
+    seen += [user, _listed(path)]
+    os.seteuid(0)
+    for name in ("security.a", "trusted.a", "system.posix_acl_access"):
+        named(functools.partial(os.removexattr, path, name))
+    return seen
+
+
+def _listed(path: Path) -> list[str]:
+    """Give the names of a file; in what order they are behind the first differs from kernel to kernel."""
+    first, *others = os.listxattr(path)
+    return [first, *sorted(others)]
+
+
 def look(path: Path) -> dict[str, Any]:
     """Look at a file; it is left as it was."""
     mode = path.stat().st_mode
@@ -73,6 +94,8 @@ def look(path: Path) -> dict[str, Any]:
         for name in ("user.x", "user.", "security.x", "security.", "system.x", "foo", "system.posix_acl_default", "trusted.x")
     }
     seen["lists"] = of_lists(path)
+    path.chmod(stat.S_IMODE(mode))
+    seen["names"] = of_names(path)
     path.chmod(stat.S_IMODE(mode))
     for name in ("security.a", "security.b"):
         os.setxattr(path, name, bytes(40000))

@@ -23,7 +23,7 @@ ACCESS, INTERRUPT, DESTROY, IOCTL, POLL, BATCH_FORGET = 34, 36, 38, 39, 40, 42
 
 SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2 = 6, 8, 9, 10, 11, 12, 13, 35, 45
 
-NOTIFY_POLL, NOTIFY_STORE = 1, 4
+NOTIFY_POLL = 1
 
 # ---- flags
 
@@ -60,7 +60,6 @@ IOCTL_ANSWER = struct.Struct("=IiQiIII")
 POLL_IN = struct.Struct("=QQII")
 POLL_ANSWER = struct.Struct("=IiQII")
 POLL_WAKEUP = struct.Struct("=Q")
-STORE = struct.Struct("=QQI4x")
 INTERRUPT_IN = struct.Struct("=Q")
 FORGET_IN = struct.Struct("=Q")
 BATCH_FORGET_IN = struct.Struct("=II")

@@ -16,6 +16,7 @@ import platform
 import struct
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 from pvbus.view.fuse.mount import read_memory
@@ -53,6 +54,14 @@ _QUERY, _QUERY_BYTES = struct.Struct("=QQQ"), 104  # procmap_query: its size, fl
 _ANSWER, _ANSWER_AT = struct.Struct("=QQ"), 32  # in it, the end and the flags of the mapping
 _PROCMAP_QUERY = 3 << 30 | _QUERY_BYTES << 16 | ord("f") << 8 | 17
 _ACCESSIBLE = 1 | 2  # readable, or writable: no processor here has pages that can be written only
+
+
+def has_capability(thread: int, capability: int) -> bool:
+    """Whether a thread has a capability, in our own user namespace. OSError: it has gone."""
+    for line in Path(f"/proc/{thread}/status").read_bytes().split(b"\n"):
+        if line.startswith(b"CapEff:") and int(line.split()[1], 16) & capability:
+            return Path(f"/proc/{thread}/ns/user").stat().st_ino == Path("/proc/self/ns/user").stat().st_ino
+    return False
 
 
 class _MemoryFiles(NamedTuple):

@@ -131,7 +131,8 @@ class OpenFile(Handle):
     def _is_ring_unsated(self, request: Request) -> bool:
         """Whether the kernel is after the rest of a short read: of a regular file an io_uring reads all that it asks for.
 
-        It waits in poll for that, and then reads. No driver's read is like that: there is no more, and it is done.
+        It waits in poll for that, and then reads. No driver's read is like that: there is no more, and it is done. It gets as far
+        as to us where what was written has made the file longer.
         """
         return self.short[1] > 0 and self.device.callers.is_in_ring(request.pid)
 

@@ -164,15 +164,6 @@ class Session:
         head = abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + abi.POLL_WAKEUP.size, abi.NOTIFY_POLL, 0)
         self.put(0, head + abi.POLL_WAKEUP.pack(kh))
 
-    def _make_readable(self, nodeid: int) -> None:
-        """Have the kernel read for io_uring and aio: it does not ask for what lies behind a file's size, and a stream has none.
-
-        A byte of which we say that it has come makes the size larger that the kernel keeps to itself, until it hears of
-        attributes again; stat always asks us. Nobody sees the byte: no page of it is whole.
-        """
-        size = abi.OUT_HEADER_BYTES + abi.STORE.size + 1
-        self.put(0, abi.OUT_HEADER.pack(size, abi.NOTIFY_STORE, 0) + abi.STORE.pack(nodeid, 1, 1) + b"\0")
-
     def put(self, unique: int, message: bytes) -> None:
         """Write an answer with its header. (For `Request`.)"""
         if self.closed:
@@ -333,8 +324,6 @@ class Session:
         fh = self._next_handle
         self._next_handle += 1
         self._handles[fh] = handle
-        if handle.open_flags & abi.FOPEN_STREAM:
-            self._make_readable(request.nodeid)
         request.reply(abi.OPEN_OUT.pack(fh, handle.open_flags, 0))
 
     def _handle_of(self, fh: int) -> Handle:

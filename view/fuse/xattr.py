@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
+from pvbus.view.fuse.caller import has_capability
 from pvbus.view.fuse.node import Node, error
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 NODE_BYTES_MAX = 16 << 20  # of all names and values that a node keeps: ENOSPC
 LIST = b"system.posix_acl_access"
 LISTS = (LIST, b"system.posix_acl_default")
-KEPT = (b"trusted.", b"security.")
+TRUSTED = b"trusted."
+KEPT = (TRUSTED, b"security.")
+CAP_SYS_ADMIN = 1 << 21  # who sees what is trusted
 OF_USERS = b"user."
 _CREATE, _REPLACE = os.XATTR_CREATE, os.XATTR_REPLACE
 _VERSION_BYTES, _ENTRY = 4, struct.Struct("<HHI")
@@ -74,8 +77,12 @@ class Xattrs:
         _reply(request, size, node.xattrs[name])
 
     def _list(self, request: Request, body: memoryview) -> None:
+        """Give the names: lists' first, as a device node does, and what is trusted to who may look at it."""
         size, _ = abi.GETXATTR_IN.unpack_from(body)
-        _reply(request, size, b"".join(name + b"\0" for name in self._node_of(request.nodeid).xattrs))
+        names = sorted(self._node_of(request.nodeid).xattrs, key=lambda name: name not in LISTS)
+        if any(name.startswith(TRUSTED) for name in names) and not _is_trusted(request.pid):
+            names = [name for name in names if not name.startswith(TRUSTED)]
+        _reply(request, size, b"".join(name + b"\0" for name in names))
 
     def _set(self, request: Request, body: memoryview) -> None:
         node = self._node_of(request.nodeid)
@@ -127,6 +134,14 @@ def chmod(node: Node, mode: int) -> None:
 def _entries(value: bytes) -> list[tuple[int, int, int]]:
     """Give tag, permissions and id of each entry of a list that the kernel has found to be one."""
     return list(_ENTRY.iter_unpack(value[_VERSION_BYTES:]))
+
+
+def _is_trusted(thread: int) -> bool:
+    """Whether a thread may see what is trusted; one that cannot be looked at may not."""
+    try:
+        return has_capability(thread, CAP_SYS_ADMIN)
+    except OSError:
+        return False
 
 
 def _reply(request: Request, size: int, data: bytes) -> None:

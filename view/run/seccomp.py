@@ -9,7 +9,6 @@ When the server has died, the stand-in lets every call through: the device's pat
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import socket
@@ -19,7 +18,7 @@ from pathlib import Path
 from pvbus.view.run.fitting import Fitting, connect, new_inbox
 from pvbus.view.run.room import EnvironmentLacksError, Room
 from pvbus.view.seccomp import abi
-from pvbus.view.seccomp.ledger import PAGE_BYTES, ROWS, Ledger, unanswered
+from pvbus.view.seccomp.ledger import ROWS, Ledger, new_page, unanswered
 from pvbus.view.seccomp.server import Frontend
 
 DEVICE = "/dev/xen/evtchn"
@@ -50,7 +49,7 @@ class SeccompFrontend(Fitting):
 
     def __init__(self) -> None:
         super().__init__()
-        self.page = mmap.mmap(-1, PAGE_BYTES)
+        self.page = new_page()
         self.ways: list[Listeners] = []
         """To the server, and to its stand-in."""
 
@@ -71,8 +70,11 @@ class SeccompFrontend(Fitting):
     def _filter(self) -> None:
         """In a child, between fork and exec: from here on its calls are handed over."""
         listener = abi.install()
-        for way in self.ways:
-            way.send(listener)
+        to_server, *others = self.ways
+        to_server.send(listener)
+        for way in others:
+            with contextlib.suppress(OSError):  # nobody stands in any more, which the run has said: the server goes on
+                way.send(listener)
         os.close(listener)
 
     def close_ways(self) -> None:
@@ -159,7 +161,7 @@ class StandIn(Fitting):
             os.close(listener)
             return
         for call in taken:
-            with contextlib.suppress(OSError):  # it is answered; or the next one, which nobody has taken up
+            with contextlib.suppress(OSError):  # it is answered; or one of the next, which nobody has taken up, or is none
                 abi.let_through(listener, call)
         poller.register(listener, select.POLLIN)
 

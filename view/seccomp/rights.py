@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pvbus.view.fuse.caller import has_capability
+
 CAP_DAC_OVERRIDE = 1 << 1
 FOR_THE_KERNEL = os.O_PATH | os.O_DIRECT | os.O_DIRECTORY
 """Flags whose answer is none of the driver's."""
@@ -29,9 +31,4 @@ def is_the_drivers(tid: int, path: str, flags: int) -> bool:
     else:
         granted = file.st_mode
     wanted = _WANTED.get(flags & os.O_ACCMODE, _READ | _WRITE)
-    return granted & wanted == wanted or (bool(int(status["CapEff"], 16) & CAP_DAC_OVERRIDE) and _rules_here(tid))
-
-
-def _rules_here(tid: int) -> bool:
-    """Whether a thread's capabilities are those of our user namespace."""
-    return Path(f"/proc/{tid}/ns/user").stat().st_ino == Path("/proc/self/ns/user").stat().st_ino
+    return granted & wanted == wanted or has_capability(tid, CAP_DAC_OVERRIDE)
