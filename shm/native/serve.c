@@ -127,6 +127,7 @@ static void awake(server *s)
  * On two cores the machine keeps to one of them and leaves the other to its users: hypervisor and CPUs wait for each other all
  * the time, and a core goes from one process to the next in a microsecond, and takes ten to wake the other core.  The
  * hypervisor runs where the scheduler puts it, and the CPUs follow.  With more cores the scheduler has room for everyone.
+ * The word is a hint and orders nothing: who reads an old one is on the wrong core for some rounds.
  */
 static void keep_together(server *s)
 {
@@ -144,12 +145,12 @@ static void keep_together(server *s)
     if (path->core == 0)
         path->born = path->last = now;
     path->stays = !CPU_EQUAL(&now, &path->last) || core > CPU_SETSIZE; /* somebody else has decided */
-    CPU_ZERO(&wanted);
-    if (core > 0)
+    wanted = path->born;
+    if (core > 0) {
+        CPU_ZERO(&wanted);
         CPU_SET((size_t)core - 1, &wanted);
-    CPU_AND(&wanted, &wanted, &path->born);
-    if (core == 0)
-        wanted = path->born;
+        CPU_AND(&wanted, &wanted, &path->born);
+    }
     if (path->stays || CPU_COUNT(&wanted) == 0 || sched_setaffinity(0, sizeof wanted, &wanted) != 0)
         return;
     path->core = core;

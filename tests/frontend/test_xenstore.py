@@ -197,7 +197,7 @@ def test_only_xenstored_has_a_proc_xen(machine_name: str) -> None:
     script = (
         "test -e /proc/xen || echo none\n"
         "for one in /proc/[0-9]*; do\n"
-        '    [ "$(cat $one/comm)" = xenstored ] && [ $one/ns/net -ef /proc/self/ns/net ] && ls $one/root/proc{,/xen}\n'
+        '    [ "$(cat $one/comm)" = xenstored ] && [ $one/ns/net -ef /proc/self/ns/net ] && cd $one/root && ls proc{,/xen}\n'
         "done 2>/dev/null\n"
     )
 

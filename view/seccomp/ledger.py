@@ -4,7 +4,8 @@
 The kernel numbers the calls of a listener one after the other, and hands each over once; a caller that is killed or interrupted
 before that leaves a gap. The page is shared with the stand-in (view/run/seccomp.py). It is written when a call has been taken up,
 and again when it has been answered: so at most one call is unanswered that is not in it, one of the next after the last. Each
-word is written by one store, and between any two of them the page holds: the front end may be killed there.
+word is written by one store, and between any two of them the page holds: the front end may be killed there. No barrier is needed:
+the stand-in reads once, when the kernel has told it of the front end's end.
 """
 
 from __future__ import annotations
