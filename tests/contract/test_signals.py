@@ -17,7 +17,7 @@ import pytest
 
 from pvbus.tests.contract.support import WAIT_S_MAX, InThread, Pair, asleep, bound, connect, connect_many, errno_of, pack
 from pvbus.tests.golden.children import Child
-from pvbus.tests.golden.session import Answer, Session, Step
+from pvbus.tests.golden.session import Answer, Session, Step, signals_seen
 
 Opened = Callable[..., Any]
 
@@ -96,17 +96,20 @@ def test_a_read_goes_on_after_a_signal_under_sa_restart(machine: Any, opened: Op
     main = threading.main_thread().ident
     assert main is not None
 
-    with handled(signal.SIGUSR1, restart=True) as ran:
+    caller, returned, slept_on = threading.get_native_id(), threading.Event(), threading.Event()
+    with handled(signal.SIGUSR1, restart=True) as ran, signals_seen() as seen:
 
         def interrupt_then_notify() -> None:
             signal.pthread_kill(main, signal.SIGUSR1)
-            ran.wait(WAIT_S_MAX)
+            if seen(WAIT_S_MAX) and asleep(caller, returned.is_set):
+                slept_on.set()
             pair.tx.notify(pair.tx_port)
 
         with once_asleep(interrupt_then_notify):
             data = pair.rx.read(4096)
+            returned.set()
 
-        assert ran.is_set()
+        assert (ran.is_set(), slept_on.is_set()) == (True, True)
     assert data == pack(pair.rx_port)
 
 

@@ -102,9 +102,9 @@ def poll_mask(names: str) -> int:
 
 
 def call_poll(session: Session, step: Step) -> Answer:
-    """Poll with the recorded time-out: it is a part of the answer."""
+    """Poll with the recorded time-out, which is a part of the answer, or with what stands for all of it."""
     events = poll_mask(step.args["events"])
-    mask = session.file(step).poll(events, timeout_ms=step.args["timeout_ms"])
+    mask = session.file(step).poll(events, timeout_ms=session.timeout_ms(step))
     return Answer(ret=1 if mask else 0, poll=mask)
 
 
@@ -168,7 +168,7 @@ def call_sleep(session: Session, step: Step) -> Answer:
 
 def call_sigtimedwait(session: Session, step: Step) -> Answer:
     """Wait for SIGIO; EAGAIN at the time-out."""
-    info = signal.sigtimedwait([signal.SIGIO], step.args["timeout_ms"] / 1000)
+    info = signal.sigtimedwait([signal.SIGIO], session.timeout_ms(step) / 1000)
     if info is None:
         return Answer(ret=-1, errno="EAGAIN")
     code = "SI_KERNEL" if info.si_code == SI_KERNEL else str(info.si_code)

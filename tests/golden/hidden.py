@@ -27,6 +27,7 @@ from pvbus.tests.golden.session import (
     Session,
     Step,
     pack,
+    signals_seen,
     wait_until_blocked,
 )
 
@@ -215,21 +216,18 @@ def call_thread_read(session: Session, step: Step) -> Answer:
 # Signals ------------------------------------------------------------------------------------------
 
 
-def interrupt(session: Session, *, restart: bool) -> threading.Event:
-    """Let a timer's signal hit the next call; return an event that its handler sets."""
-    ran = threading.Event()
+def interrupt(session: Session, *, restart: bool) -> None:
+    """Let a timer's signal hit the next call."""
     session.facts["handler_runs"] = 0
 
     def handler(_number: int, _frame: FrameType | None) -> None:
         session.facts["handler_runs"] += 1
-        ran.set()
 
     previous = signal.signal(signal.SIGALRM, handler)
     signal.siginterrupt(signal.SIGALRM, not restart)
     session.after_step.callback(signal.signal, signal.SIGALRM, previous)
     session.after_step.callback(signal.setitimer, signal.ITIMER_REAL, 0)
     signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AFTER_S)
-    return ran
 
 
 def interrupt_call(session: Session) -> None:
@@ -243,16 +241,20 @@ def interrupt_call(session: Session) -> None:
 
 
 def interrupt_and_restart(session: Session) -> None:
-    """Interrupt the next call under SA_RESTART; once the handler has run, an event ends it."""
+    """Interrupt the next call under SA_RESTART; once it sleeps again, an event ends it."""
     b, port = session.files["b"], session.symbols.number("p1")
-    ran = interrupt(session, restart=True)
+    caller, over = threading.get_native_id(), threading.Event()
+    seen = session.after_step.enter_context(signals_seen())
 
     def run() -> None:
-        ran.wait(ARRIVAL_TIMEOUT_S)
+        if seen(ARRIVAL_TIMEOUT_S):
+            wait_until_blocked(caller, over.is_set)
         b.notify(port)
 
     helper = threading.Thread(target=run, daemon=True)
     session.after_step.callback(helper.join, WATCHDOG_S)
+    session.after_step.callback(over.set)
+    interrupt(session, restart=True)
     helper.start()
 
 

@@ -10,10 +10,12 @@ import contextlib
 import json
 import re
 import select
+import signal
+import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ PORTS_A_CALL_MAX = 1024  # one page
 ARRIVAL_TIMEOUT_S = 2.0  # the recorder's own limit for what must arrive
 BLOCKED_TIMEOUT_S = 5.0  # for a thread to come to rest in a call, on a busy machine
 BLOCKED_SAMPLES = 3  # that many looks in a row see a thread asleep that has not run in between
+RAN_OUT_SHARE = 10  # of a recorded time-out, see Session.timeout_ms
 SAMPLE_GAP_S = 0.01  # twice the interval in which a thread that waits for the interpreter lock stirs
 
 POLL_BITS = {
@@ -177,6 +180,16 @@ class Session:
         """Return the open file that a step is about."""
         return self.files[step.file]
 
+    def timeout_ms(self, step: Step) -> int:
+        """Return how long a call waits. Where the recorder's ran out, wait until the machine is idle, and then a part of the
+        time: nothing is under way any more that all of it would show.
+        """
+        recorded: int = step.args["timeout_ms"]
+        if recorded == 0 or not (step.line.get("ret") == 0 or step.line.get("errno") == "EAGAIN"):
+            return recorded
+        self.machine.settle()
+        return recorded // RAN_OUT_SHARE
+
     def close_leftovers(self) -> list[str]:
         """Close what the scenario left open, and say what that was."""
         names = sorted(self.files)
@@ -257,6 +270,21 @@ def wait_until_blocked(native_id: int | None, finished: Callable[[], bool]) -> b
         seen = state
         pace.wait(SAMPLE_GAP_S)
     return False
+
+
+@contextlib.contextmanager
+def signals_seen() -> Iterator[Callable[[float], bool]]:
+    """Yield a call that waits until a signal was handled in C. Python's own handler runs when the call that was hit ends,
+    which under SA_RESTART it does not.
+    """
+    seen, wakeup = socket.socketpair()
+    with seen, wakeup:
+        wakeup.setblocking(False)
+        previous = signal.set_wakeup_fd(wakeup.fileno())
+        try:
+            yield lambda timeout_s: bool(select.select([seen], [], [], timeout_s)[0])
+        finally:
+            signal.set_wakeup_fd(previous)
 
 
 def _thread_state(native_id: int | None) -> str:
