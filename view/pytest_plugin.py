@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import select
 import selectors
 import signal
 import subprocess
@@ -168,6 +169,17 @@ def _kill(booted: BootedMachine) -> None:
     _forget(booted)
 
 
+def _ends(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Wait until a process has ended, and no longer: Popen.wait with a limit looks every twentieth of a second."""
+    if process.poll() is not None:
+        return True
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)
+
+
 def shut_down(booted: BootedMachine) -> None:
     """Detach, stop the machine with SIGTERM, and demand that it ends in order with exit code 0."""
     died_early = booted.process.poll() is not None
@@ -178,12 +190,11 @@ def shut_down(booted: BootedMachine) -> None:
             _kill(booted)
             raise
     booted.process.send_signal(signal.SIGTERM)
-    try:
-        code = booted.process.wait(timeout=STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    if not _ends(booted.process, STOP_TIMEOUT_S):
         text = f"machine {booted.name} did not stop within {STOP_TIMEOUT_S:g} s of SIGTERM\n{booted.log}"
         _kill(booted)
-        raise MachineError(text) from None
+        raise MachineError(text)
+    code = booted.process.wait()
     log = booted.log
     _forget(booted)
     if code != booted.exit_code_expected:
