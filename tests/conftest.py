@@ -24,7 +24,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
-FOREIGN = frozenset(entry.name for entry in SHM.glob("pvbus-*"))    # there before us: someone else's machine
+# Of someone else's machine: segments (those there before us, and what turned out to be so), processes by pid and start time.
+foreign_segments = {entry.name for entry in SHM.glob("pvbus-*")}
+foreign_processes: set[tuple[str, str]] = set()
 ANCESTORS_MAX = 16      # test, supervisor, fork server, child: four
 EXIT_S_MAX = 2.0        # a process that was told to end, or is being reaped, may need this long
 CHECKLIST_ID = re.compile(r"[ABXH]\d+(\.\d+)?[a-z]?|E\d+")
@@ -102,10 +104,10 @@ def _pids() -> list[str]:
     return [name for name in os.listdir("/proc") if name.isdigit()]     # noqa: PTH208 (no Path, either)
 
 
-def _state_and_parent(pid: str) -> tuple[str, str]:
-    """Return the state letter and the parent of a process; ("X", "0") if it is gone."""
+def _state_parent_and_start(pid: str) -> tuple[str, str, str]:
+    """Return the state letter, the parent and the start time of a process; ("X", "0", "") if it is gone."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()
-    return (fields[0].decode(), fields[1].decode()) if len(fields) > 1 else ("X", "0")
+    return (fields[0].decode(), fields[1].decode(), fields[19].decode()) if len(fields) > 19 else ("X", "0", "")
 
 
 def holds_segment(pid: str, prefix: str) -> bool:
@@ -124,7 +126,7 @@ def _and_ancestors(pid: str) -> Iterator[str]:
         if pid in {"0", "1"}:
             return
         yield pid
-        pid = _state_and_parent(pid)[1]
+        pid = _state_parent_and_start(pid)[1]
 
 
 def _has_variable(pid: str, name: str, value: str) -> bool:
@@ -151,9 +153,14 @@ def left_processes(alive: set[str]) -> list[str]:
     left = []
     for pid in _pids():
         command = _read(pid, "cmdline")
-        if not command.startswith(b"pvbus:") or _state_and_parent(pid)[0] in "XZ":     # a zombie has ended
+        if not command.startswith(b"pvbus:"):
             continue
-        if of_this_session(pid) and not belongs_to(pid, alive):
+        state, _, start = _state_parent_and_start(pid)
+        if state in "XZ" or (pid, start) in foreign_processes:     # a zombie has ended
+            continue
+        if not of_this_session(pid):
+            foreign_processes.add((pid, start))
+        elif not belongs_to(pid, alive):
             title = command.replace(b"\0", b" ").decode(errors="replace").strip()
             left.append(f"process {pid} ({title})")
     return left
@@ -164,9 +171,11 @@ def left_segments(alive: set[str]) -> list[str]:
     left = []
     for name in sorted(entry.name for entry in SHM.glob("pvbus-*")):
         announced = any(name.startswith(f"pvbus-{run_id}-") for run_id in alive)
-        if announced or name in FOREIGN:
+        if announced or name in foreign_segments:
             continue
-        if not any(holds_segment(pid, name) and not of_this_session(pid) for pid in _pids()):
+        if any(holds_segment(pid, name) and not of_this_session(pid) for pid in _pids()):
+            foreign_segments.add(name)
+        else:
             left.append(f"segment {name}")
     return left
 
