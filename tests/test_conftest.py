@@ -82,6 +82,34 @@ def test_a_run_directory_that_stays_is_seen(checks: object) -> None:
         directory.rmdir()
 
 
+def test_an_interpreter_that_a_test_starts_keeps_its_bytecode_and_not_in_a_tree_that_wants_none() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys; print(sys.dont_write_bytecode, sys.pycache_prefix)"],
+        check=True, capture_output=True, text=True,
+    ).stdout.split()
+
+    place = f"{os.environ['XDG_RUNTIME_DIR']}/bytecode" if sys.dont_write_bytecode else str(sys.pycache_prefix)
+    assert said == ["False", place]
+
+
+def test_a_segment_of_someone_elses_machine_is_looked_at_once_and_not_held_against_a_test(checks: object) -> None:
+    segment = Path("/dev/shm", f"pvbus-{secrets.token_hex(4)}-ports")
+    segment.touch()
+    stranger = "import sys; file = open(sys.argv[1]); print('up', flush=True); sys.stdin.read()"
+    # Its environment has no mark, and the shell above it has ended: nothing leads to this session.
+    shell = 'exec 3<&0; env -u PVBUS_TEST_RUN setsid "$@" <&3 &'
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", stranger, str(segment)]
+    try:
+        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            process.wait(10)
+            assert call(checks, "left_segments", set()) == []
+            assert segment.name in checks.foreign_segments      # type: ignore[attr-defined]
+    finally:
+        segment.unlink()
+
+
 def test_a_checklist_id_that_no_row_has_is_refused(checks: object) -> None:
     known = frozenset({"A4.1", "X3a", "E13"})
     ids = ("A4.1", "X3a", "E13", "A4.99", "a4.1", 4)
