@@ -46,6 +46,8 @@ _KNOWN: _Calls = {
     "x86_64": _calls(_VECTOR, (0, 19, 327), (1, 20, 328)) | _calls(_VECTOR_32, (3, 145, 378), (4, 146, 379)),
     "aarch64": _calls(_VECTOR, (63, 65, 286), (64, 66, 287)) | _calls(_VECTOR_32, (3, 145, 392), (4, 146, 393)),
 }.get(platform.machine(), {})
+READ_CALLS = frozenset(number for number, (kind, _, _) in _KNOWN.items() if kind == READ)
+"""The numbers of the calls that may wait for a READ of ours."""
 _SPLICES = {  # sendfile, splice; and sendfile64 of 32-bit programs
     "x86_64": (40, 275, 187, 239, 313), "aarch64": (71, 76, 187, 239, 340),
 }.get(platform.machine(), ())  # fmt: skip

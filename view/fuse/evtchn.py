@@ -22,6 +22,7 @@ from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
 from pvbus.view.fuse.caller import CALLERS_MAX, READ, WRITE, Callers
 from pvbus.view.fuse.mount import read_memory, write_memory
 from pvbus.view.fuse.node import DeviceNode, Handle, error
+from pvbus.view.fuse.restart import Restarts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +50,7 @@ class Device(DeviceNode):
         self.machine = machine
         self.domain = domain
         self.callers = Callers()
+        self.restarts = Restarts(inbox)
         self._releasing: dict[OpenFile, Timer] = {}
         self._behind: deque[Callable[[], None]] = deque()
 
@@ -271,7 +273,7 @@ class OpenFile(Handle):
         for reader in self.readers:
             if reader.request is request:
                 self.readers.remove(reader)
-                request.fail(errno.EINTR)
+                self.device.restarts.interrupted(request)
                 return
 
     def release(self, request: Request) -> bool:

@@ -387,6 +387,7 @@ class Session:
         """Pass it on; INTERRUPT itself has no answer, and one that comes too late finds nobody."""
         request, handle = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0], (None, None))
         if request is not None and handle is not None:
+            self.kept += 1
             handle.interrupt(request)
 
     def close(self) -> None:
