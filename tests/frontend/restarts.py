@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,9 @@ from typing import Any
 
 from pvbus.tests.frontend.deviations import READ_CALL, name_of, pair
 from pvbus.tests.golden.through_file import DeviceFile, Driver
+from pvbus.view.fuse import mount
+from pvbus.view.fuse.node import Directory
+from pvbus.view.fuse.session import Session
 
 REST_S_MAX = 20.0
 RESTARTING, ENDING = signal.SIGUSR1, signal.SIGUSR2
@@ -278,6 +283,47 @@ def replaced() -> list[int]:
     return sorted(set(seen))
 
 
+def beside_an_exec() -> list[Any]:
+    """Signal a reader whose process is in an exec that hangs, and cannot be traced: nobody answers for its interpreter."""
+    said, say = os.pipe()
+
+    def read(program: str) -> int:
+        reader = Reading()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [RESTARTING])  # so that it is the reader's
+        os.write(say, struct.pack("=i", reader.thread))
+        execute = ctypes.CDLL(None).execv  # os.execv would keep the interpreter's lock
+        words = (ctypes.c_char_p * 2)(os.fsencode(program))
+        threading.Thread(target=execute, args=(words[0], words), daemon=True).start()
+        reader.join()
+        os.write(say, reader.answer.encode())
+        signal.pause()
+        return 0
+
+    seen: list[Any] = []
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as other:
+        hanging = Session(mount.mount_fuse(place), Directory())
+        asked = select.poll()
+        asked.register(hanging.fd, select.POLLIN)
+        asked.poll(REST_S_MAX * 1000)
+        hanging.serve()  # it is mounted; what is asked from here on finds nobody
+        script = Path(other, "script")
+        script.write_text(f"#!{place}/interpreter\n")
+        script.chmod(0o700)
+        for number in (RESTARTING, signal.SIGKILL):
+            child = child_of(lambda: read(str(script)))
+            (reader,) = struct.unpack("=i", os.read(said, 4))
+            wait_for(lambda thread=reader: is_in_read(thread), "it reads")  # type: ignore[misc]
+            asked.poll(REST_S_MAX * 1000)  # another thread is in exec
+            os.kill(child, number)
+            if number is RESTARTING:
+                seen.append(os.read(said, 16).decode())
+            os.kill(child, signal.SIGKILL)
+            seen.append(os.waitpid(child, 0)[1])
+        hanging.close()
+        mount.unmount(place)
+    return seen
+
+
 LOOKS: dict[str, Callable[[], Any]] = {
     "a thread's own signal": lambda: of_a_thread(RESTARTING),
     "a thread's own signal without SA_RESTART": lambda: of_a_thread(ENDING),
@@ -290,6 +336,7 @@ LOOKS: dict[str, Callable[[], Any]] = {
     "SIGSTOP of one thread": lambda: stopped(1),
     "SIGSTOP of three threads": lambda: stopped(3),
     "exec of another thread": replaced,
+    "an exec that hangs": beside_an_exec,
 }
 
 
