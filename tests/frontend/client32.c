@@ -7,16 +7,18 @@
 
 enum {
     EXIT = 1, FORK = 2, READ = 3, WRITE = 4, OPEN = 5, CLOSE = 6, WAITPID = 7, LSEEK = 19, IOCTL = 54, FCNTL = 55, READV = 145,
-    WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379,
+    WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379, SETITIMER = 104, SIGACTION = 174,
 };
-enum { EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, EOPNOTSUPP = 95, ENOTCONN = 107 };
+enum { EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, EOPNOTSUPP = 95, ENOTCONN = 107 };
 enum { BIND_INTERDOMAIN = 0x84501, BIND_UNBOUND_PORT = 0x44502, UNBIND = 0x44503, NOTIFY = 0x44504 };
 enum { RDWR = 2, NONBLOCK = 04000, POLLIN = 1, SETFL = 4, SHARED = 1, PRIVATE_ANONYMOUS = 0x22, APPEND = 16, PAGE = 4096 };
+enum { ALARM = 14, RESTART = 0x10000000, LATER_US = 20000, SIGNALS = 3 };
 #define BAD 0xfffff000L
 #define CHECK(value, wanted) check((long)(value), (long)(wanted), __LINE__)
 
 struct pollfd { int fd; short events, revents; };
 struct segment { uint32_t at, bytes; };
+struct action { void (*handler)(int); uint32_t flags, restorer, mask[2]; };
 
 long call(long number, ...); /* up to six arguments, in the order of the kernel's registers */
 __asm__(".globl call\n"
@@ -77,6 +79,30 @@ static long readv_of(long number, int fd, void *at, uint32_t first, void *behind
     return call(number, fd, (long)two, 2);
 }
 
+static volatile int signals, notifier;
+static volatile uint32_t notifies;
+
+static void on_alarm(int number)
+{
+    (void)number;
+    if (++signals == SIGNALS)
+        ask(notifier, NOTIFY, notifies, 0);
+}
+
+/* A read that signals interrupt goes on, or ends, as their handler wants it. */
+static void interrupted(int fd, uint32_t *words)
+{
+    static const struct action restarting = {on_alarm, RESTART, 0, {0, 0}}, ending = {on_alarm, 0, 0, {0, 0}};
+    static const long again_and_again[4] = {0, LATER_US, 0, LATER_US}, never[4];
+    CHECK(call(SIGACTION, ALARM, (long)&restarting, 0, 8), 0);
+    CHECK(call(SETITIMER, 0, (long)again_and_again, 0), 0);
+    CHECK(call(READ, fd, (long)words, 4), 4);
+    CHECK(signals >= SIGNALS, 1);
+    CHECK(call(SIGACTION, ALARM, (long)&ending, 0, 8), 0);
+    CHECK(call(READ, fd, (long)words, 4), -EINTR);
+    CHECK(call(SETITIMER, 0, (long)never, 0), 0);
+}
+
 void _start(void)
 {
     const char *path = "/dev/xen/evtchn";
@@ -135,6 +161,10 @@ void _start(void)
     CHECK(call(READ, b, (long)words, 4), 4);
     CHECK(words[0], other);
     CHECK(call(WAITPID, child, 0, 0), child);
+    CHECK(call(WRITE, b, (long)words, 4), 4);
+    notifier = (int)a;
+    notifies = port;
+    interrupted((int)b, words);
     CHECK(ask((int)b, UNBIND, other, 0), 0);
     CHECK(call(CLOSE, a) | call(CLOSE, b), 0);
     say("ok\n");

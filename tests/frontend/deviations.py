@@ -57,19 +57,23 @@ def name_of(call: Callable[[], Any]) -> str:
 
 
 def restarted() -> str:
-    """Be interrupted by a restarting handler in a blocked read."""
-    a, _, _, _ = pair()
+    """Be interrupted by a restarting handler in a blocked read, and then get an event."""
+    a, _, b, at_b = pair()
     signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
     signal.siginterrupt(signal.SIGUSR1, False)
     me = threading.get_native_id()
+    ended = threading.Event()
 
     def interrupt() -> None:
-        if wait_until_blocked(me, lambda: False):
+        if wait_until_blocked(me, ended.is_set):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            wait_until_blocked(me, ended.is_set)  # again, unless it has ended the read
+        b.notify(at_b)
 
     helper = threading.Thread(target=interrupt)
     helper.start()
-    answer = name_of(lambda: a.read(4))
+    answer = name_of(lambda: len(a.read(4)))
+    ended.set()
     helper.join()
     return answer
 
@@ -111,12 +115,12 @@ def mapping(fd: int, kind: int) -> str:
 
 
 def continued() -> str:
-    """Be stopped and continued in a blocked read, as by a shell's Ctrl-Z and fg; no handler is there."""
-    a, _, _, _ = pair()
+    """Be stopped and continued in a blocked read, as by a shell's Ctrl-Z and fg; no handler is there. Then get an event."""
+    a, _, b, at_b = pair()
     said, say = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(say, name_of(lambda: a.read(4)).encode())
+        os.write(say, name_of(lambda: len(a.read(4))).encode())
         os._exit(0)
     state = Path(f"/proc/{child}/syscall")
     while state.read_text().split()[0] != READ_CALL:
@@ -124,6 +128,7 @@ def continued() -> str:
     os.kill(child, signal.SIGSTOP)
     os.waitpid(child, os.WUNTRACED)
     os.kill(child, signal.SIGCONT)
+    b.notify(at_b)
     answer = os.read(said, 16).decode()
     os.waitpid(child, 0)
     return answer

@@ -59,7 +59,7 @@ def is_in_read(thread: int) -> bool:
 
 def readers_of(process: int) -> int:
     """Count the threads of a process that sleep in a read."""
-    return sum(is_in_read(int(task)) for task in os.listdir(f"/proc/{process}/task"))
+    return sum(is_in_read(int(task)) for task in os.listdir(f"/proc/{process}/task"))  # noqa: PTH208
 
 
 class Reading(threading.Thread):

@@ -75,6 +75,15 @@ def started(*words: str, name: str | None = None, options: Sequence[str] = ()) -
     )  # fmt: skip
 
 
+def server_of(run_: int, machine: str, title: str = "evtchn") -> int:
+    """Give the server's process of a run, by the run's own."""
+    (server,) = [
+        int(child) for child in Path(f"/proc/{run_}/task/{run_}/children").read_text().split()
+        if Path("/proc", child, "cmdline").read_bytes().startswith(f"pvbus: {title}/{machine}".encode())
+    ]  # fmt: skip
+    return server
+
+
 _directory = tempfile.TemporaryDirectory(prefix="pvbus-c-")
 
 

@@ -51,11 +51,11 @@ for _function in (_waiting_ptrace, _ptrace):
 class Restarts:
     """Answers the interrupted reads of one loop, that of `inbox`; from any thread, but each once."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: Inbox, traced_max: int = TRACED_MAX) -> None:
         self.inbox = inbox
         self._due: dict[Request, int] = {}
         self._looks = False
-        self._free = threading.Semaphore(TRACED_MAX)
+        self._free = threading.Semaphore(traced_max)
 
     def interrupted(self, request: Request) -> None:
         """Answer a READ that waited and has been taken out of its queue: it ends, or begins again, as its signal wants it."""
