@@ -13,7 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, driver, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import (
+    COMMAND,
+    RUN_S_MAX,
+    command,
+    driver,
+    environment,
+    need_namespaces,
+    not_shown,
+    run,
+    started,
+)
 from pvbus.tests.frontend.test_run import in_private_mounts
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
