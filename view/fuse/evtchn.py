@@ -37,12 +37,16 @@ ARGUMENT_BYTES = {
 }  # fmt: skip
 BYTES_A_CALL = 4096  # the driver reads and writes at most a page at once
 RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and no bind any more
+DEVICE_INODE = 0x70766275
+"""What stat shows of the device, whichever run's: a number that is no session's own."""
 _PORT = struct.Struct("=I")
 _APPEND = os.O_APPEND
 
 
 class Device(DeviceNode):
     """The node. `machine` is a connection to the machine's supervisor in `inbox`, whose loop also serves the session."""
+
+    inode = DEVICE_INODE
 
     def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0) -> None:
         self.inbox = inbox
