@@ -79,9 +79,6 @@ FUSE_SEES = {
     "isatty": "ENOTTY",
     "read under SA_RESTART": "EINTR",
     "read over SIGSTOP and SIGCONT": "EINTR",
-    "SIGIO": False,
-    "FIOASYNC": "ENOTTY",
-    "O_ASYNC by fcntl": "not shown",
     "fstat": "-rw------- 0 0",
     "cp -a": "waits for an event",
     "the file system": "0x65735546",
@@ -90,6 +87,9 @@ FUSE_SEES = {
 }
 """Where it differs: docs/divergences.md."""
 FUSE_ALONE_SEES = {
+    "O_ASYNC by fcntl": "not shown",
+    "FIOASYNC": "ENOTTY",
+    "SIGIO": False,
     "an unknown ioctl with a size, and NULL": "EFAULT",
     "an unknown ioctl of more than a page": "ENOMEM",
     "private mapping": "SIGBUS",

@@ -52,13 +52,13 @@ def test_what_programs_do_all_day_is_let_through_and_what_the_kernel_answers_by_
         (abi.write, [3, AT, 0]), (abi.write, [3, AT, 4]), (abi.read, [3, BIG, 4]),
         (abi.ioctl, [3, NOTIFY_PORT, AT]), (abi.ioctl, [0, 0x5401, AT]),
         (abi.mmap, [0, 4096, 1, 0x1, 3, 0]), (abi.mmap, [0, 4096, 1, 0x3, 3, 0]), (abi.mmap, [0, 4096, 1, 0x22, -1 % 2**64, 0]),
-        (abi.mmap, [0, 4096, 5, 0x802, 3, 0]), (fcntl, [3, 4, os.O_NONBLOCK]), (fcntl, [3, 1, 1]), (9999, [3, AT, 3]),
+        (abi.mmap, [0, 4096, 5, 0x802, 3, 0]), (fcntl, [3, 1, 1]), (fcntl, [3, 9, 0]), (9999, [3, AT, 3]),
     ]  # fmt: skip
     handed_over = [
         (abi.read, [3, AT, 1]), (abi.write, [3, AT, 3]), (abi.read, [0, 0, 4]), (abi.write, [3, 0xFFFF, 4096]),
         (abi.ioctl, [3, 0x40044599, 0]), (abi.ioctl, [3, 0x80086601, AT]), (abi.ioctl, [3, 1, AT]), (abi.ioctl, [3, 0x541B, AT]),
         (abi.ioctl, [3, 0x5460, AT]), (abi.ioctl, [3, 0x5452, AT]), (abi.mmap, [0, 4096, 1, 0x2, 3, 0]),
-        (fcntl, [3, 4, regular_calls.O_DIRECT]), (fcntl, [3, 1024, 0]),
+        *((fcntl, [3, command, 0]) for command in (3, 4, 8, 10, 15, 1024)),
         *((number, [3, 0, 0, 0]) for number in (*abi.sendfile, abi.splice, abi.fallocate, abi.readahead, abi.copy_file_range)),
     ]  # fmt: skip
 

@@ -217,8 +217,6 @@ DEVIATIONS: dict[str, dict[tuple[str, int], str]] = {
         ("vfs_misc", 23): "ENOTTY for an unknown ioctl",
         ("eintr", 13): "EINTR despite SA_RESTART",
         ("eintr", 14): "EINTR despite SA_RESTART",
-        ("sigio_overflow", 5): "no SIGIO",
-        ("sigio_overflow", 14): "no SIGIO",
     },
     "seccomp": {
         ("vfs_misc", 16): "the file is S_ISSOCK",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pvbus.view.run.filter import Filter, StandIn
 from pvbus.view.seccomp import abi, regular_calls
 from pvbus.view.seccomp.regular import Regular
+from pvbus.view.seccomp.sigio import Signals
 
 if TYPE_CHECKING:
     from pvbus.view.run.fitting import Fitting
@@ -36,6 +37,7 @@ class RegularCalls(Filter):
     def __init__(self) -> None:
         super().__init__()
         self.without_anybody = "its programs map no file privately any more"
+        self._secret = b""
 
     @property
     def obituary(self) -> str:
@@ -51,6 +53,8 @@ class RegularCalls(Filter):
 
     def prepare(self, room: Room) -> None:
         """Install it if that can be. Of a run within a run the outer one's filter knows the devices, too."""
+        assert room.devices is not None
+        self._secret = room.devices.secret
         try:
             super().prepare(room)
         except OSError as error:
@@ -62,7 +66,7 @@ class RegularCalls(Filter):
     def serve(self, room: Room) -> None:
         """Answer the calls of every child, one after the other."""
         self.close_ways()
-        regular = Regular(DIRECTORY)
+        regular = Regular(DIRECTORY, Signals(self._secret))
         ledgers: dict[int, Ledger] = {}
         poller = select.poll()
         with socket.socket(fileno=self.fds[0]) as control:

@@ -9,18 +9,21 @@ file system for anything, so nothing here waits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import select
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse.evtchn import DEVICE_INODE
-from pvbus.view.seccomp import abi, regular_calls
+from pvbus.view.seccomp import abi, regular_calls, sigio
+from pvbus.view.seccomp.bpf import FIOASYNC
 
 if TYPE_CHECKING:
     from pvbus.view.seccomp.regular_calls import Abi
@@ -38,8 +41,8 @@ _CLONE_SOURCE, _DEDUPE_BYTES = struct.Struct("=q"), 24
 _SYNC_FLAGS, _SPLICE_FLAGS = 7, 0xF
 _FALLOCATE_MODES = {0, 1, 3, 0x8, 0x10, 0x11, 0x20, 0x40, 0x41, 0x80}
 """What the kernel takes for a mode before it looks at the file: FALLOC_FL_*, with KEEP_SIZE where that is allowed."""
-_OF_EVERY_FILE = {0xC020660B, 0xC0045877, 0xC0045878, 0x80811501, 0x80111500, 0x5452}
-"""FS_IOC_FIEMAP, FIFREEZE, FITHAW, FS_IOC_GETFSSYSFSPATH, FS_IOC_GETFSUUID, FIOASYNC: no driver ever sees them."""
+_OF_EVERY_FILE = {0xC020660B, 0xC0045877, 0xC0045878, 0x80811501, 0x80111500}
+"""FS_IOC_FIEMAP, FIFREEZE, FITHAW, FS_IOC_GETFSSYSFSPATH, FS_IOC_GETFSUUID: no driver ever sees them."""
 _F_SETLEASE_ARGUMENTS = {0, 1, 2}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -58,7 +61,8 @@ def _signed(low: int, high: int) -> int:
 class Regular:
     """Answers for the device's files of one mount, and of runs within the run; `directory` is where it is mounted."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, signals: sigio.Signals) -> None:
+        self._signals = signals
         self._found = ctypes.create_string_buffer(_STATX_BYTES)
         if not _fresh_device(directory, self._found):
             raise OSError(ctypes.get_errno(), f"{directory}: {os.strerror(ctypes.get_errno())}")
@@ -117,11 +121,9 @@ class Regular:
             return 0
         return self._before_the_pointer(call.tid, fd) if is_read else None
 
-    @staticmethod
-    def _before_the_pointer(tid: int, fd: int) -> Answer:
+    def _before_the_pointer(self, tid: int, fd: int) -> Answer:
         """Give what a read fails with before the driver copies anything; a read that would wait is let through."""
-        copy = abi.descriptor_of(tid, fd & 0xFFFFFFFF)
-        try:
+        with self._copy(tid, fd) as copy:
             poller = select.poll()
             poller.register(copy, select.POLLIN)
             ready = dict(poller.poll(0)).get(copy, 0)
@@ -130,8 +132,6 @@ class Regular:
             if ready & select.POLLERR:
                 return -errno.EFBIG
             return -errno.EAGAIN if not ready and not os.get_blocking(copy) else None
-        finally:
-            os.close(copy)
 
     def _mmap(self, call: abi.Call, known: Abi) -> Answer:
         """Refuse a private mapping, as any file whose driver has no such method."""
@@ -147,6 +147,13 @@ class Regular:
         request &= 0xFFFFFFFF
         if request in _OF_EVERY_FILE or not self._is_ours(call.tid, fd):
             return None
+        if request == FIOASYNC:
+            wanted = abi.read_memory(call.tid, argument, 4)
+            if wanted is None:
+                return None
+            with self._copy(call.tid, fd) as copy:
+                self._switch(call, copy, on=any(wanted))
+            return 0
         if request in (regular_calls.FICLONE, regular_calls.FICLONERANGE):
             source: int | None = argument
             if request == regular_calls.FICLONERANGE:
@@ -158,13 +165,41 @@ class Regular:
         return -errno.ENOTTY if request == regular_calls.FIOQSIZE else -errno.ENOSYS
 
     def _fcntl(self, call: abi.Call, _: Abi) -> Answer:
-        """Refuse leases, but to who may have none at all, and O_DIRECT."""
+        """Refuse leases, but to who may have none at all, and O_DIRECT; see to SIGIO."""
         fd, command, argument = call.arguments[:3]
+        command &= 0xFFFFFFFF
         if not self._is_ours(call.tid, fd):
             return None
-        if command & 0xFFFFFFFF == regular_calls.F_SETLEASE:
+        if command == regular_calls.F_SETLEASE:
             return -errno.EINVAL if argument & 0xFFFFFFFF in _F_SETLEASE_ARGUMENTS and _is_root(call.tid) else None
-        return -errno.EINVAL if argument & regular_calls.O_DIRECT else None
+        if command == fcntl.F_SETFL and argument & regular_calls.O_DIRECT:
+            return -errno.EINVAL
+        with self._copy(call.tid, fd) as copy:
+            if command == fcntl.F_GETFL:
+                return fcntl.fcntl(copy, fcntl.F_GETFL) | (os.O_ASYNC if self._signals.is_on(copy) else 0)
+            if command == fcntl.F_SETFL:
+                self._switch(call, copy, on=bool(argument & os.O_ASYNC))
+            elif self._signals.is_on(copy):
+                value: int | bytes | None = _signed32(argument)
+                if command == regular_calls.F_SETOWN_EX:
+                    value = abi.read_memory(call.tid, argument, sigio.OWNER.size)
+                if value is not None:
+                    self._signals.tell(copy, call.tid, command, value)
+        return None
+
+    def _switch(self, call: abi.Call, copy: int, *, on: bool) -> None:
+        if on != self._signals.is_on(copy):
+            self._signals.switch(copy, call.tid, call.arguments[0] & 0xFFFFFFFF, on=on)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _copy(tid: int, fd: int) -> Generator[int, None, None]:
+        """A descriptor of our own for a thread's file, for as long as its call keeps that open anyway."""
+        copy = abi.descriptor_of(tid, fd & 0xFFFFFFFF)
+        try:
+            yield copy
+        finally:
+            os.close(copy)
 
     def _splice(self, call: abi.Call, _: Abi) -> Answer:
         """Refuse to splice from it: a file without such a method is never read for that."""
@@ -219,6 +254,10 @@ class Regular:
 
 def _signed64(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
+
+
+def _signed32(value: int) -> int:
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _is_root(tid: int) -> bool:

@@ -30,7 +30,7 @@ from pvbus.view.seccomp.bpf import (
 )
 
 O_DIRECT = {"x86_64": 0x4000, "aarch64": 0x10000}.get(platform.machine(), 0)
-F_SETLEASE = 1024
+F_GETFL, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE = 3, 8, 10, 15, 1024
 FIBMAP, FIONREAD, FIOQSIZE = 1, 0x541B, 0x5460
 FICLONE, FICLONERANGE, FIDEDUPERANGE = 0x40049409, 0x4020940D, 0xC0189436
 HAS_A_STRUCTURE = 0xC0000000
@@ -92,6 +92,11 @@ def _high(index: int) -> bytes:
     return instruction(LOAD, AT_ARGUMENTS + 8 * index + 4)
 
 
+def _one_of(words: tuple[int, ...]) -> list[bytes]:
+    """Skip one instruction more, behind these, if the word that is loaded is one of them."""
+    return [instruction(JUMP_EQUAL, word, len(words) - at, 0) for at, word in enumerate(words)]
+
+
 def _body(abi: Abi) -> list[bytes]:
     """Decide about the call whose number is loaded; what falls through is let through."""
     transfer = [  # to or from an address where nothing is; of less than a port, where nothing usual does such a thing
@@ -102,12 +107,8 @@ def _body(abi: Abi) -> list[bytes]:
     mapping = [_low(3), instruction(JUMP_BITS, NOT_MAPPED_PRIVATELY, 1, 0), _NOTIFY, _ALLOW]
     single = (FIBMAP, FIONREAD, FIOQSIZE, FIOASYNC)
     request = [_low(1), instruction(JUMP_BITS, HAS_A_STRUCTURE, len(single) + 1, 0)]
-    request += [instruction(JUMP_EQUAL, number, len(single) - at, 0) for at, number in enumerate(single)]
-    request += [_ALLOW, _NOTIFY]
-    control = [
-        _low(1), instruction(JUMP_EQUAL, F_SETLEASE, 3, 0), instruction(JUMP_EQUAL, F_SETFL, 0, 3),
-        _low(2), instruction(JUMP_BITS, O_DIRECT, 0, 1), _NOTIFY, _ALLOW,
-    ]  # fmt: skip
+    request += [*_one_of(single), _ALLOW, _NOTIFY]
+    control = [_low(1), *_one_of((F_GETFL, F_SETFL, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE)), _ALLOW, _NOTIFY]
     steps: list[bytes] = []
     for numbers, decision in (
         ((abi.read, abi.write), transfer), ((abi.mmap,), mapping), ((abi.ioctl,), request), (abi.fcntl, control),
