@@ -1,17 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A 32-bit program on the device, without a library: cc -m32 -static -nostdlib -ffreestanding.
+ * A 32-bit program on the device, without a library: cc -m32 -static -nostdlib -ffreestanding.  With -DFILTERED it also makes the
+ * calls that the filter over the FUSE file knows.
  * Prints "ok", or the line that did not hold and what it gave, and ends with 1.
  */
 #include <stdint.h>
 
 enum {
     EXIT = 1, FORK = 2, READ = 3, WRITE = 4, OPEN = 5, CLOSE = 6, WAITPID = 7, LSEEK = 19, IOCTL = 54, FCNTL = 55, READV = 145,
-    WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379, SETITIMER = 104, SIGACTION = 174,
+    WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379, FCNTL64 = 221, READAHEAD = 225,
+    SENDFILE64 = 239, SPLICE = 313, SYNC_FILE_RANGE = 314, FALLOCATE = 324, COPY_FILE_RANGE = 377, PIPE = 42,
+    SETITIMER = 104, SIGACTION = 174,
 };
-enum { EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, EOPNOTSUPP = 95, ENOTCONN = 107 };
+enum {
+    EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, ENOSYS = 38, EOPNOTSUPP = 95,
+    ENOTCONN = 107,
+};
 enum { BIND_INTERDOMAIN = 0x84501, BIND_UNBOUND_PORT = 0x44502, UNBIND = 0x44503, NOTIFY = 0x44504 };
-enum { RDWR = 2, NONBLOCK = 04000, POLLIN = 1, SETFL = 4, SHARED = 1, PRIVATE_ANONYMOUS = 0x22, APPEND = 16, PAGE = 4096 };
+enum { RDWR = 2, NONBLOCK = 04000, POLLIN = 1, SETFL = 4, SHARED = 1, PRIVATE = 2, PRIVATE_ANONYMOUS = 0x22, APPEND = 16, PAGE = 4096 };
+enum { SETLEASE = 1024, DIRECT = 040000, FIONREAD = 0x541b };
 enum { ALARM = 14, RESTART = 0x10000000, LATER_US = 20000, SIGNALS = 3 };
 #define BAD 0xfffff000L
 #define CHECK(value, wanted) check((long)(value), (long)(wanted), __LINE__)
@@ -103,6 +110,34 @@ static void interrupted(int fd, uint32_t *words)
     CHECK(call(SETITIMER, 0, (long)never, 0), 0);
 }
 
+#ifdef FILTERED
+/* What the kernel would answer by itself, as for a regular file. */
+static void of_a_device(long fd, long other)
+{
+    long ends[2];
+    CHECK(call(PIPE, (long)ends), 0);
+    CHECK(call(MMAP2, 0, PAGE, 1, PRIVATE, fd, 0), -ENODEV);
+    CHECK(call(MMAP2, 0, 0, 1, PRIVATE, fd, 0), -EINVAL);
+    CHECK(call(IOCTL, fd, 0x40044599, 0), -ENOSYS);
+    CHECK(call(IOCTL, fd, FIONREAD, 0), -ENOSYS);
+    CHECK(call(FCNTL, fd, SETLEASE, 0), -EINVAL);
+    CHECK(call(FCNTL64, fd, SETFL, NONBLOCK | DIRECT), -EINVAL);
+    CHECK(call(READ, fd, 0, 3), 0);
+    CHECK(call(WRITE, fd, 0, 3), 0);
+    CHECK(call(READ, fd, 0, 4), -EAGAIN);
+    CHECK(call(SENDFILE, ends[1], fd, 0, 4), -EINVAL);
+    CHECK(call(SENDFILE64, ends[1], fd, 0, 4), -EINVAL);
+    CHECK(call(SPLICE, fd, 0, ends[1], 0, 4, 0), -EINVAL);
+    CHECK(call(READAHEAD, fd, 0, 0, PAGE), -EINVAL);
+    CHECK(call(SYNC_FILE_RANGE, fd, 0, 0, 0, 0, 0), -ESPIPE);
+    CHECK(call(SYNC_FILE_RANGE, fd, -1L, -1L, 0, 0, 0), -EINVAL);
+    CHECK(call(FALLOCATE, fd, 0, 0, 0, 8, 0), -ENODEV);
+    CHECK(call(FALLOCATE, fd, 0, 0, 0, 0, -1L), -EINVAL);
+    CHECK(call(COPY_FILE_RANGE, fd, 0, other, 0, 4, 0), -EINVAL);
+    CHECK(call(CLOSE, ends[0]) | call(CLOSE, ends[1]), 0);
+}
+#endif
+
 void _start(void)
 {
     const char *path = "/dev/xen/evtchn";
@@ -118,6 +153,9 @@ void _start(void)
     CHECK(call(READ, b, (long)words, 16), 4);
     CHECK(words[0], other);
     CHECK(call(READ, b, (long)words, 16), -EAGAIN);
+#ifdef FILTERED
+    of_a_device(b, a);
+#endif
     CHECK(call(WRITE, b, BAD, 4), -EFAULT);
     CHECK(call(WRITE, b, (long)words, 4), 4);
     CHECK(ask((int)a, NOTIFY, port, 0), 0);

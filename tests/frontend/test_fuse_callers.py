@@ -15,9 +15,13 @@ NO_IO_URING = 77
 
 
 @pytest.mark.checklist("A4.9", "A9.3")
-@pytest.mark.parametrize("frontend", ["fuse", "seccomp"])
-def test_a_32_bit_program_finds_the_device(pvbus_shared_machine: BootedMachine, frontend: str) -> None:
-    done = run(str(client_32()), name=pvbus_shared_machine.name, options=["--frontend", frontend])
+@pytest.mark.parametrize(
+    ("options", "defines"), [([], ["-DFILTERED"]), (["--no-filter"], []), (["--frontend", "seccomp"], [])], ids=" ".join
+)
+def test_a_32_bit_program_finds_the_device(
+    pvbus_shared_machine: BootedMachine, options: list[str], defines: list[str]
+) -> None:
+    done = run(str(client_32(*defines)), name=pvbus_shared_machine.name, options=options)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 

@@ -33,7 +33,7 @@ ANY = bpf.ARCHITECTURES["x86_64"]
 def machine_name(pvbus_shared_machine: BootedMachine) -> str:
     need_namespaces()
     try:
-        abi.probe()
+        abi.probe(bpf.program(bpf.here()))
     except OSError as error:
         not_shown("programs under the seccomp front end", f"the kernel has no user notification: {error.strerror}")
     return pvbus_shared_machine.name
@@ -203,7 +203,8 @@ def test_when_nobody_is_left_that_answers_every_call_is_refused(machine_name: st
 WITHOUT_STAND_IN = """
 import os, signal, socket
 from pvbus.view.run.room import Room
-from pvbus.view.run.seccomp import Listeners, fittings
+from pvbus.view.run.filter import Listeners
+from pvbus.view.run.seccomp import fittings
 room, made = Room("none", 0), fittings()
 for fitting in made:
     fitting.prepare(room)

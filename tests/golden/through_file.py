@@ -215,13 +215,7 @@ DEVIATIONS: dict[str, dict[tuple[str, int], str]] = {
         ("vfs_misc", 16): "the file is S_ISREG",
         ("vfs_misc", 17): "the file is S_ISREG",
         ("vfs_misc", 23): "ENOTTY for an unknown ioctl",
-        ("read_efault", 3): "EFAULT before EAGAIN: the kernel looks at the pointer first",
-        ("read_efault", 6): "EFAULT before the count: the kernel looks at the pointer first",
-        ("read_efault", 14): "EFAULT before the count: the kernel looks at the pointer first",
-        ("write_efault", 13): "EFAULT before the count: the kernel looks at the pointer first",
         **({} if os.uname().machine == "x86_64" else {("eintr", step): "EINTR despite SA_RESTART" for step in (13, 14)}),
-        ("sigio_overflow", 5): "no SIGIO",
-        ("sigio_overflow", 14): "no SIGIO",
     },
     "seccomp": {
         ("vfs_misc", 16): "the file is S_ISSOCK",

@@ -13,6 +13,7 @@ import os
 import select
 import struct
 from collections import deque
+from hmac import compare_digest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ ARGUMENT_BYTES = {
 }  # fmt: skip
 BYTES_A_CALL = 4096  # the driver reads and writes at most a page at once
 RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and no bind any more
+DEVICE_INODE = 0x70766275
+"""What stat shows of the device, whichever run's: a number that is no session's own."""
+IOCTL_DOOR, DOOR = 0x5056, struct.Struct("=II")
+"""Not the driver's: who knows the secret is told the server's process and, of this open file, the doorbell's descriptor there."""
 _PORT = struct.Struct("=I")
 _APPEND = os.O_APPEND
 
@@ -45,8 +50,11 @@ _APPEND = os.O_APPEND
 class Device(DeviceNode):
     """The node. `machine` is a connection to the machine's supervisor in `inbox`, whose loop also serves the session."""
 
-    def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0) -> None:
+    inode = DEVICE_INODE
+
+    def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0, secret: bytes = b"") -> None:
         self.inbox = inbox
+        self.secret = secret
         self.machine = machine
         self.domain = domain
         self.callers = Callers()
@@ -231,6 +239,8 @@ class OpenFile(Handle):
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
         size = ARGUMENT_BYTES.get(command)
+        if command == IOCTL_DOOR and self._tells_of_the_door(request, argument):
+            return 0
         if size is None:
             raise error(errno.ENOTTY)  # the driver's ENOSYS does not get through FUSE
         data: bytes | None = b""
@@ -247,6 +257,18 @@ class OpenFile(Handle):
             return 0
         self._ask(request, command, data)
         return None
+
+    def _tells_of_the_door(self, request: Request, argument: int) -> bool:
+        """Tell it who knows the secret."""
+        secret = self.device.secret
+        try:
+            if not secret or not compare_digest(read_memory(request.pid, argument, len(secret)), secret):
+                return False
+        except OSError:  # not even a pointer
+            return False
+        self._must_live()
+        write_memory(request.pid, argument + len(secret), DOOR.pack(os.getpid(), self.file.door))
+        return True
 
     def _ask(self, request: Request, command: int, data: bytes | None) -> None:
         """Pass an ioctl to the file's process."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.view.fuse import mount
-from pvbus.view.run import boot, seccomp
+from pvbus.view.run import boot, regular, seccomp
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import Room
@@ -37,11 +37,8 @@ EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
 SHELL = "/bin/sh"  # runs what the kernel does not know how to, as execvp(3) has it
 
-FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
-    "fuse": lambda: [XenDevices()],
-    "seccomp": lambda: [XenDevices(), *seccomp.fittings()],
-}
-"""What is put in place for each --frontend."""
+FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {"fuse": regular.fittings, "seccomp": seccomp.fittings}
+"""What filter is put over the device's file for each --frontend."""
 FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
     lambda _: Sysfs(),
     lambda arguments: Xenstore() if arguments.xenstore else None,
@@ -69,10 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
     closed = _fill_standard_streams()
     with _machine(arguments.name) as name:
         _check_domain(name, arguments.domain)
-        fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
+        fittings = [XenDevices(), *_filter(arguments)] + [made for make in FITTINGS if (made := make(arguments)) is not None]
         room = Room(name, arguments.domain)
         room.in_child += [functools.partial(os.close, fd) for fd in closed]  # the command finds them as we did
         return _in_room(room, fittings, [arguments.program, *arguments.words])
+
+
+def _filter(arguments: argparse.Namespace) -> list[Fitting]:
+    if not arguments.no_filter:
+        return FRONTENDS[arguments.frontend]()
+    if arguments.frontend != "fuse":
+        raise ValueError(f"--no-filter: there is no --frontend {arguments.frontend} without a filter")
+    return []
 
 
 def _fill_standard_streams() -> list[int]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from pvbus.view.run.room import Room
 
 
+SECRET_BYTES = 16
+
+
 class XenDevices(Fitting):
     """/dev/xen through FUSE."""
 
@@ -31,8 +35,10 @@ class XenDevices(Fitting):
 
     def __init__(self) -> None:
         super().__init__()
+        self.secret = os.urandom(SECRET_BYTES)
+        """What servers of the run know each other by."""
         self.nodes: dict[str, Callable[[Inbox, Peer, Room], Node]] = {
-            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain),
+            "evtchn": lambda inbox, machine, room: Device(inbox, machine, room.domain, self.secret),
             "privcmd": lambda _, machine, room: Privcmd(machine_op(machine, room.domain)),
             "gntdev": lambda _inbox, _machine, _room: Mute(),
         }
