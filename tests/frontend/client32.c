@@ -10,16 +10,18 @@ enum {
     EXIT = 1, FORK = 2, READ = 3, WRITE = 4, OPEN = 5, CLOSE = 6, WAITPID = 7, LSEEK = 19, IOCTL = 54, FCNTL = 55, READV = 145,
     WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379, FCNTL64 = 221, READAHEAD = 225,
     SENDFILE64 = 239, SPLICE = 313, SYNC_FILE_RANGE = 314, FALLOCATE = 324, COPY_FILE_RANGE = 377, PIPE = 42,
-    SETITIMER = 104, SIGACTION = 174,
+    SETITIMER = 104, SIGACTION = 174, STAT = 106, LSTAT = 107, FSTAT = 108, STAT64 = 195, LSTAT64 = 196, FSTAT64 = 197,
+    FSTATAT64 = 300, STATX = 383, STATFS = 99, FSTATFS = 100, STATFS64 = 268, FSTATFS64 = 269,
 };
 enum {
-    EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ENOTTY = 25, ESPIPE = 29, ENOSYS = 38, EOPNOTSUPP = 95,
+    EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ESPIPE = 29, ENOSYS = 38, EOPNOTSUPP = 95,
     ENOTCONN = 107,
 };
 enum { BIND_INTERDOMAIN = 0x84501, BIND_UNBOUND_PORT = 0x44502, UNBIND = 0x44503, NOTIFY = 0x44504 };
 enum { RDWR = 2, NONBLOCK = 04000, POLLIN = 1, SETFL = 4, SHARED = 1, PRIVATE = 2, PRIVATE_ANONYMOUS = 0x22, APPEND = 16, PAGE = 4096 };
 enum { SETLEASE = 1024, DIRECT = 040000, FIONREAD = 0x541b };
 enum { ALARM = 14, RESTART = 0x10000000, LATER_US = 20000, SIGNALS = 3 };
+enum { IFMT = 0170000, IFCHR = 0020000, IFDIR = 0040000, MISC_MAJOR = 10, CWD = -100, EMPTY_PATH = 0x1000, TMPFS = 0x1021994 };
 #define BAD 0xfffff000L
 #define CHECK(value, wanted) check((long)(value), (long)(wanted), __LINE__)
 
@@ -110,6 +112,41 @@ static void interrupted(int fd, uint32_t *words)
     CHECK(call(SETITIMER, 0, (long)never, 0), 0);
 }
 
+/* A device by every call that shows what something is, in a file system of devices. */
+static void shown(long fd, const char *path)
+{
+    uint32_t seen[64];
+    const uint16_t *half = (const uint16_t *)seen;
+    long whole[][2] = {{STAT64, (long)path}, {LSTAT64, (long)path}, {FSTAT64, fd}};
+    for (int i = 0; i < 3; i++) {
+        CHECK(call(whole[i][0], whole[i][1], (long)seen), 0);
+        CHECK(seen[4] & IFMT, IFCHR);
+        CHECK(seen[8] >> 8, MISC_MAJOR);
+    }
+    CHECK(call(FSTATAT64, CWD, (long)path, (long)seen, 0), 0);
+    CHECK(seen[4] & IFMT, IFCHR);
+    CHECK(seen[8] >> 8, MISC_MAJOR);
+    long old[][2] = {{STAT, (long)path}, {LSTAT, (long)path}, {FSTAT, fd}};
+    for (int i = 0; i < 3; i++) {
+        CHECK(call(old[i][0], old[i][1], (long)seen), 0);
+        CHECK(half[4] & IFMT, IFCHR);
+        CHECK(seen[4] >> 8, MISC_MAJOR);
+    }
+    CHECK(call(STATX, fd, (long)"", EMPTY_PATH, 0x7ff, (long)seen), 0);
+    CHECK(half[14] & IFMT, IFCHR);
+    CHECK(seen[32], MISC_MAJOR);
+    CHECK(call(STATFS, (long)path, (long)seen), 0);
+    CHECK(seen[0], TMPFS);
+    CHECK(call(FSTATFS, fd, (long)seen), 0);
+    CHECK(seen[0], TMPFS);
+    CHECK(call(STATFS64, (long)path, 84, (long)seen), 0);
+    CHECK(seen[0], TMPFS);
+    CHECK(call(FSTATFS64, fd, 84, (long)seen), 0);
+    CHECK(seen[0], TMPFS);
+    CHECK(call(STAT64, (long)"/dev/xen", (long)seen), 0);
+    CHECK(seen[4] & IFMT, IFDIR);
+}
+
 #ifdef FILTERED
 /* What the kernel would answer by itself, as for a regular file. */
 static void of_a_device(long fd, long other)
@@ -170,10 +207,11 @@ void _start(void)
     CHECK(call(IOCTL, a, NOTIFY, BAD), -EFAULT);
     CHECK(call(IOCTL, a, UNBIND, 8), -EFAULT);
     CHECK(ask((int)a, NOTIFY, 4000, 0), -ENOTCONN);
-    CHECK(call(IOCTL, a, 0x4599, 0), -ENOTTY);
+    CHECK(call(IOCTL, a, 0x4599, 0), -ENOSYS);
     CHECK(call(LSEEK, b, 0, 1), -ESPIPE);
     CHECK(call(MMAP2, 0, PAGE, 1, SHARED, b, 0), -ENODEV);
     CHECK(call(SENDFILE, 1, b, 0, 4), -EINVAL);
+    shown(a, path);
 
     /* Buffers across two pages: one transfer, which waits for nothing more. */
     long pages = call(MMAP2, 0, 3 * PAGE, 3, PRIVATE_ANONYMOUS, -1, 0), edge = pages + PAGE;

@@ -234,7 +234,8 @@ def set_async(fd: int) -> str:
 def of_fstat(fd: int) -> str:
     """Say what it is, of which size, and which device."""
     found = os.fstat(fd)
-    return f"{stat.filemode(found.st_mode)} {found.st_size} {found.st_rdev}"
+    major, minor = os.major(found.st_rdev), os.minor(found.st_rdev)
+    return f"{stat.filemode(found.st_mode)} {found.st_size} {major}:{minor}"
 
 
 def copied() -> str:

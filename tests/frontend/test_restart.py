@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import signal
 import sys
 from typing import Any
@@ -16,24 +15,24 @@ import pytest
 from pvbus.tests.contract.support import wait_until
 from pvbus.tests.frontend.restarts import LOOKS, ROUNDS
 from pvbus.tests.frontend.support import driver, run, server_of, started
+from pvbus.view.fuse.debugger import CAN_MEND, Debuggers
+from pvbus.view.fuse.disguise import restart
 from pvbus.view.fuse.request import Request
-from pvbus.view.fuse.restart import Restarts
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.run.fitting import new_inbox
 
-RESTARTS = platform.machine() == "x86_64"
 STOPS = f"{signal.SIGSTOP:x}7f ffff " * ROUNDS
 SEEN = {
-    "a thread's own signal": ["4", "4" if RESTARTS else "EINTR", "4"],
+    "a thread's own signal": ["4", "4" if CAN_MEND else "EINTR", "4"],
     "a thread's own signal without SA_RESTART": ["4", "EINTR", "4"],
     "an event behind such a signal": "4",
-    "readv": "8" if RESTARTS else "EINTR",
-    "preadv2": "4" if RESTARTS else "EINTR",
-    "a storm": {"each once": True, "interrupted": not RESTARTS, "ended": [0, 0]},
+    "readv": "8" if CAN_MEND else "EINTR",
+    "preadv2": "4" if CAN_MEND else "EINTR",
+    "a storm": {"each once": True, "interrupted": not CAN_MEND, "ended": [0, 0]},
     "SIGKILL": [signal.SIGKILL],
     "a debugger's reader": ["EINTR", f"0x{signal.SIGUSR1:x}7f", 0],
-    "SIGSTOP of one thread": STOPS + ("0" if RESTARTS else "100"),
-    "SIGSTOP of three threads": STOPS + ("0" if RESTARTS else "300"),
+    "SIGSTOP of one thread": STOPS + ("0" if CAN_MEND else "100"),
+    "SIGSTOP of three threads": STOPS + ("0" if CAN_MEND else "300"),
     "exec of another thread": [0],
     "an exec that hangs": ["EINTR", signal.SIGKILL, signal.SIGKILL],
 }
@@ -67,9 +66,9 @@ def test_with_no_debugger_free_or_no_reader_left_the_answer_is_eintr_at_once(pro
     reader = os.getpid() if process == "alive" else os.posix_spawn("/bin/true", ["true"], {})
     if process == "ended":
         os.waitpid(reader, 0)
-    restarts = Restarts(inbox, traced_max=int(process == "ended"))
+    request = Request(session, 1, 1, reader)  # type: ignore[arg-type]
 
-    restarts.interrupted(Request(session, 1, 1, reader))  # type: ignore[arg-type]
+    Debuggers(inbox, traced_max=int(process == "ended")).see_out(request, lambda: request.fail(errno.EINTR), restart)
     wait_until(lambda: bool(session.numbers), "it is answered")
 
     inbox.abandon()

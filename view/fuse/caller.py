@@ -117,6 +117,11 @@ class Callers:
         """Give how many bytes a thread's call is about; 0 if that is not known."""
         return sum(length for _, length in self._segments(thread, self._look(thread), kind))
 
+    def number(self, thread: int) -> int:
+        """Give the number of the call that a thread waits in; -1 if that is not known."""
+        number = self._look(thread).partition(b" ")[0]
+        return int(number) if number.isdigit() else -1
+
     def is_in_ring(self, thread: int) -> bool:
         """Whether a thread waits in io_uring_enter, or is one of the kernel's for that."""
         return self._look(thread).startswith(_IN_RING)

@@ -23,7 +23,6 @@ from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
 from pvbus.view.fuse.caller import CALLERS_MAX, READ, WRITE, Callers
 from pvbus.view.fuse.mount import read_memory, write_memory
 from pvbus.view.fuse.node import DeviceNode, Handle, error
-from pvbus.view.fuse.restart import Restarts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +57,6 @@ class Device(DeviceNode):
         self.machine = machine
         self.domain = domain
         self.callers = Callers()
-        self.restarts = Restarts(inbox)
         self._releasing: dict[OpenFile, Timer] = {}
         self._behind: deque[Callable[[], None]] = deque()
 
@@ -242,7 +240,8 @@ class OpenFile(Handle):
         if command == IOCTL_DOOR and self._tells_of_the_door(request, argument):
             return 0
         if size is None:
-            raise error(errno.ENOTTY)  # the driver's ENOSYS does not get through FUSE
+            request.unknown()
+            return None
         data: bytes | None = b""
         if size:
             try:
@@ -295,7 +294,7 @@ class OpenFile(Handle):
         for reader in self.readers:
             if reader.request is request:
                 self.readers.remove(reader)
-                self.device.restarts.interrupted(request)
+                request.interrupted()
                 return
 
     def release(self, request: Request) -> bool:

@@ -71,6 +71,8 @@ class Node:
     """A name's thing. `inode` is what stat shows, and the session's own number where it is 0."""
 
     inode = 0
+    rdev = 0
+    """The number of the device that stat shows it to be; 0 for what is none."""
     changed: Mapping[str, int] = MappingProxyType({})
     """Fields of the attributes that chmod, chown or utimes has changed since."""
 

@@ -23,7 +23,6 @@ from pvbus.shm.memory import Memory
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
 from pvbus.view.fuse.node import DeviceNode, Handle, error
 from pvbus.view.fuse.request import Request
-from pvbus.view.fuse.restart import Restarts
 from pvbus.view.xen.ring import Ring, RingBroken
 from pvbus.view.xen.xenbus import ProtocolError, Xenbus
 
@@ -36,7 +35,6 @@ class XenbusDevice(DeviceNode):
 
     def __init__(self, inbox: Inbox, machine: Peer, domain: int, page: Memory, on_port: Callable[[int], None]) -> None:
         self.bus = Xenbus()
-        self.restarts = Restarts(inbox)
         self.ring = Ring(page)
         self.broken = False
         self.handles: dict[int, XenbusHandle] = {}
@@ -163,7 +161,7 @@ class XenbusHandle(Handle):
         for reader in self.readers:
             if reader[0] is request:
                 self.readers.remove(reader)
-                self.device.restarts.interrupted(request)
+                request.interrupted()
                 return
 
     def release(self, request: Request) -> bool:
