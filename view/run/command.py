@@ -120,10 +120,11 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
     territory = Territory()
     for fitting in fittings:
         fitting.prepare(room)
-    servers = {fork_server(fitting, room, fittings): fitting.obituary for fitting in fittings if fitting.title}
+    served = {fork_server(fitting, room, fittings): fitting for fitting in fittings if fitting.title}
+    servers, last = {pid: fitting.obituary for pid, fitting in served.items()}, {pid for pid in served if served[pid].is_last}
     for fitting in fittings:
         close_all(fitting)
-    guard, lifeline = _guard(room, territory)  # behind the servers, which would otherwise hold its lifeline
+    guard, lifeline = _guard(room, territory, last)  # behind the servers, which would otherwise hold its lifeline
     try:
         for fitting in fittings:
             fitting.dress(room)
@@ -140,11 +141,13 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
         _reap(guard)
         try:
-            territory.sweep()  # if the guard could not
+            territory.sweep(frozenset(last & servers.keys()))  # if the guard could not
         except TimeoutError as error:
             print(f"pvbus run: {error}", file=sys.stderr)
         else:
             for pid in servers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # those that were left to themselves
                 _reap(pid)
 
 
@@ -153,8 +156,10 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _guard(room: Room, territory: Territory) -> tuple[int, int]:
-    """Fork the guard; give its pid, and the descriptor whose end it waits for. Signals to the whole group stay blocked in it."""
+def _guard(room: Room, territory: Territory, last: set[int]) -> tuple[int, int]:
+    """Fork the guard, which leaves `last` to themselves; give its pid, and the descriptor whose end it waits for. Signals to the
+    whole group stay blocked in it.
+    """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:
@@ -167,7 +172,7 @@ def _guard(room: Room, territory: Territory) -> tuple[int, int]:
         setproctitle(f"pvbus: run/{room.machine}")
         os.read(read_end, 1)
         with contextlib.suppress(TimeoutError):  # the first process says so, if it lives
-            territory.sweep(frozenset({os.getppid()}))
+            territory.sweep(frozenset({os.getppid(), *last}))
     finally:
         os._exit(0)
 

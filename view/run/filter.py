@@ -96,13 +96,18 @@ class Filter(Fitting):
 
 
 class StandIn(Fitting):
-    """Who goes on with the programs' calls when the server has died: nothing is ours any more, and everything is let through."""
+    """Who goes on with the programs' calls when the server has died: nothing is ours any more, and everything is let through.
+
+    It outlives the run's other servers: a machine that was booted within the run makes calls until it has stopped in order.
+    """
 
     title = "stand-in"
+    is_last = True
 
     def __init__(self, over: Filter) -> None:
         super().__init__()
         self._filter = over
+        self._listeners: set[int] = set()
 
     @property
     def obituary(self) -> str:
@@ -119,33 +124,29 @@ class StandIn(Fitting):
         self.fds += [self._filter.new_way(), lives]
 
     def serve(self, room: Room) -> None:
-        """Keep a copy of each listener until the server has died, and then serve it."""
+        """Keep a copy of each listener until the server has died, and then serve it until its last process has ended."""
         self._filter.close_ways()
         control, lives = self.fds
-        kept: list[tuple[int, int]] = []
         poller = select.poll()
-        for fd in (control, lives):
-            poller.register(fd, select.POLLIN)
+        poller.register(lives, select.POLLIN)
+        poller.register(control, select.POLLIN)
+        kept: list[tuple[int, int]] = []
+        waits = True
         with socket.socket(fileno=control) as end:
-            while lives >= 0:
-                for fd, _ in poller.poll():
-                    if fd == lives:
-                        lives = -1
-                    elif (found := Listeners.receive(end)) is not None:
-                        kept.append(found)
-                    else:
-                        poller.unregister(control)  # the run has ended
-            poller.unregister(self.fds[1])
-            for owner, listener in kept:
-                self._take_over(poller, owner, listener)
-            while True:
+            while waits or kept or self._listeners:
                 for fd, events in poller.poll():
-                    if fd != control:
+                    if fd == lives:
+                        poller.unregister(lives)
+                        lives = -1
+                    elif fd in self._listeners:
                         self._serve(poller, fd, events)
                     elif (found := Listeners.receive(end)) is not None:
-                        self._take_over(poller, *found)
-                    else:
+                        kept.append(found)
+                    else:  # the run has ended
                         poller.unregister(control)
+                        waits = False
+                while lives < 0 and kept:
+                    self._take_over(poller, *kept.pop(0))
 
     def _take_over(self, poller: select.poll, owner: int, listener: int) -> None:
         """Go on with what the server has left."""
@@ -157,12 +158,13 @@ class StandIn(Fitting):
             with contextlib.suppress(OSError):  # it is answered; or one of the next, which nobody has taken up, or is none
                 abi.let_through(listener, call)
         poller.register(listener, select.POLLIN)
+        self._listeners.add(listener)
 
-    @staticmethod
-    def _serve(poller: select.poll, listener: int, events: int) -> None:
+    def _serve(self, poller: select.poll, listener: int, events: int) -> None:
         """Let a call through."""
         if not events & select.POLLIN:  # the last process under the filter has gone
             poller.unregister(listener)
+            self._listeners.remove(listener)
             os.close(listener)
             return
         call = abi.receive(listener)
