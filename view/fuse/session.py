@@ -58,7 +58,7 @@ class Session:
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
         self.kept = 0
-        """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
+        """How many requests were not answered at once, or interrupted: something else is under way then, to be watched for."""
         self._pause = 0
         os.set_blocking(fd, False)
         self._caller = self._in_a_row = 0
