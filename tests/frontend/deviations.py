@@ -32,6 +32,7 @@ from pvbus.tests.golden.through_file import DeviceFile, Driver
 
 DEVICE = b"/dev/xen/evtchn"
 FIOASYNC, TCGETS, FICLONE, MAP_PRIVATE, MAP_DENYWRITE = 0x5452, 0x5401, 0x40049409, 2, 0x800
+AT_EMPTY_PATH, AT_STATX_DONT_SYNC = 0x1000, 0x4000
 REQUESTS = {
     "FIONREAD": 0x541B, "FIOQSIZE": 0x5460, "FIBMAP": 1, "FS_IOC_RESVSP": 0x40305828, "FIDEDUPERANGE": 0xC0189436,
     "FS_IOC_GETFLAGS": 0x80086601, "FIFREEZE": 0xC0045877, "FS_IOC_FIEMAP": 0xC020660B,
@@ -224,6 +225,24 @@ def of_three_bytes(file: DeviceFile) -> dict[str, str]:
     }  # fmt: skip
 
 
+def by_standard_input(file: DeviceFile) -> str:
+    """Read less than a port to a bad address, through descriptor 0."""
+    kept = os.dup(0)
+    os.dup2(file.fd, 0)
+    try:
+        return name_of(lambda: DeviceFile(0).read_at(addresses()["to nowhere"], 3))
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def of_statx(fd: int) -> str:
+    """Say what it is by what the kernel has of it, without asking its file system."""
+    found = ctypes.create_string_buffer(256)
+    ctypes.CDLL(None).statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0x7FF, found)
+    return stat.filemode(ctypes.c_uint16.from_buffer(found, 28).value)
+
+
 def set_async(fd: int) -> str:
     """Ask for SIGIO, and say whether that is shown."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -277,6 +296,8 @@ def main(library: str) -> None:
         "poll of an overflowed ring": full.poll(0xFFFF),
         "read of an overflowed ring to NULL": name_of(lambda: full.read_at(None, 4)),
         **of_three_bytes(file),
+        "read of 3 bytes to nowhere through descriptor 0": by_standard_input(file),
+        "statx with AT_STATX_DONT_SYNC": of_statx(file.fd),
         "read of an overflowed ring to nowhere": name_of(lambda: full.read_at(addresses()["to nowhere"], 4)),
         "shared mapping": mapping(file.fd, 1),
         "read over SIGSTOP and SIGCONT": continued(),

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pvbus.tests.frontend.deviations import READ_CALL, name_of, pair
+from pvbus.tests.frontend.deviations import READ_CALL, name_of, of_fstat, of_statfs, pair
 from pvbus.tests.golden.through_file import DeviceFile, Driver
 from pvbus.view.fuse import mount
 from pvbus.view.fuse.node import Directory
@@ -32,6 +32,7 @@ REST_S_MAX = 20.0
 RESTARTING, ENDING = signal.SIGUSR1, signal.SIGUSR2
 STORM_SIGNALS, SIGNALS_AN_EVENT = 500, 4
 ROUNDS = 5
+UNKNOWN = 0x4599
 SEIZE, CONT, WALL = 0x4206, 7, 0x40000000
 OTHER_CALLS = {"x86_64": ("19", "327"), "aarch64": ("65", "286")}.get(os.uname().machine, ())
 
@@ -232,6 +233,28 @@ def traced() -> list[Any]:
     return [os.read(said, 16).decode(), hex(stop), os.waitpid(child, WALL)[1]]
 
 
+def looked_under_a_debugger() -> list[str]:
+    """Have a program look at the device under a debugger: what it sees."""
+
+    def look() -> int:
+        os.read(go, 1)
+        kind = hex(ctypes.c_long.from_buffer(of_statfs(ctypes.CDLL(None), a.fd)).value)
+        os.write(say, json.dumps([name_of(lambda: a.ioctl(UNKNOWN, None)), of_fstat(a.fd), kind]).encode())
+        return 0
+
+    a, _, _, _ = pair()
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    (said, say), (go, let_go) = os.pipe(), os.pipe()
+    child = child_of(look)
+    if ptrace(SEIZE, child, None, None):
+        raise OSError(ctypes.get_errno(), "PTRACE_SEIZE")
+    os.write(let_go, b".")
+    seen: list[str] = json.loads(os.read(said, 256))
+    os.waitpid(child, WALL)
+    return seen
+
+
 def stopped(readers: int) -> str:
     """Stop and continue a process whose threads read, as a shell does: give all that its parent is told."""
 
@@ -333,6 +356,7 @@ LOOKS: dict[str, Callable[[], Any]] = {
     "a storm": storm,
     "SIGKILL": killed,
     "a debugger's reader": traced,
+    "a debugger's program": looked_under_a_debugger,
     "SIGSTOP of one thread": lambda: stopped(1),
     "SIGSTOP of three threads": lambda: stopped(3),
     "exec of another thread": replaced,

@@ -43,6 +43,8 @@ ON_THE_DEVICE = {
     "read of an overflowed ring to nowhere": "EFBIG",
     **{f"{kind} of 3 bytes {where}": "0" for kind in ("read", "write") for where in ("to NULL", "to nowhere")},
     **{f"{kind} of 3 bytes to the kernel": "EFAULT" for kind in ("read", "write")},
+    "read of 3 bytes to nowhere through descriptor 0": "0",
+    "statx with AT_STATX_DONT_SYNC": "crw-------",
     "poll of an overflowed ring": select.POLLERR,
     "the event": "4",  # nothing of all this has taken it
 }
@@ -81,6 +83,8 @@ ON_A_DEVICE = {
 FUSE_SEES = {
     "private mapping as of libraries": "SIGBUS",
     "read of an overflowed ring to nowhere": "EFAULT",
+    "read of 3 bytes to nowhere through descriptor 0": "EFAULT",
+    "statx with AT_STATX_DONT_SYNC": "-rw-------",
 }
 """Where it differs: docs/divergences.md."""
 WITHOUT_A_DEBUGGER = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def private(path="/dev/xen/evtchn"):
 """
 
 
+ASKS = """
+import fcntl
+try:
+    fcntl.ioctl(os.open("/dev/xen/evtchn", os.O_RDONLY), 0x5452, b"\\1\\0\\0\\0")       # FIOASYNC
+except OSError as error:
+    print(private(), private(sys.executable), errno.errorcode[error.errno])
+"""
+
+
 def servers(run_pid: int, title: str) -> list[psutil.Process]:
     return [child for child in psutil.Process(run_pid).children() if child.cmdline()[:1] and child.cmdline()[0].startswith(title)]
 
@@ -122,11 +132,11 @@ while sys.stdin.readline():
 
 
 def test_a_run_within_a_run_has_its_devices_known_by_the_outer_one(pvbus_shared_machine: BootedMachine) -> None:
-    within = command(sys.executable, "-c", LOOKS + "print(private(), private(sys.executable))", name=pvbus_shared_machine.name)
+    within = command(sys.executable, "-c", LOOKS + ASKS, name=pvbus_shared_machine.name)
 
     done = run(*within, name=pvbus_shared_machine.name)
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ENODEV mapped\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ENODEV mapped ENOTTY\n", "")
 
 
 def test_where_a_listener_is_in_place_already_the_run_says_what_that_costs(pvbus_shared_machine: BootedMachine) -> None:
@@ -168,6 +178,41 @@ print(private())
     done = run(sys.executable, "-c", code, name=pvbus_shared_machine.name)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "ENODEV\n", "")
+
+
+@pytest.mark.parametrize(("restarts", "answer"), [(False, "EINTR"), (True, "mapped")])
+def test_a_signal_before_a_call_is_taken_up_ends_it_as_its_handler_wants(
+    pvbus_shared_machine: BootedMachine, restarts: bool, answer: str
+) -> None:
+    code = LOOKS + f"""
+import signal
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.siginterrupt(signal.SIGALRM, not {restarts})
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+print(private(sys.executable))
+"""
+    with started(sys.executable, "-c", code, name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        client = int(process.stdout.readline())
+        (server,) = servers(process.pid, "pvbus: regular")
+        server.suspend()
+        print(file=process.stdin, flush=True)
+        mmap = f"{regular_calls.here()[0].mmap} "
+        wait_until(lambda: Path(f"/proc/{client}/syscall").read_text().startswith(mmap), "it waits for the server")
+        os.kill(client, signal.SIGALRM)
+        wait_until(lambda: not is_pending(client, signal.SIGALRM), "the signal has come")
+        server.resume()
+        answers, _ = process.communicate(timeout=20)
+
+    assert answers == f"{answer}\n"
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal has not been taken from a process's queues yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
 
 
 def test_a_killed_caller_leaves_the_server_well(pvbus_shared_machine: BootedMachine) -> None:
