@@ -11,7 +11,8 @@ enum {
     WRITEV = 146, POLL = 168, MMAP2 = 192, MPROTECT = 125, SENDFILE = 187, PWRITEV2 = 379, FCNTL64 = 221, READAHEAD = 225,
     SENDFILE64 = 239, SPLICE = 313, SYNC_FILE_RANGE = 314, FALLOCATE = 324, COPY_FILE_RANGE = 377, PIPE = 42,
     SETITIMER = 104, SIGACTION = 174, STAT = 106, LSTAT = 107, FSTAT = 108, STAT64 = 195, LSTAT64 = 196, FSTAT64 = 197,
-    FSTATAT64 = 300, STATX = 383, STATFS = 99, FSTATFS = 100, STATFS64 = 268, FSTATFS64 = 269,
+    FSTATAT64 = 300, STATX = 383, STATFS = 99, FSTATFS = 100, STATFS64 = 268, FSTATFS64 = 269, IO_SETUP = 245,
+    IO_DESTROY = 246, IO_SUBMIT = 248,
 };
 enum {
     EINTR = 4, EAGAIN = 11, EFAULT = 14, ENODEV = 19, EINVAL = 22, ESPIPE = 29, ENOSYS = 38, EOPNOTSUPP = 95,
@@ -122,6 +123,7 @@ static void shown(long fd, const char *path)
         CHECK(call(whole[i][0], whole[i][1], (long)seen), 0);
         CHECK(seen[4] & IFMT, IFCHR);
         CHECK(seen[8] >> 8, MISC_MAJOR);
+        CHECK(seen[11] | seen[12], 0);
     }
     CHECK(call(FSTATAT64, CWD, (long)path, (long)seen, 0), 0);
     CHECK(seen[4] & IFMT, IFCHR);
@@ -131,10 +133,12 @@ static void shown(long fd, const char *path)
         CHECK(call(old[i][0], old[i][1], (long)seen), 0);
         CHECK(half[4] & IFMT, IFCHR);
         CHECK(seen[4] >> 8, MISC_MAJOR);
+        CHECK(seen[5], 0);
     }
     CHECK(call(STATX, fd, (long)"", EMPTY_PATH, 0x7ff, (long)seen), 0);
     CHECK(half[14] & IFMT, IFCHR);
     CHECK(seen[32], MISC_MAJOR);
+    CHECK(seen[10] | seen[11], 0);
     CHECK(call(STATFS, (long)path, (long)seen), 0);
     CHECK(seen[0], TMPFS);
     CHECK(call(FSTATFS, fd, (long)seen), 0);
@@ -148,6 +152,17 @@ static void shown(long fd, const char *path)
 }
 
 #ifdef FILTERED
+static long by_aio(long fd)
+{
+    uint32_t context = 0, request[16] = {0}, words[1];
+    long all[] = {(long)request};
+    request[5] = (uint32_t)fd, request[6] = (uint32_t)words, request[8] = sizeof words;
+    CHECK(call(IO_SETUP, 1, (long)&context), 0);
+    long submitted = call(IO_SUBMIT, context, 1, (long)all);
+    CHECK(call(IO_DESTROY, context), 0);
+    return submitted;
+}
+
 /* What the kernel would answer by itself, as for a regular file. */
 static void of_a_device(long fd, long other)
 {
@@ -165,6 +180,7 @@ static void of_a_device(long fd, long other)
     CHECK(call(SENDFILE, ends[1], fd, 0, 4), -EINVAL);
     CHECK(call(SENDFILE64, ends[1], fd, 0, 4), -EINVAL);
     CHECK(call(SPLICE, fd, 0, ends[1], 0, 4, 0), -EINVAL);
+    CHECK(by_aio(fd), -EINVAL);
     CHECK(call(READAHEAD, fd, 0, 0, PAGE), -EINVAL);
     CHECK(call(SYNC_FILE_RANGE, fd, 0, 0, 0, 0, 0), -ESPIPE);
     CHECK(call(SYNC_FILE_RANGE, fd, -1L, -1L, 0, 0, 0), -EINVAL);

@@ -94,6 +94,8 @@ WITHOUT_A_DEBUGGER = {
     "read over SIGSTOP and SIGCONT": "EINTR",
     "fstat": "-rw------- 0 0:0",
     "cp -a": "waits for an event",
+    "splice from it": "0",
+    "sendfile from it": "0",
     "the file system": "0x65735546",
 }
 """Where it differs besides on processors, and for programs, whose calls cannot be mended."""
@@ -108,8 +110,6 @@ FUSE_ALONE_SEES = {
     "private mapping": "SIGBUS",
     "copy_file_range": "EXDEV",
     "copy_file_range to it": "EXDEV",
-    "splice from it": "0",
-    "sendfile from it": "0",
     "sync_file_range": "0",
     "fallocate": "ENOTSUP",
     "fallocate of a hole": "ENOTSUP",

@@ -31,7 +31,7 @@ SEEN = {
     "a storm": {"each once": True, "interrupted": not CAN_MEND, "ended": [0, 0]},
     "SIGKILL": [signal.SIGKILL],
     "a debugger's reader": ["EINTR", f"0x{signal.SIGUSR1:x}7f", 0],
-    "a debugger's program": ["ENOTTY", "-rw------- 0 0:0", "0x65735546"],
+    "a debugger's program": ["ENOTTY", "-rw------- 4096 0:0", "0x65735546"],
     "SIGSTOP of one thread": STOPS + ("0" if CAN_MEND else "100"),
     "SIGSTOP of three threads": STOPS + ("0" if CAN_MEND else "300"),
     "exec of another thread": [0],

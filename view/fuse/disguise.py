@@ -31,18 +31,21 @@ _IOCTLS = {(False, 16), (True, 54)}
 
 
 class _Layout(NamedTuple):
-    """Where a call puts what it has found: its argument; in that, the mode; the device's number, in one word or in two."""
+    """Where a call puts what it has found: its argument; there the mode, the device's number, in one word or in two, and the size."""
 
     argument: int
     mode: struct.Struct
     mode_at: int
     rdev: struct.Struct
     rdev_at: int
+    size: struct.Struct
+    size_at: int
 
 
 _WORD, _LONG, _SHORT, _TWO = struct.Struct("=I"), struct.Struct("=Q"), struct.Struct("=H"), struct.Struct("=II")
-_STATX = _Layout(4, _SHORT, 28, _TWO, 128)
-_STAT, _STAT_32, _STAT64_32 = _Layout(1, _WORD, 24, _LONG, 40), _Layout(1, _SHORT, 8, _WORD, 16), _Layout(1, _WORD, 16, _LONG, 32)
+_STATX = _Layout(4, _SHORT, 28, _TWO, 128, _LONG, 40)
+_STAT = _Layout(1, _WORD, 24, _LONG, 40, _LONG, 48)
+_STAT_32, _STAT64_32 = _Layout(1, _SHORT, 8, _WORD, 16, _WORD, 20), _Layout(1, _WORD, 16, _LONG, 32, _LONG, 44)
 _STATS = {
     **dict.fromkeys([(False, 4), (False, 5), (False, 6)], _STAT), (False, 262): _STAT._replace(argument=2), (False, 332): _STATX,
     **dict.fromkeys([(True, 106), (True, 107), (True, 108)], _STAT_32),
@@ -116,6 +119,7 @@ def show_device(rdev: int, leaving: Leaving) -> None:
         if stat.S_ISREG(mode):
             os.pwrite(memory, layout.mode.pack(stat.S_IMODE(mode) | stat.S_IFCHR), at + layout.mode_at)
             os.pwrite(memory, layout.rdev.pack(*number), at + layout.rdev_at)
+            os.pwrite(memory, layout.size.pack(0), at + layout.size_at)
 
 
 def show_devtmpfs(leaving: Leaving) -> None:

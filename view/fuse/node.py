@@ -15,12 +15,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, Attributes
+from pvbus.view.fuse.debugger import CAN_MEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from pvbus.view.fuse.request import Request
 
+SEEN_BYTES = 4096  # of a device, for the kernel alone
 TEXT_BYTES_MAX = 4096  # a page: what sysfs reads and writes at once
 
 
@@ -107,8 +109,10 @@ class DeviceNode(Node):
     """A node of root's own, as of a device; FUSE shows a regular file."""
 
     def attributes(self) -> Attributes:
-        """Give what can be shown of a device without its number."""
-        return Attributes(stat.S_IFREG | 0o600)
+        """Give what FUSE can show of a device. A size hides, where nobody sees it (disguise.py), how io_uring reads a regular file:
+        not at all behind its end.
+        """
+        return Attributes(stat.S_IFREG | 0o600, size=SEEN_BYTES if self.rdev and CAN_MEND else 0, rdev=self.rdev)
 
     def truncate(self, request: Request, size: int) -> None:
         """Refuse: it has no size."""

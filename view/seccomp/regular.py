@@ -35,10 +35,11 @@ _Method = Callable[[abi.Call, "Abi"], Answer]
 _AT_FDCWD, _AT_STATX_DONT_SYNC = -100, 0x4000
 _STATX_BYTES = 256
 _KIND, _INODE, _DEVICE = struct.Struct("=28xH"), struct.Struct("=32xQ"), struct.Struct("=136xII")
+_IOCB, _AIO_TRANSFERS = struct.Struct("=16xH2xI40x"), {0, 1, 7, 8}
 _INT_MAX, _LOFF_MAX = (1 << 31) - 1, (1 << 63) - 1
 _USER_END = 1 << 47  # behind it no program has memory, and the kernel says so first
 _CLONE_SOURCE, _DEDUPE_BYTES = struct.Struct("=q"), 24
-_SYNC_FLAGS, _SPLICE_FLAGS = 7, 0xF
+_SYNC_FLAGS = 7
 _FALLOCATE_MODES = {0, 1, 3, 0x8, 0x10, 0x11, 0x20, 0x40, 0x41, 0x80}
 """What the kernel takes for a mode before it looks at the file: FALLOC_FL_*, with KEEP_SIZE where that is allowed."""
 _OF_EVERY_FILE = {0xC020660B, 0xC0045877, 0xC0045878, 0x80811501, 0x80111500}
@@ -71,9 +72,10 @@ class Regular:
         for known in regular_calls.here():
             methods: dict[int, _Method] = {
                 known.read: self._transfer, known.write: self._transfer, known.mmap: self._mmap, known.ioctl: self._ioctl,
-                known.splice: self._splice, known.fallocate: self._fallocate, known.readahead: self._readahead,
+                known.fallocate: self._fallocate, known.readahead: self._readahead,
                 known.sync_file_range: self._sync_file_range, known.copy_file_range: self._copy_file_range,
-                **dict.fromkeys(known.fcntl, self._fcntl), **dict.fromkeys(known.sendfile, self._sendfile),
+                known.io_submit: self._io_submit,
+                **dict.fromkeys(known.fcntl, self._fcntl),
             }  # fmt: skip
             self._methods |= {(known.audit, number): (method, known) for number, method in methods.items()}
 
@@ -201,21 +203,6 @@ class Regular:
         finally:
             os.close(copy)
 
-    def _splice(self, call: abi.Call, _: Abi) -> Answer:
-        """Refuse to splice from it: a file without such a method is never read for that."""
-        fd, offset, to, _offset_to, length, flags = call.arguments
-        return None if flags & ~_SPLICE_FLAGS else self._moved(call.tid, fd, offset, to, length)
-
-    def _sendfile(self, call: abi.Call, _: Abi) -> Answer:
-        """Refuse it likewise."""
-        to, fd, offset, length = call.arguments[:4]
-        return self._moved(call.tid, fd, offset, to, length)
-
-    def _moved(self, tid: int, fd: int, offset: int, to: int, length: int) -> Answer:
-        if offset or not length or not self._is_ours(tid, fd):
-            return None
-        return -errno.EINVAL if self._reads(tid, fd) and self._writes(tid, to) else None
-
     def _fallocate(self, call: abi.Call, known: Abi) -> Answer:
         """Refuse it: there is nothing to allocate."""
         fd, mode, *rest = call.arguments
@@ -250,6 +237,17 @@ class Regular:
                 return None
         exist = all(os.path.lexists(f"/proc/{call.tid}/fd/{each & 0xFFFFFFFF}") for each in (fd, to))
         return -errno.EINVAL if exist else None
+
+
+    def _io_submit(self, call: abi.Call, known: Abi) -> Answer:
+        """Refuse a transfer by aio that comes first, as a driver without such methods does; what comes later is let through."""
+        _, count, requests = call.arguments[:3]
+        pointer = abi.read_memory(call.tid, requests, 4 if known.halves else 8) if _signed64(count) > 0 else None
+        request = abi.read_memory(call.tid, int.from_bytes(pointer, "little"), _IOCB.size) if pointer else None
+        if request is None:
+            return None
+        operation, fd = _IOCB.unpack(request)
+        return -errno.EINVAL if operation in _AIO_TRANSFERS and self._is_ours(call.tid, fd) else None
 
 
 def _signed64(value: int) -> int:

@@ -55,18 +55,17 @@ class Abi:
     mmap: int
     ioctl: int
     fcntl: tuple[int, ...]
-    sendfile: tuple[int, ...]
-    splice: int
     fallocate: int
     readahead: int
     sync_file_range: int
     copy_file_range: int
+    io_submit: int
     halves: bool = False
 
 
-X86_64 = Abi(0xC000003E, 0, 1, 9, 16, (72,), (40,), 275, 285, 187, 277, 326)
-I386 = Abi(0x40000003, 3, 4, 192, 54, (55, 221), (187, 239), 313, 324, 225, 314, 377, halves=True)
-AARCH64 = Abi(0xC00000B7, 63, 64, 222, 29, (25,), (71,), 76, 47, 213, 84, 285)
+X86_64 = Abi(0xC000003E, 0, 1, 9, 16, (72,), 285, 187, 277, 326, 209)
+I386 = Abi(0x40000003, 3, 4, 192, 54, (55, 221), 324, 225, 314, 377, 248, halves=True)
+AARCH64 = Abi(0xC00000B7, 63, 64, 222, 29, (25,), 47, 213, 84, 285, 2)
 ABIS = {"x86_64": (X86_64, I386), "aarch64": (AARCH64,)}
 
 
@@ -112,7 +111,7 @@ def _body(abi: Abi) -> list[bytes]:
     steps: list[bytes] = []
     for numbers, decision in (
         ((abi.read, abi.write), transfer), ((abi.mmap,), mapping), ((abi.ioctl,), request), (abi.fcntl, control),
-        ((*abi.sendfile, abi.splice, abi.fallocate, abi.readahead, abi.sync_file_range, abi.copy_file_range), [_NOTIFY]),
+        ((abi.fallocate, abi.readahead, abi.sync_file_range, abi.copy_file_range, abi.io_submit), [_NOTIFY]),
     ):  # fmt: skip
         for number in numbers:
             steps += for_call(number, decision)
