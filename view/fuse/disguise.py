@@ -31,7 +31,7 @@ _IOCTLS = {(False, 16), (True, 54)}
 
 
 class _Layout(NamedTuple):
-    """Where a call puts what it has found: its argument; there the mode, the device's number, in one word or in two, and the size."""
+    """Where a call puts what it has found: its argument; there the mode, the device's number, in one word or two, the size."""
 
     argument: int
     mode: struct.Struct

@@ -109,8 +109,8 @@ class DeviceNode(Node):
     """A node of root's own, as of a device; FUSE shows a regular file."""
 
     def attributes(self) -> Attributes:
-        """Give what FUSE can show of a device. A size hides, where nobody sees it (disguise.py), how io_uring reads a regular file:
-        not at all behind its end.
+        """Give what FUSE can show of a device. It has a size, which is not shown (disguise.py): an io_uring reads no regular file
+        behind its end.
         """
         return Attributes(stat.S_IFREG | 0o600, size=SEEN_BYTES if self.rdev and CAN_MEND else 0, rdev=self.rdev)
 
