@@ -99,7 +99,10 @@ print("alive")
 """
 
 
-def test_who_reads_ahead_while_others_open_the_device_holds_up_nobody(pvbus_shared_machine: BootedMachine) -> None:
-    done = run(sys.executable, "-c", READS_AHEAD, name=pvbus_shared_machine.name)
+@pytest.mark.parametrize("options", [[], ["--no-filter"]], ids=" ".join)
+def test_who_reads_ahead_while_others_open_the_device_holds_up_nobody(
+    pvbus_shared_machine: BootedMachine, options: list[str]
+) -> None:
+    done = run(sys.executable, "-c", READS_AHEAD, name=pvbus_shared_machine.name, options=options)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")

@@ -234,6 +234,18 @@ print(private())
     assert (done.returncode, done.stdout, done.stderr) == (0, "ENODEV\n", "")
 
 
+def test_when_the_run_is_killed_the_stand_in_is_the_last_to_go_and_goes(pvbus_shared_machine: BootedMachine) -> None:
+    code = "import time; print('runs', flush=True); time.sleep(1000)"
+    with started(sys.executable, "-c", code, name=pvbus_shared_machine.name) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "runs\n"
+        (stand_in,) = servers(process.pid, "pvbus: stand-in")
+        process.kill()
+        process.communicate(timeout=20)
+
+    wait_until(lambda: not stand_in.is_running() or stand_in.status() == psutil.STATUS_ZOMBIE, "the stand-in has ended")
+
+
 def test_a_front_end_that_is_a_filter_cannot_be_had_without_one(pvbus_shared_machine: BootedMachine) -> None:
     done = run("true", name=pvbus_shared_machine.name, options=["--frontend", "seccomp", "--no-filter"])
 
