@@ -149,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     run_ = verb("run", "run a command with the devices of a machine in place", which="one that runs, else one of its own")
     run_.add_argument("--domain", type=int, default=0, metavar="D", help="whose devices")
     run_.add_argument("--frontend", choices=sorted(FRONTENDS), default="fuse", help="how /dev/xen/evtchn is presented")
+    run_.add_argument("--no-filter", action="store_true", help="no seccomp filter over the FUSE file")
     run_.add_argument("--xenstore", action="store_true", help="with a xenstored, and /dev/xen/xenbus to it")
     run_.add_argument("program", metavar="COMMAND", help="with its arguments; what follows it is its own")
     run_.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help=argparse.SUPPRESS).required = False

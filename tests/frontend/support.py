@@ -75,6 +75,15 @@ def started(*words: str, name: str | None = None, options: Sequence[str] = ()) -
     )  # fmt: skip
 
 
+def server_of(run_: int, machine: str, title: str = "evtchn") -> int:
+    """Give the server's process of a run, by the run's own."""
+    (server,) = [
+        int(child) for child in Path(f"/proc/{run_}/task/{run_}/children").read_text().split()
+        if Path("/proc", child, "cmdline").read_bytes().startswith(f"pvbus: {title}/{machine}".encode())
+    ]  # fmt: skip
+    return server
+
+
 _directory = tempfile.TemporaryDirectory(prefix="pvbus-c-")
 
 
@@ -99,7 +108,7 @@ def xenevtchn_client(linking: str, source: str = "xenevtchn_client.c") -> Path:
     return compiled(HERE / source, *libraries)
 
 
-def client_32() -> Path:
+def client_32(*defines: str) -> Path:
     """Give a 32-bit client; skip loudly where such programs cannot be made, or do not run."""
     options = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector"]
     with tempfile.TemporaryDirectory(prefix="pvbus-c-") as directory:
@@ -111,7 +120,7 @@ def client_32() -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or str(error)
             not_shown("32-bit programs on the device file", f"none can be made and run: {why.strip().splitlines()[-1]}")
-    return compiled(HERE / "client32.c", *options)
+    return compiled(HERE / "client32.c", *options, *defines)
 
 
 def driver() -> Path:

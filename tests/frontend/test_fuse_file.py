@@ -10,88 +10,16 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pvbus.actors.client import attach
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import driver, not_shown, run, started
+from pvbus.tests.frontend.support import driver, not_shown, run, server_of, started
 from pvbus.view.fuse.caller import READ, WRITE, Callers
 from pvbus.view.fuse.follow import Follower, our_processor
 from pvbus.view.pytest_plugin import BootedMachine
 from pvbus.view.run.fitting import new_inbox, serve_session
-
-FUSE_SEES = {
-    "an unknown ioctl": "ENOTTY",
-    "an unknown ioctl with a size, and NULL": "EFAULT",
-    "an unknown ioctl of more than a page": "ENOMEM",
-    "isatty": "ENOTTY",
-    "read under SA_RESTART": "EINTR",
-    "read over SIGSTOP and SIGCONT": "EINTR",
-    "SIGIO": False,
-    "FIOASYNC": "ENOTTY",
-    "O_ASYNC by fcntl": "not shown",
-    "fstat": "-rw------- 0 0",
-    "cp -a": "waits for an event",
-    "private mapping": "SIGBUS",
-    "copy_file_range": "EXDEV",
-    "splice from it": "0",
-    "sync_file_range": "0",
-    "fallocate": "ENOTSUP",
-    "readahead": "0",
-    "a lease": "EAGAIN",
-    "a lease of who is alone": "0",
-    "O_DIRECT by fcntl": "0",
-    "FIONREAD": "0",
-    "FIOQSIZE": "0",
-    "FIBMAP": "0",
-    "FS_IOC_RESVSP": "EINVAL",
-    "the file system": "0x65735546",
-    "read of an empty ring to NULL": "EFAULT",
-    "read of an overflowed ring to NULL": "EFAULT",
-    "read of 3 bytes to NULL": "EFAULT",
-    "write of 3 bytes from NULL": "EFAULT",
-}
-"""Where it differs: docs/divergences.md."""
-AS_ON_THE_DEVICE = {
-    "shared mapping": "ENODEV",
-    "open with O_DIRECT": "EINVAL",
-    "truncate": "EINVAL",
-    "splice to it": "EINVAL",
-    "pwritev2 with RWF_APPEND": "ENOTSUP",
-    "read of an overflowed ring": "EFBIG",
-    "poll of an overflowed ring": select.POLLERR,
-    "the event": "4",  # none of those that differ has taken it, either
-}
-ON_A_DEVICE = {
-    "copy_file_range": "EINVAL", "sync_file_range": "ESPIPE", "fallocate": "ENODEV", "readahead": "EINVAL", "a lease": "EINVAL",
-    "O_DIRECT by fcntl": "EINVAL", "FIONREAD": "ENOSYS", "FIOQSIZE": "ENOTTY", "FIBMAP": "ENOSYS", "FS_IOC_RESVSP": "ENOSYS",
-    "the file system": "0x1021994",
-}  # fmt: skip
-"""What /dev/loop-control answers, a device without these calls whose driver knows ENOSYS; recorded on Linux 6.18."""
-
-
-@pytest.fixture(scope="module")
-def seen(pvbus_shared_machine: BootedMachine) -> dict[str, Any]:
-    done = run(sys.executable, "-m", "pvbus.tests.frontend.deviations", str(driver()), name=pvbus_shared_machine.name)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize("what", FUSE_SEES)
-def test_the_fuse_file_differs_from_the_driver_in_what_is_listed(seen: dict[str, Any], what: str) -> None:
-    assert seen[what] == FUSE_SEES[what] or (what, seen[what]) == ("FIBMAP", "EPERM")  # that is root's own
-
-
-def test_nothing_else_that_was_looked_at_differs(seen: dict[str, Any]) -> None:
-    rest = {what: value for what, value in seen.items() if what not in FUSE_SEES}
-
-    assert rest.pop("on a device", ON_A_DEVICE) == ON_A_DEVICE
-    assert rest == AS_ON_THE_DEVICE
-
 
 INSIDE = """\
 import os, sys, json, struct, errno
@@ -369,15 +297,10 @@ a, _, _, _ = pair()
 print("reads", flush=True)
 print(name_of(lambda: a.read(4)), name_of(lambda: a.notify(1)), name_of(lambda: a.poll(1, 0)), name_of(opened))
 """
-    title = f"pvbus: evtchn/{pvbus_shared_machine.name}".encode()
     with started(sys.executable, "-c", code, str(driver()), name=pvbus_shared_machine.name) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reads\n"
-        (server,) = [
-            int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if Path("/proc", child, "cmdline").read_bytes().startswith(title)
-        ]  # fmt: skip
-        os.kill(server, signal.SIGKILL)
+        os.kill(server_of(process.pid, pvbus_shared_machine.name), signal.SIGKILL)
         answers, errors = process.communicate(timeout=20)
 
     read, notify, poll, opened = answers.split()

@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from pvbus.tests.contract.support import wait_until
-from pvbus.tests.frontend.support import run, started, xenevtchn_client
+from pvbus.tests.frontend.support import not_shown, run, started, xenevtchn_client
+from pvbus.view.fuse.debugger import CAN_MEND
 from pvbus.view.pytest_plugin import BootedMachine
 
 BOTH = pytest.mark.parametrize("linking", ["dynamic", "static"])
@@ -32,6 +33,16 @@ def test_ten_thousand_rounds_between_two_processes_lose_nothing(pvbus_shared_mac
     done = run(str(xenevtchn_client(linking)), "ping-pong", "10000", name=pvbus_shared_machine.name)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+
+
+@BOTH
+@pytest.mark.checklist("A9.9", "A12.3", "A12.10", "A12.11")
+def test_a_client_gets_enosys_goes_on_after_signals_and_hears_sigio(pvbus_shared_machine: BootedMachine, linking: str) -> None:
+    if not CAN_MEND:
+        not_shown("ENOSYS and SA_RESTART through FUSE", "they cannot be had on this processor")
+    done = run(str(xenevtchn_client(linking, "xen_client.c")), "signals", name=pvbus_shared_machine.name)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @BOTH

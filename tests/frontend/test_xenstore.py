@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shlex
 import subprocess
@@ -12,7 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pvbus.tests.frontend.support import COMMAND, RUN_S_MAX, command, environment, need_namespaces, not_shown, run, started
+from pvbus.tests.frontend.support import (
+    COMMAND,
+    RUN_S_MAX,
+    command,
+    driver,
+    environment,
+    need_namespaces,
+    not_shown,
+    run,
+    started,
+)
 from pvbus.tests.frontend.test_run import in_private_mounts
 from pvbus.tests.view.support import until
 from pvbus.view.pytest_plugin import BootedMachine
@@ -140,6 +151,32 @@ def test_when_xenstored_dies_who_waits_for_it_hears_an_error(machine_name: str) 
 
     assert said == "5 1\n1\n"
     assert "pvbus run: xenstored has died" in complaints
+
+
+@pytest.mark.usefixtures("xenstore_tools")
+def test_a_read_of_xenbus_that_a_signal_interrupts_goes_on_under_sa_restart(machine_name: str) -> None:
+    script = (
+        "import struct, sys, threading\n"
+        "from pvbus.tests.frontend.restarts import *\n"
+        "DeviceFile.driver = Driver(sys.argv[1])\n"
+        "file = DeviceFile(os.open('/dev/xen/xenbus', os.O_RDWR))\n"
+        "signal.signal(RESTARTING, lambda *_: None)\n"
+        "signal.siginterrupt(RESTARTING, False)\n"
+        "said = []\n"
+        "reader = threading.Thread(target=lambda: said.append(name_of(lambda: len(file.read(64)))))\n"
+        "reader.start()\n"
+        "rests = lambda: not reader.is_alive() or is_in_read(reader.native_id)\n"
+        "wait_for(rests, 'it reads')\n"
+        "signal.pthread_kill(reader.ident, RESTARTING)\n"
+        "wait_for(rests, 'it reads again')\n"
+        "os.write(file.fd, struct.pack('=IIII', 1, 1, 0, 2) + b'/\\0')\n"  # XS_DIRECTORY of the root
+        "reader.join()\n"
+        "print(*said)\n"
+    )
+    done = run(sys.executable, "-c", script, str(driver()), name=machine_name, options=["--xenstore"])
+
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[1-9]\d*\n" if platform.machine() == "x86_64" else "EINTR\n", done.stdout), done.stdout
 
 
 @pytest.mark.usefixtures("xenstore_tools")

@@ -91,7 +91,7 @@ class Attributes(NamedTuple):
 
     def pack(self, inode: int) -> bytes:
         """Give the kernel's form of it."""
-        blocks = (self.size + 511) // 512
+        blocks = 0 if self.rdev else (self.size + 511) // 512
         return ATTR.pack(
             inode, self.size, blocks, self.time_s, self.time_s, self.time_s, 0, 0, 0,
             self.mode, self.nlink, self.uid, self.gid, self.rdev, BLOCK_BYTES, 0,

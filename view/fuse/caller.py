@@ -46,6 +46,8 @@ _KNOWN: _Calls = {
     "x86_64": _calls(_VECTOR, (0, 19, 327), (1, 20, 328)) | _calls(_VECTOR_32, (3, 145, 378), (4, 146, 379)),
     "aarch64": _calls(_VECTOR, (63, 65, 286), (64, 66, 287)) | _calls(_VECTOR_32, (3, 145, 392), (4, 146, 393)),
 }.get(platform.machine(), {})
+READ_CALLS = frozenset(number for number, (kind, _, _) in _KNOWN.items() if kind == READ)
+"""The numbers of the calls that may wait for a READ of ours."""
 _SPLICES = {  # sendfile, splice; and sendfile64 of 32-bit programs
     "x86_64": (40, 275, 187, 239, 313), "aarch64": (71, 76, 187, 239, 340),
 }.get(platform.machine(), ())  # fmt: skip
@@ -114,6 +116,11 @@ class Callers:
     def length(self, thread: int, kind: str) -> int:
         """Give how many bytes a thread's call is about; 0 if that is not known."""
         return sum(length for _, length in self._segments(thread, self._look(thread), kind))
+
+    def number(self, thread: int) -> int:
+        """Give the number of the call that a thread waits in; -1 if that is not known."""
+        number = self._look(thread).partition(b" ")[0]
+        return int(number) if number.isdigit() else -1
 
     def is_in_ring(self, thread: int) -> bool:
         """Whether a thread waits in io_uring_enter, or is one of the kernel's for that."""

@@ -13,6 +13,7 @@ import os
 import select
 import struct
 from collections import deque
+from hmac import compare_digest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,15 +38,23 @@ ARGUMENT_BYTES = {
 }  # fmt: skip
 BYTES_A_CALL = 4096  # the driver reads and writes at most a page at once
 RELEASE_NS_MAX = 1_000_000_000  # a close that takes longer holds up no open and no bind any more
+DEVICE_INODE = 0x70766275
+"""What stat shows of the device, whichever run's: a number that is no session's own."""
+IOCTL_DOOR, DOOR = 0x5056, struct.Struct("=II")
+"""Not the driver's: who knows the secret is told the server's process and, of this open file, the doorbell's descriptor there."""
 _PORT = struct.Struct("=I")
 _APPEND = os.O_APPEND
+_BY_CALLS = select.POLLERR | select.POLLHUP  # in the events of whoever polls; an io_uring that only looks does not ask for them
 
 
 class Device(DeviceNode):
     """The node. `machine` is a connection to the machine's supervisor in `inbox`, whose loop also serves the session."""
 
-    def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0) -> None:
+    inode = DEVICE_INODE
+
+    def __init__(self, inbox: Inbox, machine: Peer, domain: int = 0, secret: bytes = b"") -> None:
         self.inbox = inbox
+        self.secret = secret
         self.machine = machine
         self.domain = domain
         self.callers = Callers()
@@ -107,20 +116,26 @@ class OpenFile(Handle):
         self.appends: dict[int, tuple[int, int]] = {}
         """Where a thread's write begins that is not at its end yet, and where its next page will be: O_APPEND."""
         self.short = 0, 0
-        """Who has read last, and how much less than it had room for."""
+        """Which thread's io_uring has read last, and how much less than it had room for."""
+        self.looked = 0
+        """Which thread's io_uring has looked whether a read would wait: its next one is the ring's,"""
+        self.of_ring = 0
+        """and then it is this one's, with all its pages."""
         self.poller: Callable[[], None] | None = None
         file.on_ready = self._on_ready
 
     def read(self, request: Request, offset: int, size: int, flags: int) -> bytes | int | None:
         """Mirror evtchn_read (A4), once for each segment; the kernel asks for a page of it at a time."""
-        if self.rests and not offset:
-            self.rests.pop(request.pid, None)  # of a read that was killed
+        if not offset:
+            self.of_ring, self.looked = self.looked, 0
+            if self.rests:
+                self.rests.pop(request.pid, None)  # of a read that was killed
         if not offset and size >= _PORT.size and flags & os.O_NONBLOCK and not self.file.ready():
             return errno.EAGAIN
         if self.short == (request.pid, size) and self._is_ring_unsated(request):
             self.short = 0, 0
             return b""
-        reader = _Reader(request, offset, size, nonblock=bool(flags & os.O_NONBLOCK))
+        reader = _Reader(request, offset, size, nonblock=bool(flags & os.O_NONBLOCK), of_ring=self.of_ring == request.pid)
         data = self._advance(reader)
         if data is None:
             self.readers.append(reader)
@@ -137,8 +152,8 @@ class OpenFile(Handle):
         return self.short[1] > 0 and self.device.callers.is_in_ring(request.pid)
 
     def _gave(self, reader: _Reader, data: bytes) -> None:
-        """Remember a short answer."""
-        self.short = reader.request.pid, 0 if reader.nonblock else reader.room - len(data)
+        """Remember a short answer to a ring."""
+        self.short = reader.request.pid, reader.room - len(data) if reader.of_ring and not reader.nonblock else 0
 
     def _advance(self, reader: _Reader) -> bytes | None:
         """Give what there is for a read, or None: it waits."""
@@ -229,8 +244,11 @@ class OpenFile(Handle):
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
         size = ARGUMENT_BYTES.get(command)
+        if command == IOCTL_DOOR and self._tells_of_the_door(request, argument):
+            return 0
         if size is None:
-            raise error(errno.ENOTTY)  # the driver's ENOSYS does not get through FUSE
+            request.unknown()
+            return None
         data: bytes | None = b""
         if size:
             try:
@@ -245,6 +263,18 @@ class OpenFile(Handle):
             return 0
         self._ask(request, command, data)
         return None
+
+    def _tells_of_the_door(self, request: Request, argument: int) -> bool:
+        """Tell it who knows the secret."""
+        secret = self.device.secret
+        try:
+            if not secret or not compare_digest(read_memory(request.pid, argument, len(secret)), secret):
+                return False
+        except OSError:  # not even a pointer
+            return False
+        self._must_live()
+        write_memory(request.pid, argument + len(secret), DOOR.pack(os.getpid(), self.file.door))
+        return True
 
     def _ask(self, request: Request, command: int, data: bytes | None) -> None:
         """Pass an ioctl to the file's process."""
@@ -262,6 +292,8 @@ class OpenFile(Handle):
         if kh:
             self.poller = lambda: request.session.wake_pollers(kh)
         mask = self.file.mask()
+        if mask & events & select.POLLIN and not events & _BY_CALLS:
+            self.looked = request.pid
         if self.short[0] == request.pid and not mask & select.POLLIN and self._is_ring_unsated(request):
             mask |= select.POLLIN | select.POLLRDNORM
         return mask
@@ -271,7 +303,7 @@ class OpenFile(Handle):
         for reader in self.readers:
             if reader.request is request:
                 self.readers.remove(reader)
-                request.fail(errno.EINTR)
+                request.interrupted()
                 return
 
     def release(self, request: Request) -> bool:
@@ -307,11 +339,12 @@ class OpenFile(Handle):
 class _Reader:
     """A read that is under way: how much the kernel takes, and what it is a part of."""
 
-    __slots__ = ("address", "inner", "length", "nonblock", "offset", "request", "room")
+    __slots__ = ("address", "inner", "length", "nonblock", "of_ring", "offset", "request", "room")
 
-    def __init__(self, request: Request, offset: int, size: int, *, nonblock: bool) -> None:
+    def __init__(self, request: Request, offset: int, size: int, *, nonblock: bool, of_ring: bool) -> None:
         self.request = request
         self.offset = offset  # of its first byte in the whole call
         self.room = size  # less than the segment has, where a page ends, or the caller's memory
         self.address, self.length, self.inner = 0, -1, 0  # of the segment, when it is known; where in it this is
         self.nonblock = nonblock
+        self.of_ring = of_ring

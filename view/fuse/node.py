@@ -15,12 +15,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse.abi import FOPEN_DIRECT_IO, Attributes
+from pvbus.view.fuse.debugger import CAN_MEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from pvbus.view.fuse.request import Request
 
+SEEN_BYTES = 4096  # of a device, for the kernel alone
 TEXT_BYTES_MAX = 4096  # a page: what sysfs reads and writes at once
 
 
@@ -71,6 +73,8 @@ class Node:
     """A name's thing. `inode` is what stat shows, and the session's own number where it is 0."""
 
     inode = 0
+    rdev = 0
+    """The number of the device that stat shows it to be; 0 for what is none."""
     changed: Mapping[str, int] = MappingProxyType({})
     """Fields of the attributes that chmod, chown or utimes has changed since."""
 
@@ -105,8 +109,10 @@ class DeviceNode(Node):
     """A node of root's own, as of a device; FUSE shows a regular file."""
 
     def attributes(self) -> Attributes:
-        """Give what can be shown of a device without its number."""
-        return Attributes(stat.S_IFREG | 0o600)
+        """Give what FUSE can show of a device. It has a size, which is not shown (disguise.py): an io_uring reads no regular file
+        behind its end.
+        """
+        return Attributes(stat.S_IFREG | 0o600, size=SEEN_BYTES if self.rdev and CAN_MEND else 0, rdev=self.rdev)
 
     def truncate(self, request: Request, size: int) -> None:
         """Refuse: it has no size."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
@@ -30,6 +31,20 @@ class Request:
     def fail(self, number: int) -> None:
         """Answer with an errno."""
         self.session.answer(self.unique, number)
+
+    def interrupted(self) -> None:
+        """Answer a READ that has waited and that a signal ends: as the signal wants it where that can be had, else with EINTR."""
+        if self.session.disguise is None:
+            self.fail(errno.EINTR)
+        else:
+            self.session.disguise.interrupted(self)
+
+    def unknown(self) -> None:
+        """Answer IOCTL with ENOSYS, as this driver does, where that can be had, else with ENOTTY. It must be kept."""
+        if self.session.disguise is None:
+            self.fail(errno.ENOTTY)
+        else:
+            self.session.disguise.unknown(self)
 
     def written(self, count: int) -> None:
         """Answer WRITE."""

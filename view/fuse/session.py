@@ -24,6 +24,8 @@ from pvbus.view.fuse.xattr import Like, Xattrs, chmod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pvbus.view.fuse.disguise import Disguise
+
 _HEAD, _HEAD_BYTES, _DATA = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES, abi.WRITE_IN.size
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
 SOON = 4  # requests in a row, behind a sleep
@@ -44,16 +46,19 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)  # unmounted; aborted
 class Session:
     """A tree that is mounted through `fd`, an open /dev/fuse, which the session owns; `like` says whose attributes it has."""
 
-    def __init__(self, fd: int, root: Node, *, pages_max: int = 0, like: Like = Like.DEVTMPFS) -> None:
+    def __init__(
+        self, fd: int, root: Node, *, pages_max: int = 0, like: Like = Like.DEVTMPFS, disguise: Disguise | None = None
+    ) -> None:
         self.fd = fd
         self.root = root
+        self.disguise = disguise
         self.pages_max = pages_max  # of a buffer in one READ or WRITE; 0 leaves it to the kernel
         self._init_flags = abi.INIT_ATOMIC_O_TRUNC | abi.INIT_BIG_WRITES | abi.INIT_PARALLEL_DIROPS
         self._init_flags |= (abi.INIT_MAX_PAGES if pages_max else 0) | (abi.INIT_POSIX_ACL if like is Like.DEVTMPFS else 0)
         self.minor = 0  # what INIT has agreed on; 0 before it
         self.closed = False
         self.kept = 0
-        """How many requests were not answered at once: then something else is under way, which a caller's loop may watch for."""
+        """How many requests were not answered at once, or interrupted: something else is under way then, to be watched for."""
         self._pause = 0
         os.set_blocking(fd, False)
         self._caller = self._in_a_row = 0
@@ -258,7 +263,11 @@ class Session:
         return attributes.pack(node.inode or nodeid)
 
     def _getattr(self, request: Request, _body: memoryview) -> None:
-        request.reply(self._attributes(request))
+        rdev, shown = self._node(request.nodeid).rdev, self._attributes(request)
+        if rdev and self.disguise is not None and self.disguise.shows_stat(request, rdev, lambda: request.reply(shown)):
+            self._keep(request, None)
+        else:
+            request.reply(shown)
 
     def _setattr(self, request: Request, body: memoryview) -> None:
         valid, _, fh, size = abi.SETATTR_IN.unpack_from(body)[:4]
@@ -279,7 +288,11 @@ class Session:
         request.reply(os.fsencode(self._node(request.nodeid).readlink()))
 
     def _statfs(self, request: Request, _body: memoryview) -> None:
-        request.reply(abi.STATFS_OUT.pack(0, 0, 0, 0, 0, abi.BLOCK_BYTES, abi.NAME_BYTES_MAX, abi.BLOCK_BYTES, 0))
+        shown = abi.STATFS_OUT.pack(0, 0, 0, 0, 0, abi.BLOCK_BYTES, abi.NAME_BYTES_MAX, abi.BLOCK_BYTES, 0)
+        if self.disguise is not None and self.disguise.shows_statfs(request, lambda: request.reply(shown)):
+            self._keep(request, None)
+        else:
+            request.reply(shown)
 
     # ---- directories
 
@@ -295,7 +308,8 @@ class Session:
             self._listings[fh] = list(self._node(request.nodeid).entries())
         here: list[tuple[str, int, int]] = [(".", request.nodeid, stat.S_IFDIR), ("..", request.nodeid, stat.S_IFDIR)]
         here += [
-            (name, node.inode or self._ids.get(node, 0xFFFFFFFF), node.attributes().mode) for name, node in self._listings[fh]
+            (name, node.inode or self._ids.get(node, 0xFFFFFFFF), stat.S_IFCHR if node.rdev else node.attributes().mode)
+            for name, node in self._listings[fh]
         ]
         answer = b""
         for at, (name, inode, mode) in enumerate(here[offset:], offset + 1):
@@ -387,6 +401,7 @@ class Session:
         """Pass it on; INTERRUPT itself has no answer, and one that comes too late finds nobody."""
         request, handle = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0], (None, None))
         if request is not None and handle is not None:
+            self.kept += 1
             handle.interrupt(request)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pvbus.actors.client import MachineNotFoundError, attach
 from pvbus.actors.runtime import rundir
 from pvbus.view.fuse import mount
-from pvbus.view.run import boot, seccomp
+from pvbus.view.run import boot, regular, seccomp
 from pvbus.view.run.evtchn import XenDevices
 from pvbus.view.run.fitting import Fitting, close_all, fork_server
 from pvbus.view.run.room import Room
@@ -37,11 +37,8 @@ EXIT_NOT_FOUND = 127
 EXIT_SIGNALLED = 128  # plus the signal, as a shell says it
 SHELL = "/bin/sh"  # runs what the kernel does not know how to, as execvp(3) has it
 
-FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {
-    "fuse": lambda: [XenDevices()],
-    "seccomp": lambda: [XenDevices(), *seccomp.fittings()],
-}
-"""What is put in place for each --frontend."""
+FRONTENDS: dict[str, Callable[[], list[Fitting]]] = {"fuse": regular.fittings, "seccomp": seccomp.fittings}
+"""What filter is put over the device's file for each --frontend."""
 FITTINGS: list[Callable[[argparse.Namespace], Fitting | None]] = [
     lambda _: Sysfs(),
     lambda arguments: Xenstore() if arguments.xenstore else None,
@@ -69,10 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
     closed = _fill_standard_streams()
     with _machine(arguments.name) as name:
         _check_domain(name, arguments.domain)
-        fittings = FRONTENDS[arguments.frontend]() + [made for make in FITTINGS if (made := make(arguments)) is not None]
+        fittings = [XenDevices(), *_filter(arguments)] + [made for make in FITTINGS if (made := make(arguments)) is not None]
         room = Room(name, arguments.domain)
         room.in_child += [functools.partial(os.close, fd) for fd in closed]  # the command finds them as we did
         return _in_room(room, fittings, [arguments.program, *arguments.words])
+
+
+def _filter(arguments: argparse.Namespace) -> list[Fitting]:
+    if not arguments.no_filter:
+        return FRONTENDS[arguments.frontend]()
+    if arguments.frontend != "fuse":
+        raise ValueError(f"--no-filter: there is no --frontend {arguments.frontend} without a filter")
+    return []
 
 
 def _fill_standard_streams() -> list[int]:
@@ -115,10 +120,11 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
     territory = Territory()
     for fitting in fittings:
         fitting.prepare(room)
-    servers = {fork_server(fitting, room, fittings): fitting.obituary for fitting in fittings if fitting.title}
+    served = {fork_server(fitting, room, fittings): fitting for fitting in fittings if fitting.title}
+    servers, last = {pid: fitting.obituary for pid, fitting in served.items()}, {pid for pid in served if served[pid].is_last}
     for fitting in fittings:
         close_all(fitting)
-    guard, lifeline = _guard(room, territory)  # behind the servers, which would otherwise hold its lifeline
+    guard, lifeline = _guard(room, territory, last)  # behind the servers, which would otherwise hold its lifeline
     try:
         for fitting in fittings:
             fitting.dress(room)
@@ -135,11 +141,13 @@ def _in_room(room: Room, fittings: list[Fitting], command: Sequence[str]) -> int
         os.close(lifeline)  # the guard ends the servers, and whatever the command has left running
         _reap(guard)
         try:
-            territory.sweep()  # if the guard could not
+            territory.sweep(frozenset(last & servers.keys()))  # if the guard could not
         except TimeoutError as error:
             print(f"pvbus run: {error}", file=sys.stderr)
         else:
             for pid in servers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # those that were left to themselves
                 _reap(pid)
 
 
@@ -148,8 +156,10 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _guard(room: Room, territory: Territory) -> tuple[int, int]:
-    """Fork the guard; give its pid, and the descriptor whose end it waits for. Signals to the whole group stay blocked in it."""
+def _guard(room: Room, territory: Territory, last: set[int]) -> tuple[int, int]:
+    """Fork the guard, which leaves `last` to themselves; give its pid, and the descriptor whose end it waits for. Signals to the
+    whole group stay blocked in it.
+    """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:
@@ -162,7 +172,7 @@ def _guard(room: Room, territory: Territory) -> tuple[int, int]:
         setproctitle(f"pvbus: run/{room.machine}")
         os.read(read_end, 1)
         with contextlib.suppress(TimeoutError):  # the first process says so, if it lives
-            territory.sweep(frozenset({os.getppid()}))
+            territory.sweep(frozenset({os.getppid(), *last}))
     finally:
         os._exit(0)
 

@@ -38,6 +38,9 @@ class Fitting:
     title = ""
     """What its process is called; without a title it has none."""
 
+    is_last = False
+    """Whether its process is needed until everything else of the run has ended, and ends by itself then."""
+
     def __init__(self) -> None:
         self.fds: list[int] = []
         """Descriptors that only its server may hold: what a mount answers through, for its death to be an error to all."""
@@ -76,7 +79,8 @@ def fork_server(fitting: Fitting, room: Room, others: Iterable[Fitting]) -> int:
         return pid
     code = 1
     try:
-        mount.die_with_parent(signal.SIGKILL)
+        if not fitting.is_last:
+            mount.die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it has died before it could be asked for
             os._exit(code)
         for other in others:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pvbus.actors.client import attach
 from pvbus.view.fuse import mount
 from pvbus.view.run.fitting import Fitting
-from pvbus.view.sysfs.points import BUS, MISC, MISC_MAJOR, MISC_NAME, PARENT, free_minor
+from pvbus.view.sysfs.points import BUS, MISC, MISC_MAJOR, MISC_NAME, PARENT, free_minors
 from pvbus.view.sysfs.server import SysfsServer
 from pvbus.view.sysfs.uevents import UeventSender
 
@@ -38,7 +38,7 @@ class Sysfs(Fitting):
                 with contextlib.suppress(TimeoutError):  # a driver's call takes its time: that is not the bus's coming up
                     machine.settle()  # in a guest the bus is up before there are programs
         self._points = [*((BUS, PARENT) if "hyperv" in platforms else ()), *((MISC,) if "xen" in platforms else ())]
-        self._minor = free_minor()
+        self._minor = (room.devices.minors if room.devices else free_minors())[0]
         for point in self._points:
             place = room.sys_entry(point)
             place.mkdir()

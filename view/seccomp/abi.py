@@ -49,6 +49,8 @@ class Call(NamedTuple):
     tid: int
     number: int
     arguments: tuple[int, ...]
+    audit: int
+    """Of which kind of program it is, and so which number means what."""
 
 
 def _failed(what: str) -> OSError:
@@ -56,14 +58,13 @@ def _failed(what: str) -> OSError:
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def install() -> int:
-    """Put the filter over the calling thread and all that comes of it, for ever; give the listener's descriptor.
+def install(code: bytes) -> int:
+    """Put a filter over the calling thread and all that comes of it, for ever; give the listener's descriptor.
 
     To be called between fork and exec. From the moment on that it returns, each of the filtered calls waits for an answer
     on the listener. OSError where the kernel has no user notification, or another listener is in place already (EBUSY).
     """
     machine = bpf.here()
-    code = bpf.program(machine)
     steps = _Program(len(code) // 8, code)
     # Killable: once the front end has taken a call up, only death ends it. A bind would otherwise be made twice when a
     # signal comes in the middle. On the device those calls cannot be interrupted either.
@@ -77,13 +78,13 @@ def install() -> int:
     return listener
 
 
-def probe() -> None:
-    """Try in a child whether a filter can be installed here. OSError says what stands against it."""
+def probe(code: bytes) -> None:
+    """Try in a child whether this filter can be installed here. OSError says what stands against it."""
     pid = os.fork()
     if pid == 0:
         number = errno.EIO
         try:
-            os.close(install())
+            os.close(install(code))
             number = 0
         except OSError as error:
             number = error.errno or errno.EIO
@@ -107,8 +108,8 @@ def receive(listener: int) -> Call | None:
         fcntl.ioctl(listener, _RECV, buffer)
     except FileNotFoundError:
         return None
-    call, tid, _, number, _, _, *arguments = _NOTIFICATION.unpack(buffer)
-    return Call(call, tid, number, tuple(arguments))
+    call, tid, _, number, audit, _, *arguments = _NOTIFICATION.unpack(buffer)
+    return Call(call, tid, number, tuple(arguments), audit)
 
 
 def _send(listener: int, response: bytes) -> None:

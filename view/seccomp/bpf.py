@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ALLOW, NOTIFY = 0x7FFF0000, 0x7FC00000
-_LOAD, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-_AT_NUMBER, _AT_ARCHITECTURE, _AT_ARGUMENTS = 0, 4, 16
+LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_AT_LEAST, JUMP_BITS, RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
+AT_NUMBER, AT_ARCHITECTURE, AT_ARGUMENTS = 0, 4, 16
 _ANSWERED_BY_THE_VFS = (  # no driver ever sees them
     0x5421, 0x5450, 0x5451, 0x5460,  # FIONBIO, FIONCLEX, FIOCLEX, FIOQSIZE
     0x2, 0xC020660B, 0x40049409, 0x4020940D, 0xC0189436,  # FIGETBSZ, FS_IOC_FIEMAP, FICLONE, FICLONERANGE, FIDEDUPERANGE
@@ -61,44 +61,45 @@ def here() -> Architecture:
     return found
 
 
-def _instruction(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
+def instruction(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
+    """Assemble one; a jump skips as many as `then` or `otherwise` says."""
     return struct.pack("=HBBI", code, then, otherwise, value)
 
 
-def _for_call(number: int, body: Iterable[bytes]) -> list[bytes]:
+def for_call(number: int, body: Iterable[bytes]) -> list[bytes]:
     """If the call's number (in the accumulator) is this one, `body` decides; it must return in every case."""
     steps = list(body)
-    return [_instruction(_JUMP_EQUAL, number, 0, len(steps)), *steps]
+    return [instruction(JUMP_EQUAL, number, 0, len(steps)), *steps]
 
 
 def program(machine: Architecture) -> bytes:
     """Assemble the filter. Calls of another architecture (32-bit programs) are let through."""
-    notify, allow = _instruction(_RETURN, NOTIFY), _instruction(_RETURN, ALLOW)
-    length = _instruction(_LOAD, _AT_ARGUMENTS + 2 * 8)
+    notify, allow = instruction(RETURN, NOTIFY), instruction(RETURN, ALLOW)
+    length = instruction(LOAD, AT_ARGUMENTS + 2 * 8)
     broken = PORT_BYTES - 1  # the bits of a length that is no whole number of ports
     # A longer read than a page is whole as well: no more than a page lies in the socket.
-    read = [length, _instruction(_JUMP_BITS, broken, 0, 1), notify, allow]
-    write = [length, _instruction(_JUMP_BITS, broken, 1, 0), _instruction(_JUMP_ABOVE, TRANSFER_BYTES_MAX, 0, 1), notify, allow]
-    request = [_instruction(_LOAD, _AT_ARGUMENTS + 8)]
+    read = [length, instruction(JUMP_BITS, broken, 0, 1), notify, allow]
+    write = [length, instruction(JUMP_BITS, broken, 1, 0), instruction(JUMP_ABOVE, TRANSFER_BYTES_MAX, 0, 1), notify, allow]
+    request = [instruction(LOAD, AT_ARGUMENTS + 8)]
     for index, known in enumerate(_ANSWERED_BY_THE_VFS):
-        request.append(_instruction(_JUMP_EQUAL, known, len(_ANSWERED_BY_THE_VFS) - index))
+        request.append(instruction(JUMP_EQUAL, known, len(_ANSWERED_BY_THE_VFS) - index))
     ioctl = [*request, notify, allow]
     fcntl = [
-        _instruction(_LOAD, _AT_ARGUMENTS + 8), _instruction(_JUMP_EQUAL, F_SETFL, 0, 3),
-        length, _instruction(_JUMP_BITS, O_ASYNC, 0, 1), notify, allow,
+        instruction(LOAD, AT_ARGUMENTS + 8), instruction(JUMP_EQUAL, F_SETFL, 0, 3),
+        length, instruction(JUMP_BITS, O_ASYNC, 0, 1), notify, allow,
     ]  # fmt: skip
     steps = [
-        _instruction(_LOAD, _AT_ARCHITECTURE),
-        _instruction(_JUMP_EQUAL, machine.audit, 1, 0),
+        instruction(LOAD, AT_ARCHITECTURE),
+        instruction(JUMP_EQUAL, machine.audit, 1, 0),
         allow,
-        _instruction(_LOAD, _AT_NUMBER),
-        *_for_call(machine.read, read),  # the commonest first
-        *_for_call(machine.write, write),
-        *_for_call(machine.ioctl, ioctl),
-        *_for_call(machine.fcntl, fcntl),
+        instruction(LOAD, AT_NUMBER),
+        *for_call(machine.read, read),  # the commonest first
+        *for_call(machine.write, write),
+        *for_call(machine.ioctl, ioctl),
+        *for_call(machine.fcntl, fcntl),
     ]
     always = machine.openat, machine.open, machine.openat2, machine.creat, machine.readv, machine.writev, machine.epoll_ctl
     for number in always:
         if number is not None:
-            steps += _for_call(number, [notify])
+            steps += for_call(number, [notify])
     return b"".join([*steps, allow])

@@ -12,11 +12,10 @@ MISC_MAJOR = 10
 MISC_MINOR_MAX = 127  # of those that the kernel gives to whoever asks for any: it counts down
 
 
-def free_minor(numbers: Path = Path("/sys/dev/char")) -> int:
-    """Give the number that a misc device that asks for any would get: the highest that no other has. OSError: there is none."""
+def free_minors(numbers: Path = Path("/sys/dev/char")) -> list[int]:
+    """Give the numbers that misc devices would get which ask for any, the next one first. OSError: there is none."""
     taken = {path.name for path in numbers.iterdir()}
-    free = (minor for minor in range(MISC_MINOR_MAX, -1, -1) if f"{MISC_MAJOR}:{minor}" not in taken)
-    try:
-        return next(free)
-    except StopIteration:
-        raise OSError(f"each of the {MISC_MINOR_MAX + 1} numbers in {numbers} is taken") from None
+    free = [minor for minor in range(MISC_MINOR_MAX, -1, -1) if f"{MISC_MAJOR}:{minor}" not in taken]
+    if not free:
+        raise OSError(f"each of the {MISC_MINOR_MAX + 1} numbers in {numbers} is taken")
+    return free

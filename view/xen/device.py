@@ -161,7 +161,7 @@ class XenbusHandle(Handle):
         for reader in self.readers:
             if reader[0] is request:
                 self.readers.remove(reader)
-                request.fail(errno.EINTR)
+                request.interrupted()
                 return
 
     def release(self, request: Request) -> bool:
