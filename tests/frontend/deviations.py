@@ -172,6 +172,7 @@ def of_regular_files(path: str) -> dict[str, str]:
         "FICLONE of another": name_of(lambda: fcntl.ioctl(fd, FICLONE, regular)),
         **{name: ioctl(request) for name, request in REQUESTS.items()},
         "private mapping": mapping(fd, MAP_PRIVATE),
+        "FIONREAD by O_PATH": name_of(lambda: fcntl.ioctl(os.open(path, os.O_PATH), REQUESTS["FIONREAD"], bytearray(4))),
         "private mapping of nothing": mapping(fd, MAP_PRIVATE, 0),
         "private mapping as of libraries": mapping(fd, MAP_PRIVATE | MAP_DENYWRITE),
         "private mapping where it is open for writing": mapping(write_only, MAP_PRIVATE),

@@ -74,6 +74,7 @@ ON_A_DEVICE = {
     "FIFREEZE": "ENOTSUP",
     "FS_IOC_FIEMAP": "ENOTSUP",
     "private mapping": "ENODEV",
+    "FIONREAD by O_PATH": "EBADF",
     "private mapping of nothing": "EINVAL",
     "private mapping as of libraries": "ENODEV",
     "private mapping where it is open for writing": "EACCES",

@@ -87,27 +87,22 @@ class Regular:
     # ---- whose file
 
     def _is_ours(self, tid: int, fd: int) -> bool:
-        """Whether a thread's descriptor is an open device of ours."""
+        """Whether a thread's descriptor is an open device of ours; one by O_PATH is none."""
         fd &= 0xFFFFFFFF
         if fd > _INT_MAX or not _fresh_device(f"/proc/{tid}/fd/{fd}", self._found):
             return False
         if _INODE.unpack_from(self._found)[0] != DEVICE_INODE or not stat.S_ISREG(_KIND.unpack_from(self._found)[0]):
             return False
         device = _DEVICE.unpack_from(self._found)
-        return device == self._device or _is_a_mount_of_ours(tid, device)
+        return (device == self._device or _is_a_mount_of_ours(tid, device)) and not _flags(tid, fd) & os.O_PATH
 
-    def _mode(self, tid: int, fd: int) -> int:
-        """Give a descriptor's access mode."""
-        for line in Path(f"/proc/{tid}/fdinfo/{fd & 0xFFFFFFFF}").read_bytes().split(b"\n"):
-            if line.startswith(b"flags:"):
-                return int(line.split()[1], 8) & os.O_ACCMODE
-        return os.O_RDWR
+    @staticmethod
+    def _reads(tid: int, fd: int) -> bool:
+        return _flags(tid, fd) & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
 
-    def _reads(self, tid: int, fd: int) -> bool:
-        return self._mode(tid, fd) in (os.O_RDONLY, os.O_RDWR)
-
-    def _writes(self, tid: int, fd: int) -> bool:
-        return self._mode(tid, fd) in (os.O_WRONLY, os.O_RDWR)
+    @staticmethod
+    def _writes(tid: int, fd: int) -> bool:
+        return _flags(tid, fd) & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
 
     # ---- the calls
 
@@ -248,6 +243,12 @@ class Regular:
             return None
         operation, fd = _IOCB.unpack(request)
         return -errno.EINVAL if operation in _AIO_TRANSFERS and self._is_ours(call.tid, fd) else None
+
+
+def _flags(tid: int, fd: int) -> int:
+    """Give the flags that a descriptor's file is open with. OSError: there is none."""
+    lines = Path(f"/proc/{tid}/fdinfo/{fd & 0xFFFFFFFF}").read_bytes().split(b"\n")
+    return next(int(line.split()[1], 8) for line in lines if line.startswith(b"flags:"))
 
 
 def _signed64(value: int) -> int:
