@@ -139,6 +139,35 @@ def test_a_run_within_a_run_has_its_devices_known_by_the_outer_one(pvbus_shared_
     assert (done.returncode, done.stdout, done.stderr) == (0, "ENODEV mapped ENOTTY\n", "")
 
 
+CROWD = """
+import fcntl, os, struct, threading
+fd = os.open("/dev/xen/evtchn", os.O_RDWR)
+port = fcntl.ioctl(fd, 0x44502, bytearray(4))                                          # BIND_UNBOUND_PORT
+def notify():
+    for _ in range(200):
+        fcntl.ioctl(fd, 0x44504, struct.pack("=I", port))                              # its server asks the kernel by an ioctl
+def flags():
+    for _ in range(200):
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+threads = [threading.Thread(target=work, daemon=True) for work in (notify, flags) * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(20)
+print([thread.is_alive() for thread in threads], flush=True)
+"""
+
+
+def test_the_servers_of_a_run_within_a_run_and_of_the_outer_one_never_wait_for_each_other(
+    pvbus_shared_machine: BootedMachine
+) -> None:
+    within = command(sys.executable, "-c", CROWD, name=pvbus_shared_machine.name)
+
+    done = run(*within, name=pvbus_shared_machine.name)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{[False] * 4}\n", "")
+
+
 def test_where_a_listener_is_in_place_already_the_run_says_what_that_costs(pvbus_shared_machine: BootedMachine) -> None:
     words = command(sys.executable, "-c", LOOKS + "print(private())", name=pvbus_shared_machine.name)
     code = f"""

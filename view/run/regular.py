@@ -95,7 +95,7 @@ def _serve(listener: int, ledger: Ledger, regular: Regular) -> None:
     ledger.taken(call.id)
     try:
         answer = regular.answer(call)
-    except OSError:  # its caller has gone, or may not be looked at
+    except OSError:  # its caller has gone, or may not be looked at; or the device is that of a run within the run
         answer = None
     if answer is None:
         abi.let_through(listener, call.id)

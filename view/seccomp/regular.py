@@ -4,7 +4,8 @@
 `Regular.answer` is asked about a call that the filter (regular_calls.py) has handed over. Where the kernel's own answer is the
 device's as well, above all an error that it finds before it looks at what kind of file this is, the call is let through: so each
 method here only has to know when the kernel would go further than that. Which file a call is about is seen without asking any
-file system for anything, so nothing here waits.
+file system for anything. The device's own server is asked, and waited for, where more is to be known of an open file: it has no
+filter over itself. That of a run within the run has this one, and may be waiting for us: it is never asked.
 """
 
 from __future__ import annotations
@@ -93,8 +94,12 @@ class Regular:
             return False
         if _INODE.unpack_from(self._found)[0] != DEVICE_INODE or not stat.S_ISREG(_KIND.unpack_from(self._found)[0]):
             return False
-        device = _DEVICE.unpack_from(self._found)
-        return (device == self._device or _is_a_mount_of_ours(tid, device)) and not _flags(tid, fd) & os.O_PATH
+        is_of_a_run = self._is_of_this_run() or _is_a_mount_of_ours(tid, _DEVICE.unpack_from(self._found))
+        return is_of_a_run and not _flags(tid, fd) & os.O_PATH
+
+    def _is_of_this_run(self) -> bool:
+        """Whether what has been found is in this run's own tree."""
+        return bool(_DEVICE.unpack_from(self._found) == self._device)
 
     @staticmethod
     def _reads(tid: int, fd: int) -> bool:
@@ -188,10 +193,14 @@ class Regular:
         if on != self._signals.is_on(copy):
             self._signals.switch(copy, call.tid, call.arguments[0] & 0xFFFFFFFF, on=on)
 
-    @staticmethod
     @contextlib.contextmanager
-    def _copy(tid: int, fd: int) -> Generator[int, None, None]:
-        """A descriptor of our own for a thread's file, for as long as its call keeps that open anyway."""
+    def _copy(self, tid: int, fd: int) -> Generator[int, None, None]:
+        """A descriptor of our own for a thread's file, for as long as its call keeps that open anyway.
+
+        BlockingIOError for a device of a run within the run: even its close could wait for us.
+        """
+        if not (self._is_ours(tid, fd) and self._is_of_this_run()):
+            raise BlockingIOError(errno.EWOULDBLOCK, f"descriptor {fd & 0xFFFFFFFF} of {tid} is no device of this run")
         copy = abi.descriptor_of(tid, fd & 0xFFFFFFFF)
         try:
             yield copy
@@ -232,7 +241,6 @@ class Regular:
                 return None
         exist = all(os.path.lexists(f"/proc/{call.tid}/fd/{each & 0xFFFFFFFF}") for each in (fd, to))
         return -errno.EINVAL if exist else None
-
 
     def _io_submit(self, call: abi.Call, known: Abi) -> Answer:
         """Refuse a transfer by aio that comes first, as a driver without such methods does; what comes later is let through."""
