@@ -15,10 +15,12 @@ example, the kernel lets go of the caller.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +36,14 @@ TRACED_MAX = 64  # at once: a thread for each
 LOOK_NS = 10_000_000  # PTRACE_SEIZE takes a few microseconds, unless an exec is under way
 SEIZE_NS_MAX = 1_000_000_000
 _PEEKUSER, _POKEUSER, _DETACH, _SEIZE, _INTERRUPT = 3, 6, 17, 0x4206, 0x4207
-_VALUE_AT, _CALL_AT, _SEGMENT_AT = 10 * 8, 15 * 8, 17 * 8  # rax, orig_rax and cs in struct user
+_GET_CALL_INFO, _CALL_INFO, _AUDIT_I386 = 0x420E, struct.Struct("=4xI"), 0x40000003  # as far as it tells of every stop
+_VALUE_AT, _CALL_AT = 10 * 8, 15 * 8  # rax and orig_rax in struct user
 _ARGUMENTS_AT = tuple(at * 8 for at in (14, 13, 12, 7, 9, 8))  # rdi, rsi, rdx, r10, r8, r9
 _ARGUMENTS_32_AT = tuple(at * 8 for at in (5, 11, 12, 13, 14, 4))  # rbx, rcx, rdx, rsi, rdi, rbp
-_SEGMENT_32 = 0x23  # of 32-bit programs
 _WALL = 0x40000000  # threads, too
 _KILL = 1 << (signal.SIGKILL - 1)
-_waiting_ptrace, _ptrace = ctypes.CDLL(None).ptrace, ctypes.PyDLL(None).ptrace  # the second one keeps the interpreter's lock
+_waiting_ptrace = ctypes.CDLL(None).ptrace
+_ptrace = ctypes.PyDLL(None, use_errno=True).ptrace  # keeps the interpreter's lock
 for _function in (_waiting_ptrace, _ptrace):
     _function.restype = ctypes.c_long
     _function.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -51,17 +54,29 @@ class Leaving:
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
-        self.is_32 = _ptrace(_PEEKUSER, thread, _SEGMENT_AT, None) & 0xFFFF == _SEGMENT_32
-        self.call = _ptrace(_PEEKUSER, thread, _CALL_AT, None)
+        info = ctypes.create_string_buffer(_CALL_INFO.size)
+        if _ptrace(_GET_CALL_INFO, thread, _CALL_INFO.size, ctypes.addressof(info)) < 0:
+            raise ProcessLookupError(ctypes.get_errno(), f"thread {thread}")
+        self.is_32: bool = _CALL_INFO.unpack(info.raw)[0] == _AUDIT_I386
+        """Whether its call is one of 32-bit programs; a 64-bit one can make those, too, by `int 0x80`."""
+        self.call = self._register(_CALL_AT)
         """The number of the call; which of 64-bit or of 32-bit programs, `is_32` tells. -1 if it is in none."""
-        self.value = ctypes.c_int(_ptrace(_PEEKUSER, thread, _VALUE_AT, None)).value
+        self.value = ctypes.c_int(self._register(_VALUE_AT)).value
         """What the call gives, or an errno below zero."""
 
+    def _register(self, at: int) -> int:
+        """Give a register. ProcessLookupError: it has been killed meanwhile."""
+        ctypes.set_errno(0)
+        value = int(_ptrace(_PEEKUSER, self.thread, at, None))
+        if value == -1 and ctypes.get_errno():
+            raise ProcessLookupError(ctypes.get_errno(), f"thread {self.thread}")
+        return value
+
     def argument(self, index: int) -> int:
-        """Give an argument of the call, the first by 0."""
+        """Give an argument of the call, the first by 0. ProcessLookupError."""
         if self.is_32:
-            return int(_ptrace(_PEEKUSER, self.thread, _ARGUMENTS_32_AT[index], None)) & 0xFFFFFFFF
-        return int(_ptrace(_PEEKUSER, self.thread, _ARGUMENTS_AT[index], None)) & (1 << 64) - 1
+            return self._register(_ARGUMENTS_32_AT[index]) & 0xFFFFFFFF
+        return self._register(_ARGUMENTS_AT[index]) & (1 << 64) - 1
 
     def give(self, value: int) -> None:
         """Have the call give something else."""
@@ -145,6 +160,7 @@ def stopped(thread: int, mend: Mend) -> None:
     if not os.WIFSTOPPED(status):  # it has ended; who has forked it hears of that now
         return
     try:
-        mend(Leaving(thread))
+        with contextlib.suppress(OSError):  # it has been killed meanwhile, or another thread has taken the memory away
+            mend(Leaving(thread))
     finally:
         _ptrace(_DETACH, thread, None, None if status >> 16 else os.WSTOPSIG(status))  # a stop of ours, or before a signal

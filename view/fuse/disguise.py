@@ -115,7 +115,10 @@ def show_device(rdev: int, leaving: Leaving) -> None:
     at = leaving.argument(layout.argument)
     number = (os.major(rdev), os.minor(rdev)) if layout.rdev is _TWO else (rdev,)
     with _memory(leaving.thread) as memory:
-        (mode,) = layout.mode.unpack(os.pread(memory, layout.mode.size, at + layout.mode_at))
+        found = os.pread(memory, layout.mode.size, at + layout.mode_at)
+        if len(found) < layout.mode.size:  # it has been killed meanwhile: there is no memory any more
+            return
+        (mode,) = layout.mode.unpack(found)
         if stat.S_ISREG(mode):
             os.pwrite(memory, layout.mode.pack(stat.S_IMODE(mode) | stat.S_IFCHR), at + layout.mode_at)
             os.pwrite(memory, layout.rdev.pack(*number), at + layout.rdev_at)
