@@ -144,3 +144,32 @@ for _ in range(2):
 seen.append(json.loads(os.read(says, 100)))
 """
     assert inside(pvbus_shared_machine, code) == [None, None, IO]
+
+
+def test_a_number_of_another_pid_namespace_makes_nobody_else_the_owner(pvbus_shared_machine: BootedMachine) -> None:
+    code = """
+import ctypes, subprocess
+stranger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, []))
+library = ctypes.CDLL(None, use_errno=True)
+if library.unshare(0x20000000):                         # CLONE_NEWPID: for children
+    raise OSError(ctypes.get_errno(), "unshare")
+child = os.fork()
+if not child:
+    try:
+        fcntl.fcntl(a.fd, fcntl.F_SETOWN, os.getpid())
+        asked(a.fd)                                     # the owner's number is known in both namespaces here
+        event(); mine = told(); taken()
+        for number in (stranger.pid, os.getpid()):      # and here it would be taken for one of the outer namespace
+            try:
+                fcntl.fcntl(a.fd, fcntl.F_SETOWN, number)
+            except ProcessLookupError:
+                pass
+            event(); taken()
+        os._exit(42 if mine else 1)
+    finally:
+        os._exit(2)
+seen.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stranger.stdin.close()
+seen.append(stranger.wait())
+"""
+    assert inside(pvbus_shared_machine, code) == [42, 0]

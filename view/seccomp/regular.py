@@ -182,6 +182,9 @@ class Regular:
             if command == fcntl.F_SETFL:
                 self._switch(call, copy, on=bool(argument & os.O_ASYNC))
             elif self._signals.is_on(copy):
+                if command != regular_calls.F_SETSIG and not _shares_our_numbers(call.tid):
+                    self._signals.tell(copy, call.tid, regular_calls.F_SETOWN, 0)  # here its number would be somebody else's
+                    return None
                 value: int | bytes | None = _signed32(argument)
                 if command == regular_calls.F_SETOWN_EX:
                     value = abi.read_memory(call.tid, argument, sigio.OWNER.size)
@@ -271,6 +274,11 @@ def _is_root(tid: int) -> bool:
     """Whether the device is a thread's own, as seen in our user namespace."""
     uids = next(line for line in Path(f"/proc/{tid}/status").read_bytes().split(b"\n") if line.startswith(b"Uid:"))
     return uids.split()[4] == b"0"
+
+
+def _shares_our_numbers(tid: int) -> bool:
+    """Whether a thread is in our pid namespace."""
+    return Path(f"/proc/{tid}/ns/pid").stat().st_ino == Path("/proc/self/ns/pid").stat().st_ino
 
 
 def _is_a_mount_of_ours(tid: int, device: tuple[int, int]) -> bool:
