@@ -158,12 +158,13 @@ print([thread.is_alive() for thread in threads], flush=True)
 """
 
 
+@pytest.mark.parametrize("outer", ["fuse", "seccomp"])
 def test_the_servers_of_a_run_within_a_run_and_of_the_outer_one_never_wait_for_each_other(
-    pvbus_shared_machine: BootedMachine
+    pvbus_shared_machine: BootedMachine, outer: str
 ) -> None:
     within = command(sys.executable, "-c", CROWD, name=pvbus_shared_machine.name)
 
-    done = run(*within, name=pvbus_shared_machine.name)
+    done = run(*within, name=pvbus_shared_machine.name, options=["--frontend", outer])
 
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{[False] * 4}\n", "")
 
@@ -242,6 +243,27 @@ def is_pending(pid: int, number: int) -> bool:
     """Whether a signal has not been taken from a process's queues yet."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
+
+
+def test_a_server_of_the_device_that_is_stopped_holds_up_nobody_for_long(pvbus_shared_machine: BootedMachine) -> None:
+    code = LOOKS + """
+import fcntl
+fd = os.open("/dev/xen/evtchn", os.O_RDWR)
+for _ in range(3):
+    print("go", flush=True)
+    sys.stdin.readline()
+    print([fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for _ in range(5)], private(sys.executable), flush=True)
+"""
+    with started(sys.executable, "-c", code, name=pvbus_shared_machine.name) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for action in (psutil.Process.suspend, psutil.Process.resume, psutil.Process.resume):
+            assert process.stdout.readline() == "go\n"
+            (server,) = servers(process.pid, "pvbus: evtchn")
+            action(server)
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "[2, 2, 2, 2, 2] mapped\n"
+        process.communicate(timeout=20)
 
 
 def test_a_killed_caller_leaves_the_server_well(pvbus_shared_machine: BootedMachine) -> None:

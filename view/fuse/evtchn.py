@@ -247,8 +247,7 @@ class OpenFile(Handle):
         if command == IOCTL_DOOR and self._tells_of_the_door(request, argument):
             return 0
         if size is None:
-            request.unknown()
-            return None
+            return request.unknown()
         data: bytes | None = b""
         if size:
             try:

@@ -39,12 +39,12 @@ class Request:
         else:
             self.session.disguise.interrupted(self)
 
-    def unknown(self) -> None:
-        """Answer IOCTL with ENOSYS, as this driver does, where that can be had, else with ENOTTY. It must be kept."""
+    def unknown(self) -> int | None:
+        """Have IOCTL answered with ENOSYS, as this driver does, where that can be had; give ENOTTY below zero where it cannot."""
         if self.session.disguise is None:
-            self.fail(errno.ENOTTY)
-        else:
-            self.session.disguise.unknown(self)
+            return -errno.ENOTTY
+        self.session.disguise.unknown(self)
+        return None
 
     def written(self, count: int) -> None:
         """Answer WRITE."""

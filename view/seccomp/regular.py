@@ -10,21 +10,19 @@ filter over itself. That of a run within the run has this one, and may be waitin
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import select
-import stat
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvbus.view.fuse.evtchn import DEVICE_INODE
 from pvbus.view.seccomp import abi, regular_calls, sigio
 from pvbus.view.seccomp.bpf import FIOASYNC
+from pvbus.view.seccomp.patience import Patience
+from pvbus.view.seccomp.seen import is_a_tree_of_ours, look
 
 if TYPE_CHECKING:
     from pvbus.view.seccomp.regular_calls import Abi
@@ -33,9 +31,6 @@ Answer = int | None
 """What the call gives, an errno below zero; None: let it through."""
 _Method = Callable[[abi.Call, "Abi"], Answer]
 
-_AT_FDCWD, _AT_STATX_DONT_SYNC = -100, 0x4000
-_STATX_BYTES = 256
-_KIND, _INODE, _DEVICE = struct.Struct("=28xH"), struct.Struct("=32xQ"), struct.Struct("=136xII")
 _IOCB, _AIO_TRANSFERS = struct.Struct("=16xH2xI40x"), {0, 1, 7, 8}
 _INT_MAX, _LOFF_MAX = (1 << 31) - 1, (1 << 63) - 1
 _USER_END = 1 << 47  # behind it no program has memory, and the kernel says so first
@@ -47,12 +42,6 @@ _OF_EVERY_FILE = {0xC020660B, 0xC0045877, 0xC0045878, 0x80811501, 0x80111500}
 """FS_IOC_FIEMAP, FIFREEZE, FITHAW, FS_IOC_GETFSSYSFSPATH, FS_IOC_GETFSUUID: no driver ever sees them."""
 _F_SETLEASE_ARGUMENTS = {0, 1, 2}
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _fresh_device(path: str, found: ctypes.Array[ctypes.c_char]) -> bool:
-    """Look what a path leads to, without asking its file system; False if that is nothing."""
-    return not _libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, 0, found)
 
 
 def _signed(low: int, high: int) -> int:
@@ -65,10 +54,8 @@ class Regular:
 
     def __init__(self, directory: str, signals: sigio.Signals) -> None:
         self._signals = signals
-        self._found = ctypes.create_string_buffer(_STATX_BYTES)
-        if not _fresh_device(directory, self._found):
-            raise OSError(ctypes.get_errno(), f"{directory}: {os.strerror(ctypes.get_errno())}")
-        self._device = _DEVICE.unpack_from(self._found)
+        self._patience = Patience()
+        self._mount = look(directory).mount
         self._methods: dict[tuple[int, int], tuple[_Method, Abi]] = {}
         for known in regular_calls.here():
             methods: dict[int, _Method] = {
@@ -89,17 +76,8 @@ class Regular:
 
     def _is_ours(self, tid: int, fd: int) -> bool:
         """Whether a thread's descriptor is an open device of ours; one by O_PATH is none."""
-        fd &= 0xFFFFFFFF
-        if fd > _INT_MAX or not _fresh_device(f"/proc/{tid}/fd/{fd}", self._found):
-            return False
-        if _INODE.unpack_from(self._found)[0] != DEVICE_INODE or not stat.S_ISREG(_KIND.unpack_from(self._found)[0]):
-            return False
-        is_of_a_run = self._is_of_this_run() or _is_a_mount_of_ours(tid, _DEVICE.unpack_from(self._found))
-        return is_of_a_run and not _flags(tid, fd) & os.O_PATH
-
-    def _is_of_this_run(self) -> bool:
-        """Whether what has been found is in this run's own tree."""
-        return bool(_DEVICE.unpack_from(self._found) == self._device)
+        mount = _mount_of(tid, fd)
+        return mount is not None and (mount == self._mount or is_a_tree_of_ours(tid, mount)) and not _flags(tid, fd) & os.O_PATH
 
     @staticmethod
     def _reads(tid: int, fd: int) -> bool:
@@ -121,19 +99,7 @@ class Regular:
             return None
         if count < regular_calls.SHORT:
             return 0
-        return self._before_the_pointer(call.tid, fd) if is_read else None
-
-    def _before_the_pointer(self, tid: int, fd: int) -> Answer:
-        """Give what a read fails with before the driver copies anything; a read that would wait is let through."""
-        with self._copy(tid, fd) as copy:
-            poller = select.poll()
-            poller.register(copy, select.POLLIN)
-            ready = dict(poller.poll(0)).get(copy, 0)
-            if ready & select.POLLHUP:
-                return None
-            if ready & select.POLLERR:
-                return -errno.EFBIG
-            return -errno.EAGAIN if not ready and not os.get_blocking(copy) else None
+        return self._ask(call, _before_the_pointer) if is_read else None
 
     def _mmap(self, call: abi.Call, known: Abi) -> Answer:
         """Refuse a private mapping, as any file whose driver has no such method."""
@@ -153,9 +119,7 @@ class Regular:
             wanted = abi.read_memory(call.tid, argument, 4)
             if wanted is None:
                 return None
-            with self._copy(call.tid, fd) as copy:
-                self._switch(call, copy, on=any(wanted))
-            return 0
+            return self._ask(call, lambda copy: self._switch(call, copy, on=any(wanted)))
         if request in (regular_calls.FICLONE, regular_calls.FICLONERANGE):
             source: int | None = argument
             if request == regular_calls.FICLONERANGE:
@@ -176,39 +140,46 @@ class Regular:
             return -errno.EINVAL if argument & 0xFFFFFFFF in _F_SETLEASE_ARGUMENTS and _is_root(call.tid) else None
         if command == fcntl.F_SETFL and argument & regular_calls.O_DIRECT:
             return -errno.EINVAL
-        with self._copy(call.tid, fd) as copy:
-            if command == fcntl.F_GETFL:
-                return fcntl.fcntl(copy, fcntl.F_GETFL) | (os.O_ASYNC if self._signals.is_on(copy) else 0)
-            if command == fcntl.F_SETFL:
-                self._switch(call, copy, on=bool(argument & os.O_ASYNC))
-            elif self._signals.is_on(copy):
-                if command != regular_calls.F_SETSIG and not _shares_our_numbers(call.tid):
-                    self._signals.tell(copy, call.tid, regular_calls.F_SETOWN, 0)  # here its number would be somebody else's
-                    return None
-                value: int | bytes | None = _signed32(argument)
-                if command == regular_calls.F_SETOWN_EX:
-                    value = abi.read_memory(call.tid, argument, sigio.OWNER.size)
-                if value is not None:
-                    self._signals.tell(copy, call.tid, command, value)
+        owner = abi.read_memory(call.tid, argument, sigio.OWNER.size) if command == regular_calls.F_SETOWN_EX else b""
+        if owner is None:
+            return None
+        return self._ask(call, lambda copy: self._asynchronous(call, command, owner or _signed32(argument), copy))
+
+    def _asynchronous(self, call: abi.Call, command: int, argument: int | bytes, copy: int) -> Answer:
+        """See to SIGIO, and show O_ASYNC, by a copy of the descriptor."""
+        if command == fcntl.F_GETFL:
+            return fcntl.fcntl(copy, fcntl.F_GETFL) | (os.O_ASYNC if self._signals.is_on(copy) else 0)
+        if command == fcntl.F_SETFL and isinstance(argument, int):
+            self._switch(call, copy, on=bool(argument & os.O_ASYNC))
+        elif self._signals.is_on(copy):
+            if command != regular_calls.F_SETSIG and not _shares_our_numbers(call.tid):
+                self._signals.tell(copy, call.tid, regular_calls.F_SETOWN, 0)  # here its number would be somebody else's
+                return None
+            self._signals.tell(copy, call.tid, command, argument)
         return None
 
-    def _switch(self, call: abi.Call, copy: int, *, on: bool) -> None:
+    def _switch(self, call: abi.Call, copy: int, *, on: bool) -> Answer:
         if on != self._signals.is_on(copy):
             self._signals.switch(copy, call.tid, call.arguments[0] & 0xFFFFFFFF, on=on)
+        return 0
 
-    @contextlib.contextmanager
-    def _copy(self, tid: int, fd: int) -> Generator[int, None, None]:
-        """A descriptor of our own for a thread's file, for as long as its call keeps that open anyway.
+    def _ask(self, call: abi.Call, question: Callable[[int], Answer]) -> Answer:
+        """Give the answer to a question about a copy of the call's descriptor, which asks the device's server.
 
-        BlockingIOError for a device of a run within the run: even its close could wait for us.
+        OSError: of a device of a run within the run, even whose close could wait for us, or when the server does not answer.
         """
-        if not (self._is_ours(tid, fd) and self._is_of_this_run()):
-            raise BlockingIOError(errno.EWOULDBLOCK, f"descriptor {fd & 0xFFFFFFFF} of {tid} is no device of this run")
-        copy = abi.descriptor_of(tid, fd & 0xFFFFFFFF)
-        try:
-            yield copy
-        finally:
-            os.close(copy)
+        fd = call.arguments[0] & 0xFFFFFFFF
+        if _mount_of(call.tid, fd) != self._mount:
+            raise BlockingIOError(errno.EWOULDBLOCK, f"descriptor {fd} of {call.tid} is no device of this run")
+
+        def ask() -> Answer:
+            copy = abi.descriptor_of(call.tid, fd)
+            try:
+                return question(copy)
+            finally:
+                os.close(copy)
+
+        return self._patience.ask(ask)
 
     def _fallocate(self, call: abi.Call, known: Abi) -> Answer:
         """Refuse it: there is nothing to allocate."""
@@ -256,6 +227,28 @@ class Regular:
         return -errno.EINVAL if operation in _AIO_TRANSFERS and self._is_ours(call.tid, fd) else None
 
 
+def _before_the_pointer(copy: int) -> Answer:
+    """Give what a read fails with before the driver copies anything; one that would wait, or give something, is let through."""
+    poller = select.poll()
+    poller.register(copy, select.POLLIN)
+    ready = dict(poller.poll(0)).get(copy, 0)
+    if ready & select.POLLHUP:
+        return None
+    if ready & select.POLLERR:
+        return -errno.EFBIG
+    return -errno.EAGAIN if not ready and not os.get_blocking(copy) else None
+
+
+def _mount_of(tid: int, fd: int) -> tuple[int, int] | None:
+    """Give the mount that a thread's descriptor of a device lies in; None for one of anything else."""
+    fd &= 0xFFFFFFFF
+    try:
+        seen = look(f"/proc/{tid}/fd/{fd}") if fd <= _INT_MAX else None
+    except OSError:  # there is none
+        return None
+    return seen.mount if seen is not None and seen.is_device else None
+
+
 def _flags(tid: int, fd: int) -> int:
     """Give the flags that a descriptor's file is open with. OSError: there is none."""
     lines = Path(f"/proc/{tid}/fdinfo/{fd & 0xFFFFFFFF}").read_bytes().split(b"\n")
@@ -279,10 +272,3 @@ def _is_root(tid: int) -> bool:
 def _shares_our_numbers(tid: int) -> bool:
     """Whether a thread is in our pid namespace."""
     return Path(f"/proc/{tid}/ns/pid").stat().st_ino == Path("/proc/self/ns/pid").stat().st_ino
-
-
-def _is_a_mount_of_ours(tid: int, device: tuple[int, int]) -> bool:
-    """Whether a device's number, as a thread sees it, is a tree of ours: of a run within the run."""
-    number = f" {device[0]}:{device[1]} ".encode()
-    lines = Path(f"/proc/{tid}/mountinfo").read_bytes().split(b"\n")
-    return any(number in line and b" - fuse.pvbus pvbus " in line for line in lines)

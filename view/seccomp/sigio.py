@@ -10,21 +10,19 @@ kernel takes that number from who asks: so a thread does, with a table of descri
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from pvbus.view.fuse.evtchn import DOOR, IOCTL_DOOR
 from pvbus.view.seccomp import abi
+from pvbus.view.seccomp.patience import Patience
 
 F_SETOWN, F_SETSIG, F_GETSIG, F_SETOWN_EX, F_GETOWN_EX = 8, 10, 11, 15, 16
 OWNER = struct.Struct("=ii")  # struct f_owner_ex
 _CLONE_FILES = 0x400
-_PATIENCE_S = 5.0
 _SETRESUID = {"x86_64": 117, "aarch64": 147}.get(os.uname().machine, -1)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,12 +47,15 @@ class Signals:
         door = self._door(file)
 
         def ask() -> None:
-            os.dup2(door, fd, inheritable=False)
-            fcntl.fcntl(fd, F_SETSIG, number)
+            try:
+                same = os.dup2(door, fd, inheritable=False)
+            except OSError:  # a number that we cannot have: the signal tells ours
+                same = door
+            fcntl.fcntl(same, F_SETSIG, number)
             if OWNER.unpack(owner)[1]:
-                fcntl.fcntl(fd, F_SETOWN_EX, owner)
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
+                fcntl.fcntl(same, F_SETOWN_EX, owner)
+            flags = fcntl.fcntl(same, fcntl.F_GETFL)
+            fcntl.fcntl(same, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
         try:
             _as_the_caller(tid, ask)
@@ -81,22 +82,12 @@ def _as_the_caller(tid: int, action: Callable[[], object]) -> None:
     """Do something under the user of a thread, with descriptors that are nobody else's."""
     uids = next(line for line in Path(f"/proc/{tid}/status").read_bytes().split(b"\n") if line.startswith(b"Uid:"))
     real, effective = (int(word) for word in uids.split()[1:3])
-    failed: list[OSError] = []
 
-    def run() -> None:
-        try:
-            if _libc.unshare(_CLONE_FILES):
-                raise OSError(ctypes.get_errno(), "a table of descriptors of its own")
-            if (real, effective) != (os.getuid(), os.geteuid()) and _libc.syscall(_SETRESUID, real, effective, effective):
-                raise OSError(ctypes.get_errno(), "another user")  # the call itself, not the library's: this thread's alone
-            action()
-        except OSError as error:
-            failed.append(error)
+    def act() -> None:
+        if _libc.unshare(_CLONE_FILES):
+            raise OSError(ctypes.get_errno(), "a table of descriptors of its own")
+        if (real, effective) != (os.getuid(), os.geteuid()) and _libc.syscall(_SETRESUID, real, effective, effective):
+            raise OSError(ctypes.get_errno(), "another user")  # the call itself, not the library's: this thread's alone
+        action()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE_S)
-    if thread.is_alive():
-        raise TimeoutError(errno.ETIMEDOUT, "the doorbell")
-    if failed:
-        raise failed[0]
+    Patience().ask(act)
