@@ -240,8 +240,11 @@ print(private(sys.executable))
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Whether a signal has not been taken from a process's queues yet."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """Whether a signal has not been taken from a process's queues yet; of a process that has ended, none is."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
     return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
 
 
