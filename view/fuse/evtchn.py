@@ -244,10 +244,8 @@ class OpenFile(Handle):
     def ioctl(self, request: Request, command: int, argument: int) -> int | None:
         """Mirror evtchn_ioctl (A9): the structure lies in the caller's memory."""
         size = ARGUMENT_BYTES.get(command)
-        if command == IOCTL_DOOR and self._tells_of_the_door(request, argument):
-            return 0
         if size is None:
-            return request.unknown()
+            return 0 if command == IOCTL_DOOR and self._tells_of_the_door(request, argument) else request.unknown()
         data: bytes | None = b""
         if size:
             try:
