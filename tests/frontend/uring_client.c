@@ -186,6 +186,34 @@ static void read_by_aio(int fd, void *at, unsigned long bytes)
     CHECK(syscall(SYS_io_destroy, context), 0);
 }
 
+/* A filter gives one answer for all that is handed in together: behind the first, a transfer is carried out. */
+static void read_by_aio_behind_another(int fd, void *at, unsigned long bytes)
+{
+    aio_context_t context = 0;
+    int null = open("/dev/null", O_RDWR);
+    struct iocb first = {.aio_fildes = (uint32_t)null, .aio_lio_opcode = IOCB_CMD_PREAD, .aio_buf = (uintptr_t)at, .aio_nbytes = 1};
+    struct iocb behind = {.aio_fildes = (uint32_t)fd, .aio_lio_opcode = IOCB_CMD_PREAD, .aio_buf = (uintptr_t)at, .aio_nbytes = bytes};
+    struct iocb *all[] = {&first, &behind};
+    struct io_event found[2] = {{0}, {0}};
+    CHECK(syscall(SYS_io_setup, 2, &context), 0);
+    CHECK(syscall(SYS_io_submit, context, 2, all), 2);
+    CHECK(syscall(SYS_io_getevents, context, 2, 2, found, NULL), 2);
+    CHECK(found[0].res + found[1].res, 4);
+    CHECK(syscall(SYS_io_destroy, context), 0);
+    CHECK(close(null), 0);
+}
+
+/* A thread of the kernel's asks, and no debugger mends what it gets. */
+static void looked_at_by_ring(void)
+{
+    struct statx seen = {0};
+    struct io_uring_sqe wanted = entry(IORING_OP_STATX, AT_FDCWD, "/dev/xen/evtchn", STATX_BASIC_STATS, 1);
+    wanted.off = (uintptr_t)&seen;
+    submit(wanted);
+    CHECK(done(1), 0);
+    CHECK(seen.stx_mode & S_IFMT, S_IFREG);
+}
+
 /* Whether or not somebody has written to it, or has looked at it. */
 static void read_by_ring_and_aio(int a, int b, uint32_t port, uint32_t other)
 {
@@ -205,7 +233,9 @@ static void read_by_ring_and_aio(int a, int b, uint32_t port, uint32_t other)
         CHECK(ask(a, NOTIFY, port, 0), 0);
         CHECK(ready(b, 5000), 1);
     }
-    CHECK(read(b, words, 16), 4);
+    read_by_aio_behind_another(b, words, 16);
+    CHECK(words[0], other);
+    looked_at_by_ring();
 }
 
 int main(void)
