@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pvbus.view.run.filter import Filter, StandIn
 from pvbus.view.seccomp import abi, regular_calls
 from pvbus.view.seccomp.regular import Regular
+from pvbus.view.seccomp.seen import TREE
 from pvbus.view.seccomp.sigio import Signals
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pvbus.view.seccomp.ledger import Ledger
 
 DIRECTORY = "/dev/xen"
-_TREE = b" - fuse.pvbus pvbus "
 
 
 class RegularCalls(Filter):
@@ -108,7 +108,7 @@ def _serve(listener: int, ledger: Ledger, regular: Regular) -> None:
 
 def _is_within_a_run() -> bool:
     """Whether there is another tree of devices besides this run's own."""
-    return Path("/proc/self/mountinfo").read_bytes().count(_TREE) > 1
+    return Path("/proc/self/mountinfo").read_bytes().count(TREE) > 1
 
 
 def fittings() -> list[Fitting]:

@@ -192,12 +192,23 @@ def read_string(tid: int, address: int) -> bytes | None:
     return None
 
 
+def _numbers_of(tid: int, name: bytes) -> list[int]:
+    """Give what a line of a thread's status says. OSError ESRCH when it has gone."""
+    for line in Path(f"/proc/{tid}/status").read_bytes().split(b"\n"):
+        if line.startswith(name):
+            return [int(word) for word in line.split()[1:]]
+    raise ProcessLookupError(errno.ESRCH, f"no process {tid}")
+
+
 def group_of(tid: int) -> int:
     """Give the process that a thread belongs to. OSError ESRCH when it has gone."""
-    for line in Path(f"/proc/{tid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("Tgid:"):
-            return int(line.split()[1])
-    raise ProcessLookupError(errno.ESRCH, f"no process {tid}")
+    return _numbers_of(tid, b"Tgid:")[0]
+
+
+def uids_of(tid: int) -> tuple[int, int, int, int]:
+    """Give a thread's user: real, effective, saved, and of the file system. OSError likewise."""
+    real, effective, saved, of_files = _numbers_of(tid, b"Uid:")
+    return real, effective, saved, of_files
 
 
 def descriptor_of(tid: int, fd: int) -> int:

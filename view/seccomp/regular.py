@@ -43,10 +43,8 @@ _OF_EVERY_FILE = {0xC020660B, 0xC0045877, 0xC0045878, 0x80811501, 0x80111500}
 _F_SETLEASE_ARGUMENTS = {0, 1, 2}
 
 
-
 def _signed(low: int, high: int) -> int:
-    value = low & 0xFFFFFFFF | (high & 0xFFFFFFFF) << 32
-    return value - (1 << 64) if value >> 63 else value
+    return _signed64(low & 0xFFFFFFFF | (high & 0xFFFFFFFF) << 32)
 
 
 class Regular:
@@ -265,8 +263,7 @@ def _signed32(value: int) -> int:
 
 def _is_root(tid: int) -> bool:
     """Whether the device is a thread's own, as seen in our user namespace."""
-    uids = next(line for line in Path(f"/proc/{tid}/status").read_bytes().split(b"\n") if line.startswith(b"Uid:"))
-    return uids.split()[4] == b"0"
+    return abi.uids_of(tid)[3] == 0
 
 
 def _shares_our_numbers(tid: int) -> bool:

@@ -21,6 +21,10 @@ _STATX = struct.Struct("=28xH2xQ96xII112x")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+TREE = b" - fuse.pvbus pvbus "
+"""What a line of mountinfo has for the /dev/xen of a run."""
+
+
 class Seen(NamedTuple):
     """Mode and inode, and major and minor number of the mount."""
 
@@ -47,4 +51,4 @@ def is_a_tree_of_ours(tid: int, mount: tuple[int, int]) -> bool:
     """Whether a mount, as a thread sees it, is the /dev/xen of a run."""
     number = f" {mount[0]}:{mount[1]} ".encode()
     lines = Path(f"/proc/{tid}/mountinfo").read_bytes().split(b"\n")
-    return any(number in line and b" - fuse.pvbus pvbus " in line for line in lines)
+    return any(number in line and TREE in line for line in lines)

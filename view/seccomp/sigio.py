@@ -14,13 +14,13 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 from pvbus.view.fuse.evtchn import DOOR, IOCTL_DOOR
 from pvbus.view.seccomp import abi
 from pvbus.view.seccomp.patience import Patience
+from pvbus.view.seccomp.regular_calls import F_SETOWN_EX, F_SETSIG
 
-F_SETOWN, F_SETSIG, F_GETSIG, F_SETOWN_EX, F_GETOWN_EX = 8, 10, 11, 15, 16
+F_GETSIG, F_GETOWN_EX = 11, 16
 OWNER = struct.Struct("=ii")  # struct f_owner_ex
 _CLONE_FILES = 0x400
 _SETRESUID = {"x86_64": 117, "aarch64": 147}.get(os.uname().machine, -1)
@@ -80,8 +80,7 @@ class Signals:
 
 def _as_the_caller(tid: int, action: Callable[[], object]) -> None:
     """Do something under the user of a thread, with descriptors that are nobody else's."""
-    uids = next(line for line in Path(f"/proc/{tid}/status").read_bytes().split(b"\n") if line.startswith(b"Uid:"))
-    real, effective = (int(word) for word in uids.split()[1:3])
+    real, effective, _, _ = abi.uids_of(tid)
 
     def act() -> None:
         if _libc.unshare(_CLONE_FILES):
