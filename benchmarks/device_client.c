@@ -4,9 +4,10 @@
  *
  *     device_client BARE SERVER DEVICE ROUNDS CALLS TRIPS
  *
- * prints a line a round, "name bare_us device_us" for each call, then "trip p50 p99": a notify, the other process's blocking
- * read, its write-back and notify, and our blocking read.  SERVER is the process of the bare file: it is put beside us before it
- * is asked, since it costs several times as much from another processor, and does not follow us.
+ * prints lines "bound|free name bare_us device_us" for each call in each round, then "free trip p50 p99": a notify, the other
+ * process's blocking read, its write-back and notify, and our blocking read.  SERVER is the process of the bare file.  Bound: we
+ * and it run on one processor, where a call costs least, and the device's server runs where it will.  Free: as the scheduler has it,
+ * which parts us from the bare file's server now and then, and it does not follow.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -21,6 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Calls in front of the counted ones, of both files: who has slept takes 100 us each for the first few. */
+enum { UNCOUNTED = 25 };
 enum { BIND_INTERDOMAIN = 0x84501, BIND_UNBOUND = 0x44502, NOTIFY = 0x44504 };
 
 static double now_us(void)
@@ -47,51 +50,85 @@ static void take(int fd)
 
 static double notify_us(int fd, unsigned port, int calls)
 {
-    double begin = now_us();
-    for (int i = 0; i < calls; i++)
+    double begin = 0;
+    for (int i = -UNCOUNTED; i < calls; i++) {
+        if (i == 0)
+            begin = now_us();
         must(ioctl(fd, NOTIFY, &port) == 0, "notify");
+    }
     return (now_us() - begin) / calls;
 }
 
 static double write_us(int fd, unsigned port, int calls)
 {
-    double begin = now_us();
-    for (int i = 0; i < calls; i++)
+    double begin = 0;
+    for (int i = -UNCOUNTED; i < calls; i++) {
+        if (i == 0)
+            begin = now_us();
         must(write(fd, &port, 4) == 4, "write");
+    }
     return (now_us() - begin) / calls;
 }
 
-static double read_us(int fd, int calls)
+static double read_us(int fd, unsigned port, int calls)
 {
-    unsigned port;
-    double begin = now_us();
-    for (int i = 0; i < calls; i++)
+    double begin = 0;
+    for (int i = -UNCOUNTED; i < calls; i++) {
+        if (i == 0)
+            begin = now_us();
         if (read(fd, &port, 4) > 0) /* nothing, 0 from the one and EAGAIN from the other, but for an event that came late */
             must(write(fd, &port, 4) == 4, "write back");
+    }
     return (now_us() - begin) / calls;
 }
 
-static double poll_us(int fd, int calls)
+static double poll_us(int fd, unsigned port, int calls)
 {
+    (void)port;
     struct pollfd look = {fd, POLLIN, 0};
-    double begin = now_us();
-    for (int i = 0; i < calls; i++)
+    double begin = 0;
+    for (int i = -UNCOUNTED; i < calls; i++) {
+        if (i == 0)
+            begin = now_us();
         if (poll(&look, 1, 0) == 1) /* likewise */
             take(fd);
+    }
     return (now_us() - begin) / calls;
 }
 
-/* The server of a file comes to our processor, and stays free to be moved on.  It sleeps: where it may run counts when it wakes. */
-static void put_beside_us(pid_t server, int fd)
+static void may_run_on(pid_t who, const cpu_set_t *where)
+{
+    must(sched_setaffinity(who, sizeof *where, where) == 0, "sched_setaffinity");
+}
+
+static void wait_for_quiet(int fd)
 {
     struct pollfd look = {fd, POLLIN, 0};
-    cpu_set_t all, here;
+    while (poll(&look, 1, 50) == 1) /* what was raised while masked comes once more */
+        take(fd);
+}
+
+typedef struct {
+    const char *name;
+    double (*us)(int fd, unsigned port, int calls);
+    int fd;
+    unsigned port;
+} kind;
+
+/* One kind of call, bound and then free. */
+static void ask(const kind *k, int bare, pid_t server, const cpu_set_t *all, int calls)
+{
+    cpu_set_t here;
     CPU_ZERO(&here);
     CPU_SET((size_t)sched_getcpu(), &here);
-    must(sched_getaffinity(server, sizeof all, &all) == 0, "sched_getaffinity");
-    must(sched_setaffinity(server, sizeof here, &here) == 0, "sched_setaffinity");
-    must(poll(&look, 1, 0) == 0, "poll");
-    must(sched_setaffinity(server, sizeof all, &all) == 0, "sched_setaffinity");
+    may_run_on(0, &here);
+    may_run_on(server, &here);
+    double bare_us = k->us(bare, k->port, calls), device_us = k->us(k->fd, k->port, calls);
+    printf("bound %s %.2f %.2f\n", k->name, bare_us, device_us);
+    may_run_on(0, all);
+    may_run_on(server, all);
+    bare_us = k->us(bare, k->port, calls), device_us = k->us(k->fd, k->port, calls);
+    printf("free %s %.2f %.2f\n", k->name, bare_us, device_us);
 }
 
 static int compare(const void *a, const void *b)
@@ -112,20 +149,14 @@ int main(int argc, char **argv)
     must((int)(to_a = (unsigned)ioctl(b, BIND_INTERDOMAIN, ends)) > 0, "bind");
     take(b); /* its port is born pending */
     must(fcntl(bare, F_SETFL, O_NONBLOCK) == 0 && fcntl(b, F_SETFL, O_NONBLOCK) == 0, "fcntl");
-    for (int i = 0; i < rounds; i++) {
-        put_beside_us(server, bare);
-        double n0 = notify_us(bare, to_b, calls), n1 = notify_us(a, to_b, calls);
-        struct pollfd quiet = {b, POLLIN, 0};
-        while (poll(&quiet, 1, 50) == 1) /* what was raised while masked comes once more */
-            take(b);
-        put_beside_us(server, bare);
-        double r0 = read_us(bare, calls), r1 = read_us(b, calls);
-        put_beside_us(server, bare);
-        double w0 = write_us(bare, to_a, calls), w1 = write_us(b, to_a, calls);
-        put_beside_us(server, bare);
-        double p0 = poll_us(bare, calls), p1 = poll_us(b, calls);
-        printf("notify %.2f %.2f\nread %.2f %.2f\nwrite %.2f %.2f\npoll %.2f %.2f\n", n0, n1, r0, r1, w0, w1, p0, p1);
-    }
+    cpu_set_t all;
+    must(sched_getaffinity(0, sizeof all, &all) == 0, "sched_getaffinity");
+    kind kinds[] = {{"notify", notify_us, a, to_b}, {"read", read_us, b, 0}, {"write", write_us, b, to_a}, {"poll", poll_us, b, 0}};
+    for (int i = 0; i < rounds; i++)
+        for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++) {
+            ask(&kinds[k], bare, server, &all, calls);
+            wait_for_quiet(b);
+        }
     must(fcntl(b, F_SETFL, 0) == 0, "fcntl");
     pid_t child = fork();
     if (child == 0) {
@@ -144,6 +175,6 @@ int main(int argc, char **argv)
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
     qsort(took, (size_t)trips, sizeof *took, compare);
-    printf("trip %.2f %.2f\n", took[trips / 2], took[trips * 99 / 100]);
+    printf("free trip %.2f %.2f\n", took[trips / 2], took[trips * 99 / 100]);
     return 0;
 }

@@ -257,7 +257,7 @@ def test_a_timer_is_due_however_much_is_asked() -> None:
         def serve_on(self) -> None:
             self.served += 1
 
-        def look_soon(self) -> None:
+        def slept(self) -> None:
             pass
 
         def close(self) -> None:

@@ -87,6 +87,7 @@ class Callers:
         self._memories: OrderedDict[int, _MemoryFiles] = OrderedDict()
         self._may_ask = True
         self._asked = bytearray(_QUERY_BYTES)
+        self._asked_at = -1
         self._whole_text, self._whole = _RUNNING, (0, 0, 0)
 
     def segment(self, thread: int, kind: str, offset: int, size: int) -> tuple[int, int, int]:
@@ -160,7 +161,9 @@ class Callers:
         if known is None or known.until_s < time.monotonic():
             known = self._open_memory(thread)
         if known is not None and self._may_ask:
-            _QUERY.pack_into(self._asked, 0, _QUERY_BYTES, 0, address)
+            if address != self._asked_at:
+                _QUERY.pack_into(self._asked, 0, _QUERY_BYTES, 0, address)
+                self._asked_at = address
             try:
                 fcntl.ioctl(known.maps, _PROCMAP_QUERY, self._asked)
                 end, flags = _ANSWER.unpack_from(self._asked, _ANSWER_AT)

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pvbus.view.fuse import abi
-from pvbus.view.fuse.follow import IN_A_ROW, Follower
+from pvbus.view.fuse.follow import Follower
 from pvbus.view.fuse.node import Handle, Node, error
 from pvbus.view.fuse.request import Request
 from pvbus.view.fuse.xattr import Like, Xattrs, chmod
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _HEAD, _HEAD_BYTES, _DATA = abi.IN_HEADER.unpack_from, abi.IN_HEADER_BYTES, abi.WRITE_IN.size
 WRITE_BYTES_MAX = 65536  # more than any device of ours takes at once, so that the kernel does not cut a write in pieces
-SOON = 4  # requests in a row, behind a sleep
 SERVED_ON_MAX = 8  # requests without a look at whom else there is
+LATE = 4  # requests for which we give way at once, since the last was not there within its forerunner's answer
 PAUSE = 16  # requests without a try to serve on: one that finds nothing costs a tenth of a request
 GIVEN_WAY_S_MAX = 0.0005  # a caller that goes on and asks again takes a few microseconds: others take our turn,
 PAUSE_CROWDED = 500  # and would each time
@@ -59,9 +59,9 @@ class Session:
         self.closed = False
         self.kept = 0
         """How many requests were not answered at once, or interrupted: something else is under way then, to be watched for."""
-        self._pause = 0
+        self._pause = self._late = 0
         os.set_blocking(fd, False)
-        self._caller = self._in_a_row = 0
+        self._caller = self._left = 0
         self._follower = Follower()
         self._buffer = bytearray(WRITE_BYTES_MAX + abi.BLOCK_BYTES)
         self._buffers = [self._buffer]
@@ -121,41 +121,47 @@ class Session:
             self.answer(unique, _REFUSED.get(opcode, errno.ENOSYS))
             return True
         if pid != self._caller:
-            self._caller, self._in_a_row = pid, 0
-        self._in_a_row += 1
-        if self._in_a_row == IN_A_ROW:
-            self._in_a_row = 0
-            self._follower.look(pid)
+            self._caller, self._left = pid, self._follower.starts()
+        self._left -= 1
+        if not self._left:
+            self._left = self._follower.counted(pid)
         try:
             operation(Request(self, unique, nodeid, pid), self._view)
         except OSError as failed:
             self.answer(unique, failed.errno or errno.EIO)
         return True
 
-    def look_soon(self) -> None:
-        """After a sleep, behind which the scheduler may have put us elsewhere: see soon whether we are beside who asks."""
-        self._in_a_row = IN_A_ROW - SOON
+    def slept(self) -> None:
+        """Say that nobody has asked for a while."""
+        self._left = self._follower.slept()
 
     def serve_on(self) -> None:
         """Handle a request that is there, and those that its caller makes as soon as it goes on: no look at others between them.
 
-        A caller on our own processor goes on within our answer, or when we give way to it; it does the latter if it was looked at
-        meanwhile. Where giving way has not paid, it is not tried for a while.
+        A caller on our own processor goes on within our answer, or when we give way to it; which of both lasts for a while. Where
+        neither has paid, it is not tried for a while.
         """
         kept = self.kept
+        if not self.serve():
+            return
         for _ in range(SERVED_ON_MAX):
-            if not self.serve():
-                self._pause = PAUSE
-                return
             if self._pause:
                 self._pause -= 1
                 return
             if self.kept != kept or self.closed:
                 return
+            if not self._late:
+                if self.serve():
+                    continue
+                self._late = LATE
+            self._late -= 1
             begin_s = time.monotonic()
             os.sched_yield()
             if time.monotonic() - begin_s > GIVEN_WAY_S_MAX:
                 self._pause = PAUSE_CROWDED
+                return
+            if not self.serve():
+                self._pause = PAUSE
                 return
 
     # ---- answers

@@ -140,7 +140,7 @@ def serve_session(inbox: Inbox, session: Session) -> None:
             ready = wait(timeout_s)
             if eager.has_slept:
                 eager.has_slept = False
-                session.look_soon()
+                session.slept()
             if ready == requests_only:
                 serve()
                 if timeout_s is None:
