@@ -119,7 +119,7 @@ def main() -> int:
         return 0
     print(f"{options.rounds} interleaved rounds of {options.calls} calls, medians: {shlex.join(['python', *sys.argv])}")
     print(f"{os.cpu_count()} cores, load {load:.1f} before\n")
-    print(f"{options.frontend:<10}{'':3}{'bound: nothing, device µs':>25}{'ratio':>9}{'free: nothing, device µs':>28}{'ratio':>9}")
+    print(f"{options.frontend:<10}" + "".join(f"{how + ': nothing, device µs':>28}{'ratio':>9}" for how in PLACES))
     for name in CALLS:
         print(f"{name:<10}", end="")
         for how in PLACES:

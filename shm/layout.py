@@ -35,7 +35,7 @@ Words that carry the event path::
 
 from typing import Final
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 VCPUS_MAX: Final = 32
 NR_VIRQS: Final = 24
 FILES_MAX: Final = 1024
@@ -328,6 +328,7 @@ class SubmissionRing:
     MAGIC: Final = 4
     ENTRIES: Final = 8
     TAIL: Final = 64
+    CORE: Final = 68
     HEAD: Final = 128
     DATA: Final = 4096
     BYTES: Final = DATA + 4 * SUBMISSION_ENTRIES

@@ -63,7 +63,7 @@ static PyObject *context_rebind(ContextObject *c, PyObject *args)
     c->kick = kick;
     c->tail = tail;
     c->head = tail;
-    c->rung = 0;
+    c->rung = c->core = 0;
     c->inflight = 0;
     c->fork_generation = pv_fork_generation;
     Py_RETURN_NONE;

@@ -174,6 +174,9 @@ static int64_t drain_ring(PathObject *self, uint32_t index, uint32_t budget, dra
         out->now = 1;
 #endif
     }
+#ifndef PVBUS_EXPLORED
+    out->cores |= 1ull << (__atomic_load_n(PV_AT(uint32_t, ring, offsetof(struct pv_submission_ring, core)), __ATOMIC_RELAXED) & 63);
+#endif
     for (uint32_t i = 0; i < count; i++, head++) {
         PV_LOAD32(entry, ring, PV_SUBMISSION_DATA + 4u * (size_t)(head & (PV_SUBMISSION_ENTRIES - 1)), PV_RELAXED, "sub.entry");
         PV_TRY(r, execute(self, index, head, self->ring_slot[index], entry, out));

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PV_LAYOUT_VERSION 2u
+#define PV_LAYOUT_VERSION 3u
 #define PV_VCPUS_MAX 32u
 #define PV_NR_VIRQS 24u
 #define PV_FILES_MAX 1024u          /* the owner field of an irq word has 12 bits; 1,024 open files is what doctor promises */
@@ -223,7 +223,8 @@ struct pv_submission_ring {
     uint32_t version, magic, entries, pad0;
     uint8_t pad1[48];
     uint32_t tail;                   /* @64 user writes; the machine reads once and checks */
-    uint8_t pad2[60];
+    uint32_t core;                   /* user: where it ran when it last submitted, plus 1, 0 = not known.  A hint */
+    uint8_t pad2[56];
     uint32_t head;                   /* @128 machine publishes */
     uint8_t pad3[60];
 };

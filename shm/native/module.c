@@ -34,7 +34,7 @@ static const struct { const char *name; unsigned long long value; } layout[] = {
     OFFSET(pv_file_page, bitmap), OFFSET(pv_file_page, ring), OFFSET(pv_file_page, domain), OFFSET(pv_file_page, released), OFFSET(pv_file_page, prod),
     OFFSET(pv_file_page, size), OFFSET(pv_file_page, cons), OFFSET(pv_file_page, door),
     OFFSET(pv_submission_ring, version), OFFSET(pv_submission_ring, magic), OFFSET(pv_submission_ring, entries),
-    OFFSET(pv_submission_ring, tail), OFFSET(pv_submission_ring, head),
+    OFFSET(pv_submission_ring, tail), OFFSET(pv_submission_ring, core), OFFSET(pv_submission_ring, head),
     OFFSET(pv_public_page, version), OFFSET(pv_public_page, magic), OFFSET(pv_public_page, hypervisor_sleeping),
     OFFSET(pv_public_page, hypervisor_cpu), OFFSET(pv_public_page, machine_state),
     VALUE(PV_LAYOUT_VERSION), VALUE(PV_VCPUS_MAX), VALUE(PV_NR_VIRQS), VALUE(PV_FILES_MAX), VALUE(PV_SUBMISSIONS_MAX),

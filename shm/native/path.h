@@ -27,6 +27,8 @@ typedef struct {
     pv_spinner spinner;
     int core, stays;          /* keep_together: 1 + the core said or taken last, 0 = none; a CPU whose affinity is another's business */
     cpu_set_t born, last;     /* a CPU's affinity before it followed, and what it has set */
+    uint32_t beside;          /* make_room: batches in a row from users on our core, */
+    uint64_t moved_ns;        /* and when we last left one to them */
 } PathObject;
 
 typedef struct {
@@ -35,6 +37,7 @@ typedef struct {
     uint32_t poisoned[PV_SUBMISSIONS_MAX], poisoned_count;
     uint32_t done;
     uint64_t now;
+    uint64_t cores; /* bits: where the users ran whose entries these were, modulo 64 */
 } drained;
 
 MemoryObject *pv_domain_of(PathObject *self, uint32_t domid);
@@ -49,7 +52,7 @@ int64_t pv_resolve_claim(PathObject *self, uint32_t index);
 static inline void pv_drained_clear(drained *out)
 {
     out->done = out->kick_count = out->rearm_count = out->poisoned_count = 0;
-    out->now = 0;
+    out->now = out->cores = 0;
 }
 
 /* hv_path.c: the methods for Hyper-V */

@@ -32,6 +32,8 @@
 #ifndef CPU_SPINS
 #define CPU_SPINS 16
 #endif
+#define BESIDE_MAX 4u         /* batches in a row from its own core until the hypervisor leaves it, */
+#define MOVE_NS_MIN 1000000u  /* and how long it stays elsewhere at least: a move costs 30 us */
 #define EVENTS_MAX 32
 
 typedef struct {
@@ -81,48 +83,6 @@ static uint32_t work_hv(server *s)
     return (uint32_t)done;
 }
 
-/* One bounded batch; how many entries or events. */
-static uint32_t work(server *s)
-{
-    if (s->domain != NULL) {
-        pv_wakes wakes;
-        wakes.count = 0;
-        int64_t events = pv_upcall(s->path->machine, s->domain, s->path->pages, s->vcpu, BUDGET, &wakes);
-        for (uint32_t i = 0; i < wakes.count; i++)
-            send_byte(s->path, wakes.slots[i]);
-        return (uint32_t)events + (s->hv != NULL ? work_hv(s) : 0);
-    }
-    drained out;
-    pv_drained_clear(&out);
-    pv_drain(s->path, 0, s->path->rings_end, BUDGET, &out);
-    pv_expire(s->path, &out);
-    for (uint32_t i = 0; i < out.kick_count; i++)
-        ring(s->path, out.kicks[i]);
-    for (uint32_t i = 0; i < out.rearm_count; i++)
-        send_byte(s->path, out.rearm[i]);
-    for (uint32_t i = 0; i < out.poisoned_count; i++) {
-        uint32_t slot = out.poisoned[i];
-        if (s->path->pages[slot] != NULL && pv_ring_poison(s->path->machine, slot, s->path->pages[slot]))
-            send_byte(s->path, slot);
-    }
-    return out.done;
-}
-
-/* 0 no, 1 yes, 2 for a moment */
-static int may_sleep(server *s)
-{
-    return s->domain != NULL ? (int)pv_cpu_may_sleep(s->domain, s->hv, s->vcpu)
-                             : pv_hypervisor_may_sleep(s->path, s->public_page) != 0;
-}
-
-static void awake(server *s)
-{
-    if (s->domain != NULL)
-        PV_STORE32(s->domain, PV_VCPU(s->vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
-    else
-        pv_hypervisor_awake(s->public_page);
-}
-
 /*
  * On two cores the machine keeps to one of them and leaves the other to its users: hypervisor and CPUs wait for each other all
  * the time, and a core goes from one process to the next in a microsecond, and takes ten to wake the other core.  The
@@ -155,6 +115,76 @@ static void keep_together(server *s)
         return;
     path->core = core;
     path->last = wanted;
+}
+
+/*
+ * The hypervisor goes to the other core when users are on its own and nobody is there: it looks for work all the time, and who
+ * wakes on that core waits for its turn.  Theirs may be a server that has gone to its client.
+ */
+static void make_room(server *s, const drained *out)
+{
+    PathObject *path = s->path;
+    int core = sched_getcpu();
+    cpu_set_t now, other;
+    if (core < 0 || out->cores != 1ull << ((core + 1) & 63)) {
+        path->beside = 0;
+        return;
+    }
+    if (++path->beside < BESIDE_MAX || out->now - path->moved_ns < MOVE_NS_MIN)
+        return;
+    path->beside = 0;
+    path->moved_ns = out->now;
+    if (sched_getaffinity(0, sizeof now, &now) != 0 || CPU_COUNT(&now) != 2)
+        return;
+    other = now;
+    CPU_CLR((size_t)core, &other);
+    if (CPU_COUNT(&other) == 1 && sched_setaffinity(0, sizeof other, &other) == 0)
+        (void)sched_setaffinity(0, sizeof now, &now);
+    keep_together(s);
+}
+
+/* One bounded batch; how many entries or events. */
+static uint32_t work(server *s)
+{
+    if (s->domain != NULL) {
+        pv_wakes wakes;
+        wakes.count = 0;
+        int64_t events = pv_upcall(s->path->machine, s->domain, s->path->pages, s->vcpu, BUDGET, &wakes);
+        for (uint32_t i = 0; i < wakes.count; i++)
+            send_byte(s->path, wakes.slots[i]);
+        return (uint32_t)events + (s->hv != NULL ? work_hv(s) : 0);
+    }
+    drained out;
+    pv_drained_clear(&out);
+    pv_drain(s->path, 0, s->path->rings_end, BUDGET, &out);
+    pv_expire(s->path, &out);
+    for (uint32_t i = 0; i < out.kick_count; i++)
+        ring(s->path, out.kicks[i]);
+    for (uint32_t i = 0; i < out.rearm_count; i++)
+        send_byte(s->path, out.rearm[i]);
+    for (uint32_t i = 0; i < out.poisoned_count; i++) {
+        uint32_t slot = out.poisoned[i];
+        if (s->path->pages[slot] != NULL && pv_ring_poison(s->path->machine, slot, s->path->pages[slot]))
+            send_byte(s->path, slot);
+    }
+    if (out.cores != 0)
+        make_room(s, &out);
+    return out.done;
+}
+
+/* 0 no, 1 yes, 2 for a moment */
+static int may_sleep(server *s)
+{
+    return s->domain != NULL ? (int)pv_cpu_may_sleep(s->domain, s->hv, s->vcpu)
+                             : pv_hypervisor_may_sleep(s->path, s->public_page) != 0;
+}
+
+static void awake(server *s)
+{
+    if (s->domain != NULL)
+        PV_STORE32(s->domain, PV_VCPU(s->vcpu, sleeping), 0, PV_RELAXED, "cpu.awake");
+    else
+        pv_hypervisor_awake(s->public_page);
 }
 
 /*

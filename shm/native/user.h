@@ -11,6 +11,7 @@ typedef struct {
     MemoryObject *page, *ring, *public_page;
     int door, kick;
     uint32_t tail, head, rung, ports_max, fork_generation;
+    uint32_t core;      /* what the ring says of us */
     pv_spinner spinner;
     int inflight;       /* calls under way: the last one to leave finishes a close, if one waits */
     int closing;

@@ -36,6 +36,7 @@ static int64_t door_wait(ContextObject *c) { return called(PyObject_CallMethod(c
 static int64_t ring_doorbell(ContextObject *c) { return called(PyObject_CallMethod(c->page->model, "kick", NULL)); }
 static int64_t spin_for_entry(ContextObject *c) { (void)c; return 0; }
 static int may_block(ContextObject *c) { (void)c; return 0; }
+static void say_core(ContextObject *c) { (void)c; }
 static int64_t push_back(ContextObject *c, uint64_t *deadline) { (void)deadline; PV_SPIN(c->ring, "sub.full"); return 0; }
 #else
 /* Take the byte(s) out of the doorbell: how many, 0 when there is none. */
@@ -105,6 +106,16 @@ static int may_block(ContextObject *c)
     return !(fcntl(c->door, F_GETFL) & O_NONBLOCK);
 }
 
+/* Where we are: the hypervisor makes room for us (make_room in serve.c).  It orders nothing, and an old one does no harm. */
+static void say_core(ContextObject *c)
+{
+    uint32_t core = (uint32_t)(sched_getcpu() + 1);
+    if (core == c->core)
+        return;
+    c->core = core;
+    __atomic_store_n(PV_AT(uint32_t, c->ring, offsetof(struct pv_submission_ring, core)), core, __ATOMIC_RELAXED);
+}
+
 /* The submission ring is full: let the hypervisor run.  Bounded. */
 static int64_t push_back(ContextObject *c, uint64_t *deadline)
 {
@@ -147,6 +158,7 @@ static int64_t submit(ContextObject *c, uint32_t op, uint32_t port)
 static int64_t flush(ContextObject *c)
 {
     int64_t must;
+    say_core(c);
     PV_TRY(must, pv_submission_must_kick(c->public_page, &c->rung));
     return must ? ring_doorbell(c) : 0;
 }

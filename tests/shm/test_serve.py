@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from pvbus.shm.layout import Domain, Machine, PublicPage
+from pvbus.shm.layout import SUBMISSION_ENTRIES, Domain, Machine, PublicPage, Submission, SubmissionRing
 from pvbus.shm.memory import EventPath, Memory
 
 MINUTE_NS = 60_000_000_000
 NO_DOORBELLS = bytes(8)
+our_core = ctypes.CDLL(None).sched_getcpu
 
 
 def memory(size: int) -> Memory:
@@ -126,3 +128,37 @@ def test_a_hypervisor_says_where_it_is_if_it_has_two_cores(rig: Rig, two_cores: 
     alone.hypervisor(timeout_ms=0)
     assert alone.machine.load64(Machine.HYPERVISOR_CORE) == 0
     alone.close()
+
+
+def moves(rig: Rig, where: Callable[[int], int], at_most: int, within_ns: int) -> int:
+    """Submit as a user that says it is at `where`; how often the hypervisor, we, was somewhere else behind a batch."""
+    ring = memory(SubmissionRing.BYTES)
+    rig.machine.store32(Machine.submission(0, Submission.STATE), Submission.ATTACHED)
+    rig.path.attach_submission(0, ring, 0)
+    ours, count, end_ns, tail = our_core(), 0, time.monotonic_ns() + within_ns, 0
+    while count < at_most and time.monotonic_ns() < end_ns:
+        ring.store32(SubmissionRing.CORE, 1 + where(ours))
+        ring.store32(SubmissionRing.DATA + tail % SUBMISSION_ENTRIES * 4, SubmissionRing.REARM << 30)
+        tail += 1
+        ring.store32(SubmissionRing.TAIL, tail)
+        rig.hypervisor(timeout_ms=0)
+        before, ours = ours, our_core()
+        count += ours != before
+    rig.machine.store32(Machine.submission(0, Submission.HEAD), 0)
+    return count
+
+
+def test_a_hypervisor_leaves_its_core_to_its_users(rig: Rig, two_cores: list[int]) -> None:
+    assert moves(rig, lambda ours: ours, at_most=200, within_ns=MINUTE_NS) == 200
+    assert os.sched_getaffinity(0) == set(two_cores)
+
+
+def test_a_hypervisor_whose_users_are_on_the_other_core_stays(rig: Rig, two_cores: list[int]) -> None:
+    assert moves(rig, lambda ours: sum(two_cores) - ours, at_most=200, within_ns=220_000_000) < 100  # but the scheduler may
+
+
+def test_a_hypervisor_with_one_core_stays_with_its_users(rig: Rig, two_cores: list[int]) -> None:
+    os.sched_setaffinity(0, {two_cores[1]})
+
+    assert moves(rig, lambda ours: ours, at_most=200, within_ns=20_000_000) == 0
+    assert os.sched_getaffinity(0) == {two_cores[1]}
