@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 IN_A_ROW = 5  # requests; twice, since one of them may have met something else
-COLD, SOON = 2, 3  # behind a sleep these are not counted, and then these are, once
+COLD, SOON = 8, 3  # behind a sleep these are not counted, and then these are, once
 IN_VAIN_MAX = 8  # a caller that is moved away each time: looks from the third on that come after 8, 16 … 256 requests
 FAR_S = 28e-6  # a request with what its caller does until the next: some 18 µs from near, and 35 to 80 from afar
 
