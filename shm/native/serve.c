@@ -118,8 +118,9 @@ static void keep_together(server *s)
 }
 
 /*
- * The hypervisor goes to the other core when users are on its own and nobody is there: it looks for work all the time, and who
- * wakes on that core waits for its turn.  Theirs may be a server that has gone to its client.
+ * The hypervisor goes to the other core when users are on its own and none of the machine's is there: it looks for work all the
+ * time, and who wakes on that core waits for its turn.  Theirs may be a server that has gone to its client.  One that sleeps
+ * between batches is in nobody's way.
  */
 static void make_room(server *s, const drained *out)
 {
@@ -138,7 +139,10 @@ static void make_room(server *s, const drained *out)
         return;
     other = now;
     CPU_CLR((size_t)core, &other);
-    if (CPU_COUNT(&other) == 1 && sched_setaffinity(0, sizeof other, &other) == 0)
+    if (CPU_COUNT(&other) != 1 || sched_setaffinity(0, sizeof other, &other) != 0)
+        return;
+    cpu_set_t since; /* somebody else may have decided meanwhile */
+    if (sched_getaffinity(0, sizeof since, &since) == 0 && CPU_EQUAL(&since, &other))
         (void)sched_setaffinity(0, sizeof now, &now);
     keep_together(s);
 }
@@ -260,6 +264,7 @@ static void serve(server *s, int epoll, int timeout_ms, const uint64_t *doorbell
         int ours = timer_ms >= 0 && (timeout_ms < 0 || timer_ms < timeout_ms);
         int ready = look(epoll, ours ? (int)timer_ms : timeout_ms, doorbells, doorbell_words);
         awake(s);
+        s->path->beside = 0;
         keep_together(s);
         if (ready == SOMETHING || (ready == TIME_OVER && !ours) || timeout_ms == 0)
             return;

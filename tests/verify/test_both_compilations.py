@@ -51,7 +51,7 @@ SIZES = {
     "public": PublicPage.BYTES,
 }
 
-# Statistics and stamps (PV_COUNT64, PV_STAMP64), and the core of the hypervisor: (offset, bytes) of each
+# Statistics and stamps (PV_COUNT64, PV_STAMP64), and the cores of hypervisor and users: (offset, bytes) of each
 # page.
 NOT_COMPARED: dict[str, list[tuple[int, int]]] = {
     "machine": [
@@ -67,7 +67,7 @@ NOT_COMPARED: dict[str, list[tuple[int, int]]] = {
         (Domain.table(Domain.PENDING_SINCE, 0), 2 * 8 * PORTS_MAX),
     ],
     "page": [],
-    "ring": [],
+    "ring": [(SubmissionRing.CORE, 4)],
     "public": [],
 }
 

@@ -144,7 +144,7 @@ class Session:
         kept = self.kept
         if not self.serve():
             return
-        for _ in range(SERVED_ON_MAX):
+        for _ in range(SERVED_ON_MAX - 1):
             if self._pause:
                 self._pause -= 1
                 return
