@@ -103,7 +103,7 @@ def figures_of(rounds: list[tuple[float, float]]) -> dict[str, float]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Measure /dev/xen/evtchn beside a FUSE file that does nothing.")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--calls", type=int, default=500, help="of each kind a round")
     parser.add_argument("--trips", type=int, default=3000)
     parser.add_argument("--frontend", default="fuse")
