@@ -153,17 +153,27 @@ class ChildTable:
                 return child
         return None
 
-    def starting(self, name: str, pid: int) -> None:
-        """Note that the child was forked."""
-        child = self._children[name]
-        child.state, child.pid = State.STARTING, pid
+    # A child that is being stopped stays so, whatever is heard of its start, until it has ended.
 
-    def spare(self, name: str, pid: int) -> None:
-        """Note that a child was forked ahead: it waits to become another one."""
+    def starting(self, name: str) -> None:
+        """Note that the child is about to be forked."""
         child = self._children[name]
-        child.pid = pid
-        if child.state is State.STARTING:  # else it is being stopped
-            child.state = State.SPARE
+        child.state, child.pid = State.STARTING, 0
+
+    def forked(self, name: str, pid: int) -> None:
+        """Note that the child was forked."""
+        self._children[name].pid = pid
+
+    def not_forked(self, name: str) -> None:
+        """Note that there is no such process: a temporary child is forgotten."""
+        child = self._children[name]
+        child.state = State.DOWN
+        if child.spec.restart == "temporary":
+            del self._children[name]
+
+    def spare(self, name: str) -> None:
+        """Note that the child was forked ahead: it waits to become another one."""
+        self._goes_on(name, State.SPARE)
 
     def adopt(self, name: str, spec: ChildSpec) -> Child:
         """Turn a spare child into the one that `spec` describes, behind all others; ValueError if its name is taken."""
@@ -175,7 +185,12 @@ class ChildTable:
 
     def started(self, name: str) -> None:
         """Note that the child answered Start."""
-        self._children[name].state = State.UP
+        self._goes_on(name, State.UP)
+
+    def _goes_on(self, name: str, state: State) -> None:
+        child = self._children[name]
+        if child.state is State.STARTING:
+            child.state = state
 
     def stopping(self, name: str) -> None:
         """Note that the child was asked to stop: its end is no failure."""
@@ -197,7 +212,3 @@ class ChildTable:
         child.history_ns = [*(time_ns for time_ns in child.history_ns if time_ns > since_ns), now_ns]
         child.restarts += 1
         return Verdict.RESTART
-
-    def remove(self, name: str) -> None:
-        """Take a child out for good."""
-        del self._children[name]

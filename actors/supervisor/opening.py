@@ -14,6 +14,7 @@ from pvbus.actors.runtime import messages as m
 from pvbus.actors.runtime import wire
 from pvbus.actors.runtime.asking import ATTACH_REQUEST
 from pvbus.actors.runtime.process import Peer, Received, Stop, failure_of
+from pvbus.actors.runtime.supervision import STOP_DEADLINE_S
 from pvbus.actors.runtime.wire import Done, Failure, Message, socket_cookie
 from pvbus.actors.supervisor import limits
 from pvbus.shm.layout import PORTS_MAX, FilePage
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pvbus.actors.supervisor.process import Supervisor
 
 CALL_DEADLINE_S = 20.0
-STOP_DEADLINE_S = 5.0
 CROWD_NS = 1_000_000_000  # a process that was told to end needs a millisecond
 CROWD_MAX = 1024  # users that wait for room
 

@@ -78,21 +78,19 @@ class Pool:
             return
         child = supervisor.table.add(ChildSpec(name, FILE_ENTRY, "temporary"))
         child.restarts = self.restarts[name]
-        supervisor.table.starting(name, 0)
+        supervisor.table.starting(name)
         supervisor.controls[name] = supervisor.inbox.add_peer(ours, name)
         supervisor.forkserver.spawn(name, theirs, lambda reply, _fds: self._spawned(name, reply), entry=FILE_ENTRY)
         theirs.close()
 
     def _spawned(self, name: str, reply: Message) -> None:
         if isinstance(reply, Spawned):
-            self.supervisor.table.spare(name, reply.pid)
+            self.supervisor.table.forked(name, reply.pid)
+            self.supervisor.table.spare(name)
             self.refill_later()
-            return
-        self.supervisor.table.remove(name)
-        self.supervisor.controls.pop(name).close()
-        self.died(name)
-        if self.supervisor.stopping:
-            self.supervisor.stop_next()
+        else:
+            self.supervisor.not_forked(name)
+            self.died(name)
 
     def died(self, name: str) -> None:
         """Replace a spare child, unless too many have died lately: then opens fork until the period is over."""

@@ -22,7 +22,7 @@ from pvbus.actors.runtime import rundir
 from pvbus.actors.runtime import vmbus_messages as vm
 from pvbus.actors.runtime.clock import SharedClock
 from pvbus.actors.runtime.forkserver import ChildExited, ForkServer, Spawned
-from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, Stop, failure_of
+from pvbus.actors.runtime.process import Peer, PeerGone, ProcessActor, Received, Start, Started, failure_of
 from pvbus.actors.runtime.supervision import Child, ChildSpec, ChildTable, State, Verdict
 from pvbus.actors.runtime.wire import Done, Failure, Message
 from pvbus.actors.supervisor import limits
@@ -31,6 +31,7 @@ from pvbus.actors.supervisor.opening import Crowd, OpenFile, Opening, forget, ha
 from pvbus.actors.supervisor.pool import FILE_ENTRY, Pool
 from pvbus.actors.supervisor.settling import Settling
 from pvbus.actors.supervisor.status import inspect, inspect_file, status_of
+from pvbus.actors.supervisor.stopping import stop_next
 from pvbus.actors.supervisor.workqueues import Workqueues, on_hyperv
 from pvbus.shm.layout import FILES_MAX, Machine, PublicPage
 from pvbus.shm.pages import MachinePages
@@ -49,7 +50,6 @@ PRELOAD = (
     "pvbus.actors.workqueue.process",
     "setproctitle",
 )
-STOP_DEADLINE_S = 5.0
 CALL_DEADLINE_S = 20.0
 EXIT_BROKEN = 1
 CLOCK_OFFSET_NS_MAX = 1 << 62  # 146 years: times are 64 bits, and have others added to them
@@ -116,7 +116,9 @@ class Supervisor(ProcessActor):
 
     def _start_next(self) -> None:
         child = self.table.next_to_start()
-        if child is not None and not self.stopping:
+        if self.stopping:
+            return
+        if child is not None:
             self._spawn(child)
         elif not self.booted and all(child.state is State.UP for child in self.table):
             self._open_for_users()
@@ -151,16 +153,17 @@ class Supervisor(ProcessActor):
     def _spawn(self, child: Child) -> None:
         name = child.spec.name
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.table.starting(name, 0)
+        self.table.starting(name)
         self.controls[name] = self.inbox.add_peer(ours, name)
 
         def spawned(reply: Message, _fds: list[int]) -> None:
             if isinstance(reply, Spawned):
-                self.table.starting(name, reply.pid)
-                self._send_start(child)
-            elif name in self.files:  # only this open fails, if it has not yet
-                self.table.remove(name)
-                self.controls.pop(name).close()
+                self.table.forked(name, reply.pid)
+                if not self.stopping:
+                    self._send_start(child)
+                return
+            self.not_forked(name)
+            if name in self.files:  # only this open fails, if it has not yet
                 if name in self.openings:
                     self.openings[name].fail(reply)
                 self._forget_file(name)
@@ -169,6 +172,13 @@ class Supervisor(ProcessActor):
 
         self.forkserver.spawn(name, theirs, spawned)
         theirs.close()
+
+    def not_forked(self, name: str) -> None:
+        """Forget a child that never was: nobody reports its exit."""
+        self.controls.pop(name).close()
+        self.table.not_forked(name)
+        if self.stopping:
+            stop_next(self)
 
     def _send_start(self, child: Child) -> None:
         name = child.spec.name
@@ -265,7 +275,7 @@ class Supervisor(ProcessActor):
         else:
             self.pool.refill_later()  # if it had no room for that before
         if self.stopping:
-            self.stop_next()
+            stop_next(self)
         elif verdict is Verdict.GIVE_UP:
             self._give_up(f"{name} died too often (last status {exited.status})")
         elif verdict is Verdict.RESTART:
@@ -408,28 +418,7 @@ class Supervisor(ProcessActor):
         if self.listener is not None:
             self.inbox.remove_fd(self.listener.fileno())
             self.listener.close()
-        self.stop_next()
-
-    def stop_next(self) -> None:
-        """Stop the next child, or ourselves when all are down."""
-        child = self.table.next_to_stop()
-        if child is None:
-            if all(child.state is State.DOWN for child in self.table):
-                self.stop()  # a message to ourselves: it also wakes the loop, if nobody else is left to do so
-            return
-        self.table.stopping(child.spec.name)
-        control = self.controls.get(child.spec.name)
-        if control is None:
-            return
-        pid = child.pid
-        kill_at = self.inbox.clock.now_ns() + int(STOP_DEADLINE_S * 1e9)
-        self.inbox.call_at(kill_at, lambda: self._kill_late(child, pid))
-        with contextlib.suppress(PeerGone):
-            control.ask(Stop(), ignore, STOP_DEADLINE_S)
-
-    def _kill_late(self, child: Child, pid: int) -> None:
-        if child.pid == pid and pid:
-            self.forkserver.kill(pid, signal.SIGKILL)
+        stop_next(self)
 
     def clean_up(self) -> None:
         """Leave nothing behind: processes, segments, run directory."""

@@ -40,7 +40,7 @@ class Guest:
     ) -> None:  # fmt: skip
         self._log = log
         self.ring = PerCpuWorkRing(memory) if per_cpu else WorkRing(memory)
-        self.tasks = Tasks(outside, clock, timers)
+        self.tasks = Tasks(outside, clock, timers.add)
         self.requests = Requests()
         self.connection = Connection(memory, self.requests, log, versions=versions, stalls=stalls)
         self.channels = Channels(self.connection, self.requests, self.spawn, log, rescind_queued=rescind_queued)

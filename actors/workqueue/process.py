@@ -40,8 +40,6 @@ from pvbus.shm.segment import check
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pvbus.actors.runtime.clock import Timer
-    from pvbus.actors.runtime.inbox import Inbox
 
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
@@ -66,7 +64,7 @@ class WorkqueueProcess(ProcessActor):
         self.inbox.clock = SharedClock(machine, Machine.CLOCK_OFFSET_NS)
         self.hypervisor: Peer = self.inbox.add_peer(socket.socket(fileno=fds["hypervisor"]), "hypervisor")
         self.work_doorbell = fds["work"]
-        self.tasks = Tasks(self, self.inbox.clock, _InboxTimers(self.inbox))
+        self.tasks = Tasks(self, self.inbox.clock, self.inbox.call_at)
         self.requests = waits.Requests()
         variants = machine.load32(Machine.VARIANTS)
         per_cpu = bool(variants & Machine.VARIANT_WORK_PER_CPU)
@@ -90,7 +88,8 @@ class WorkqueueProcess(ProcessActor):
         self.items = 0  # of the work ring
         self.posts = 0  # messages posted: the serial of the last
         self.fresh = True  # until a hypervisor has heard that it need not look for a forerunner's memory
-        self.started = self.leaving = False
+        self.started = False
+        self.left: Callable[[], None] | None = None  # while we leave the host: what follows
         self.start_error: OSError | None = None
 
     def on_ready(self) -> None:
@@ -379,11 +378,16 @@ class WorkqueueProcess(ProcessActor):
     # ---- the end
 
     def leave(self, then: Callable[[], None]) -> None:
-        """Leave the host in order: devices removed, channels closed, UNLOAD, SynIC off (B9.9)."""
-        if self.vmbus.running and not self.leaving:
-            self.leaving = True
-            self.tasks.start(self.vmbus.exit(), lambda _outcome: then())
+        """Leave the host in order: devices removed, channels closed, UNLOAD, SynIC off (B9.9). A dead one is left already."""
+        if not self.vmbus.running or self.hypervisor.closed:
+            then()
         else:
+            self.left = then
+            self.tasks.start(self.vmbus.exit(), lambda _outcome: self._has_left())
+
+    def _has_left(self) -> None:
+        if self.left is not None:
+            then, self.left = self.left, None
             then()
 
     def _rewire(self, fd: int) -> None:
@@ -409,23 +413,14 @@ class WorkqueueProcess(ProcessActor):
 
     def on_hangup(self, peer: Peer) -> None:
         """A driver process has gone: what it drove is removed, and can be driven by another."""
+        if peer is self.hypervisor:
+            self._has_left()  # an heir comes, and Rewire with it, but for one that leaves
         if peer not in self.users:
-            return  # the hypervisor: an heir comes, and Rewire with it
+            return
         self.users.discard(peer)
         for driver in tuple(self.bus.drivers.values()):
             if driver.owner is peer:
                 self._spawn(self.bus.unregister(driver))
-
-
-class _InboxTimers:
-    """The inbox's timers, as Tasks wants them."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-
-    def add(self, due_ns: int, callback: Callable[[], None]) -> Timer:
-        """Call once the clock has reached `due_ns`."""
-        return self._inbox.call_at(due_ns, callback)
 
 
 def _platform(arguments: dict[str, Any]) -> Platform:

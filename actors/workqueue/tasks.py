@@ -29,13 +29,6 @@ class Outside(Protocol):
         """Have `answer` called once, now or later; with an OSError: it is raised where the wait stands."""
 
 
-class Timers(Protocol):
-    """What runs something at a time of the machine's clock."""
-
-    def add(self, due_ns: int, callback: Callable[[], None]) -> Timer:
-        """Call once the clock has reached `due_ns`."""
-
-
 class Task:
     """One function that waits."""
 
@@ -51,8 +44,8 @@ class Task:
 class Tasks:
     """All of them."""
 
-    def __init__(self, outside: Outside, clock: Clock, timers: Timers) -> None:
-        self._outside, self._clock, self._timers = outside, clock, timers
+    def __init__(self, outside: Outside, clock: Clock, call_at: Callable[[int, Callable[[], None]], Timer]) -> None:
+        self._outside, self._clock, self._call_at = outside, clock, call_at
         self._ready: deque[tuple[Task, Any]] = deque()
         self._watching: list[Task] = []     # for something of our own: Reply, Until
         self._pumping = False
@@ -129,10 +122,10 @@ class Tasks:
         self._abroad += not isinstance(wait, Reply | Until)
         if isinstance(wait, Reply):
             self._watching.append(task)
-            task.timer = self._timers.add(self._clock.now_ns() + round(wait.deadline_s * NS_PER_S), done)
+            task.timer = self._call_at(self._clock.now_ns() + round(wait.deadline_s * NS_PER_S), done)
         elif isinstance(wait, Until):
             self._watching.append(task)
         elif isinstance(wait, Sleep):
-            task.timer = self._timers.add(self._clock.now_ns() + round(wait.seconds * NS_PER_S), done)
+            task.timer = self._call_at(self._clock.now_ns() + round(wait.seconds * NS_PER_S), done)
         else:
             self._outside.ask(wait, partial(self._from_outside, task, task.turn))

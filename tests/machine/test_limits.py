@@ -6,17 +6,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import select
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pvbus.actors.client import attach
 from pvbus.actors.supervisor.pool import SPARES
+from pvbus.tests.frontend.support import not_shown
+from pvbus.view.pytest_plugin import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -333,3 +338,27 @@ def test_a_passed_descriptor_without_room_for_more_is_refused_and_stays_its_owne
         assert carries_an_event(again, other)
     again.close()
     file.close()
+
+
+USERS_CAPABILITIES = "+dac_override,+dac_read_search"  # it reads what root has installed, wherever that lies
+
+
+@pytest.mark.parametrize("processes", [3, 5])
+def test_a_machine_whose_processes_cannot_be_forked_says_so_and_ends(tmp_path: Path, processes: int) -> None:
+    if os.geteuid() or shutil.which("setpriv") is None:
+        not_shown("a user without a process left", "only root can be another one, by setpriv of util-linux")
+    user = str(4_000_000 + os.getpid())  # nobody's: the limit counts all that a user has
+    os.chown(tmp_path, int(user), int(user))
+    tmp_path.chmod(0o700)
+    as_user = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+    as_user += [f"--{of}={USERS_CAPABILITIES}" for of in ("bounding-set", "inh-caps", "ambient-caps")]
+
+    done = subprocess.run(
+        [*as_user, "prlimit", f"--nproc={processes}", sys.executable, "-m", "pvbus.supervisor", "up"],
+        env=environment() | {"XDG_RUNTIME_DIR": str(tmp_path)}, capture_output=True, timeout=60, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^pvbus: \S+ cannot be forked: Resource temporarily unavailable$", done.stderr, re.MULTILINE), done.stderr
+    assert list(tmp_path.glob("pvbus/*")) == []
+    assert [path for path in Path("/dev/shm").iterdir() if path.stat().st_uid == int(user)] == []

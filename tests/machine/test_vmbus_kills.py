@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pvbus.actors.runtime import rundir
 from pvbus.tests.machine.vmbus_support import (
     BOUND_S,
     Recorder,
@@ -352,3 +353,21 @@ def test_a_machine_stops_in_order_while_channels_are_open(pvbus_boot: Any) -> No
     with pytest.raises(OSError) as gone:
         channels[0].send(b"anybody?")
     assert gone.value.errno == errno.ENOTCONN
+
+
+def test_a_machine_without_a_hypervisor_is_not_held_up_by_those_that_would_take_their_leave(pvbus_boot: Any) -> None:
+    domain = '[[domain]]\nid = {}\nplatforms = ["hyperv"]\n'
+    booted = pvbus_boot("".join(domain.format(number) for number in range(3)))
+    machine = booted.machine
+    machine.settle()
+    forkserver, directory = process(machine, "forkserver")["pid"], rundir.run_directory(booted.name)
+
+    os.kill(forkserver, signal.SIGSTOP)  # so that there is no heir before the machine stops, and none afterwards
+    os.kill(process(machine, "hypervisor")["pid"], signal.SIGKILL)
+    booted.process.send_signal(signal.SIGTERM)
+    wait_until("the machine stops", lambda: not rundir.connectable(directory))
+    begin = time.monotonic()
+    os.kill(forkserver, signal.SIGCONT)
+
+    assert booted.process.wait(BOUND_S) == 0
+    assert time.monotonic() - begin < STOP_S_MAX

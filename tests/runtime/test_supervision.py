@@ -42,11 +42,13 @@ def test_the_next_child_starts_when_the_one_left_of_it_is_up() -> None:
     table = ChildTable([spec("a"), spec("b")])
     first = table.next_to_start()
     assert first is table["a"]
-    table.starting("a", 11)
+    table.starting("a")
+    table.forked("a", 11)
     assert table.next_to_start() is None
     table.started("a")
     assert table.next_to_start() is table["b"]
-    table.starting("b", 12)
+    table.starting("b")
+    table.forked("b", 12)
     table.started("b")
     assert table.next_to_start() is None
     assert table.by_pid(12) is table["b"]
@@ -55,8 +57,8 @@ def test_the_next_child_starts_when_the_one_left_of_it_is_up() -> None:
 
 def test_the_next_child_stops_when_the_one_right_of_it_is_down() -> None:
     table = ChildTable([spec("a"), spec("b")])
-    for pid, name in enumerate(["a", "b"], start=5):
-        table.starting(name, pid)
+    for name in ("a", "b"):
+        table.starting(name)
         table.started(name)
     assert table.next_to_stop() is table["b"]
     table.stopping("b")
@@ -85,16 +87,24 @@ def test_a_temporary_child_is_forgotten() -> None:
         table.add(spec("file/0.1"))
     assert table.exited("file/0.1", 0) is Verdict.FORGET
     assert "file/0.1" not in table
-    table.remove("a")
-    assert len(table) == 0
-    assert list(table) == []
+
+
+def test_a_child_that_was_never_forked_is_down_and_a_temporary_one_forgotten() -> None:
+    table = ChildTable([spec("a")])
+    table.add(spec("file/0.1", restart="temporary"))
+    for name in ("a", "file/0.1"):
+        table.starting(name)
+        table.not_forked(name)
+    assert [(child.spec.name, child.state) for child in table] == [("a", State.DOWN)]
+    assert table.next_to_stop() is None
 
 
 def test_a_spare_child_becomes_another_one_and_holds_nobody_up() -> None:
     table = ChildTable([spec("a")])
     table.add(spec("file/spare.0", restart="temporary"))
-    table.starting("file/spare.0", 7)
-    table.spare("file/spare.0", 7)
+    table.starting("file/spare.0")
+    table.forked("file/spare.0", 7)
+    table.spare("file/spare.0")
     assert table.next_to_start() is table["a"]
     table.add(spec("b"))
     child = table.adopt("file/spare.0", spec("file/0.1", restart="temporary"))
@@ -105,11 +115,14 @@ def test_a_spare_child_becomes_another_one_and_holds_nobody_up() -> None:
     assert table.next_to_stop() is child
 
 
-def test_a_spare_child_that_is_being_stopped_stays_so_when_its_fork_is_heard_of() -> None:
+def test_a_child_that_is_being_stopped_stays_so_whatever_is_heard_of_its_start() -> None:
     table = ChildTable()
     table.add(spec("file/spare.0", restart="temporary"))
-    table.starting("file/spare.0", 0)
+    table.starting("file/spare.0")
     table.stopping("file/spare.0")
-    table.spare("file/spare.0", 7)
+    table.forked("file/spare.0", 7)
+    table.spare("file/spare.0")
+    assert table["file/spare.0"].state is State.STOPPING
+    table.started("file/spare.0")
     assert table["file/spare.0"].state is State.STOPPING
     assert table.exited("file/spare.0", 0) is Verdict.FORGET

@@ -215,7 +215,7 @@ class GuestSide:
         self.rings: list[Ring] = []
         self._answers: dict[int, Callable[[Any], None]] = {}
         self._number = 0
-        self.tasks = Tasks(self, self.clock, self.timers)
+        self.tasks = Tasks(self, self.clock, self.timers.add)
         self.requests = pair.make_requests()
         self.segment = Segment(pair.hv)
         memory: Any = self.segment
