@@ -110,14 +110,14 @@ class Supervisor(ProcessActor):
 
     def _preloaded(self, reply: Message, _fds: list[int]) -> None:
         if isinstance(reply, Failure):
-            self._give_up(f"the fork server cannot start: {reply.text}")
+            self._give_up(f"the fork server cannot start: {_reason(reply)}")
         else:
             self._start_next()
 
     def _start_next(self) -> None:
-        child = self.table.next_to_start()
         if self.stopping:
             return
+        child = self.table.next_to_start()
         if child is not None:
             self._spawn(child)
         elif not self.booted and all(child.state is State.UP for child in self.table):
@@ -168,13 +168,13 @@ class Supervisor(ProcessActor):
                     self.openings[name].fail(reply)
                 self._forget_file(name)
             else:
-                self._give_up(f"{name} cannot be forked: {getattr(reply, 'text', reply)}")
+                self._give_up(f"{name} cannot be forked: {_reason(reply)}")
 
         self.forkserver.spawn(name, theirs, spawned)
         theirs.close()
 
     def not_forked(self, name: str) -> None:
-        """Forget a child that never was: nobody reports its exit."""
+        """Forget a child that there is not, or not in time: it finds its connection closed, and its exit means nothing here."""
         self.controls.pop(name).close()
         self.table.not_forked(name)
         if self.stopping:
@@ -212,16 +212,21 @@ class Supervisor(ProcessActor):
         self, child: Child, arguments: dict[str, Any], fds: dict[str, int], then: Callable[[], None],
         refused: Callable[[Message], None] | None = None,
     ) -> None:  # fmt: skip
-        """Tell a forked child what it is; `then` runs when it is up, and `refused` if it says that it cannot."""
+        """Tell a forked child what it is; `then` runs when it is up, and `refused` if it says that it cannot.
+
+        Neither does anything for a machine that stops meanwhile.
+        """
         name = child.spec.name
 
         def started(reply: Message, _fds: list[int]) -> None:
+            if self.stopping:
+                return
             if isinstance(reply, Started):
                 then()
             elif refused is not None:
                 refused(reply)
-            elif not self.stopping and getattr(reply, "errno", 0) != errno.EPIPE:  # EPIPE: its exit is reported, too
-                self._give_up(f"{name} does not start: {getattr(reply, 'text', reply)}")
+            elif getattr(reply, "errno", 0) != errno.EPIPE:  # EPIPE: its exit is reported, too
+                self._give_up(f"{name} does not start: {_reason(reply)}")
 
         start = Start(name=name, entry=child.spec.entry, arguments=arguments, fds=list(fds))
         self.controls[name].ask(start, started, child.spec.start_deadline_s, fds=tuple(fds.values()))
@@ -263,8 +268,10 @@ class Supervisor(ProcessActor):
         if child is None:
             return
         name, was_spare = child.spec.name, child.state is State.SPARE
-        self.controls.pop(name, None)
+        control = self.controls.pop(name)
         verdict = self.table.exited(name, self.inbox.clock.now_ns())
+        control.fail_all(errno.EPIPE)  # now, not when its end is read: an answer that comes late would be taken for its heir's
+        control.close()
         if name in self.files:
             self._forget_file(name)
             if name in self.openings:
@@ -437,3 +444,7 @@ class Supervisor(ProcessActor):
         finally:
             self.clean_up()
         return self.exit_code
+
+
+def _reason(reply: Message) -> str:
+    return reply.text or os.strerror(reply.errno) if isinstance(reply, Failure) else str(reply)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a machine: its children right to left, then the supervisor itself.
 
-A child that is asked to stop is waited for until the fork server has reported its exit, or has said that it was never forked. One
-that takes longer than its specification allows is killed.
+A child that is asked to stop is waited for until the fork server has reported its exit, or has not forked it in time. One that
+takes longer than its specification allows is killed. Meanwhile nothing is started, and nothing that starts goes on.
 """
 
 from __future__ import annotations
