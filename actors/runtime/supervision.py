@@ -121,9 +121,6 @@ class ChildTable:
     def __contains__(self, name: str) -> bool:
         return name in self._children
 
-    def __len__(self) -> int:
-        return len(self._children)
-
     def add(self, spec: ChildSpec) -> Child:
         """Add a child behind all others; ValueError if its name is taken."""
         if spec.name in self._children:

@@ -40,7 +40,6 @@ from pvbus.shm.segment import check
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
 CALL_DEADLINE_S = 20.0
 DRIVER_DEADLINE_S = 60.0  # a probe opens a channel: two answers of the host, five seconds each, and its own work
 NULL_GUID = bytes(16)
@@ -89,7 +88,7 @@ class WorkqueueProcess(ProcessActor):
         self.posts = 0  # messages posted: the serial of the last
         self.fresh = True  # until a hypervisor has heard that it need not look for a forerunner's memory
         self.started = False
-        self.left: Callable[[], None] | None = None  # while we leave the host: what follows
+        self.after_leaving: Callable[[], None] | None = None  # while we leave the host
         self.start_error: OSError | None = None
 
     def on_ready(self) -> None:
@@ -382,12 +381,12 @@ class WorkqueueProcess(ProcessActor):
         if not self.vmbus.running or self.hypervisor.closed:
             then()
         else:
-            self.left = then
+            self.after_leaving = then
             self.tasks.start(self.vmbus.exit(), lambda _outcome: self._has_left())
 
     def _has_left(self) -> None:
-        if self.left is not None:
-            then, self.left = self.left, None
+        if self.after_leaving is not None:
+            then, self.after_leaving = self.after_leaving, None
             then()
 
     def _rewire(self, fd: int) -> None:
@@ -414,7 +413,7 @@ class WorkqueueProcess(ProcessActor):
     def on_hangup(self, peer: Peer) -> None:
         """A driver process has gone: what it drove is removed, and can be driven by another."""
         if peer is self.hypervisor:
-            self._has_left()  # an heir comes, and Rewire with it, but for one that leaves
+            self._has_left()  # one that stays is sent an heir's connection: Rewire
         if peer not in self.users:
             return
         self.users.discard(peer)
